@@ -1,0 +1,986 @@
+import asyncio
+import contextlib
+import enum
+import functools
+import pydantic
+import typing
+from _typeshed import Incomplete
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+Id = str
+Name = str
+Description = str
+Text = str
+Json = Any
+Schema = dict[str, Any]
+Metadata = dict[str, Any]
+Seconds = float
+Fraction = float
+Priority = int
+Retries = int
+Attempt = int
+TaskLimit = int
+
+__all__ = [
+    "Code",
+    "AgentHubError",
+    "InvalidMessage",
+    "Refused",
+    "Disconnected",
+    "TaskFailed",
+    "TaskTimeout",
+    "PackageMissing",
+    "IllegalTransition",
+    "CloseCode",
+    "Capability",
+    "ErrorInfo",
+    "AgentInfo",
+    "TaskInfo",
+    "Reported",
+    "TaskState",
+    "TaskEvent",
+    "TRANSITIONS",
+    "FINAL_STATES",
+    "HubSettings",
+    "Hub",
+    "LocalHub",
+    "HubServer",
+    "capability",
+    "on_broadcast",
+    "Task",
+    "Progress",
+    "TaskHandle",
+    "Agent",
+    "serve",
+    "main",
+]
+
+class Code(enum.StrEnum):
+    """The codes of `error` messages and of failed results, stable on the wire."""
+
+    INVALID_MESSAGE = "invalid_message"
+    UNSUPPORTED_TYPE = "unsupported_type"
+    UNAUTHORIZED = "unauthorized"
+    NOT_REGISTERED = "not_registered"
+    UNKNOWN_AGENT = "unknown_agent"
+    NO_AGENT = "no_agent"
+    UNKNOWN_TASK = "unknown_task"
+    DUPLICATE_TASK = "duplicate_task"
+    NOT_ASSIGNED = "not_assigned"
+    STALE_ATTEMPT = "stale_attempt"
+    TASK_OVER = "task_over"
+    TOO_LARGE = "too_large"
+    TOO_DEEP = "too_deep"
+    OVERLOADED = "overloaded"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    AGENT_LOST = "agent_lost"
+    TIMEOUT = "timeout"
+    NO_HANDLER = "no_handler"
+    INVALID_INPUT = "invalid_input"
+    HUB_LOST = "hub_lost"
+
+class AgentHubError(Exception):
+    """The base of all errors raised here. `code` is stable; `message` is for people."""
+
+    message: str
+    code: str
+    def __init__(self, message: str, *, code: str = ...) -> None: ...
+
+class InvalidMessage(AgentHubError):
+    """What came in is not a message of the protocol. `reply_to` is its id, where one could be read."""
+
+    reply_to: str | None
+    def __init__(self, message: str, *, code: str = ..., reply_to: str | None = None) -> None: ...
+
+class Refused(AgentHubError):
+    """The hub refused a request, and nothing changed. `task_id` names the task it was about, if any."""
+
+    task_id: str | None
+    def __init__(self, message: str, *, code: str, task_id: str | None = None) -> None: ...
+
+class Disconnected(AgentHubError):
+    """There is no connection to the hub. `close_code` is the WebSocket close code, if there was one."""
+
+    close_code: int | None
+    def __init__(self, message: str, *, close_code: int | None = None) -> None: ...
+
+class TaskFailed(AgentHubError):
+    """A task ended without an output. A handler may raise it too, to fail its task with a code of its choice."""
+
+    task_id: str | None
+    def __init__(self, message: str, *, code: str = ..., task_id: str | None = None) -> None: ...
+
+class TaskTimeout(TaskFailed):
+    """A task's time to live was over before it ended."""
+    def __init__(self, message: str, *, task_id: str | None = None) -> None: ...
+
+class PackageMissing(AgentHubError, ImportError):
+    """A package is needed that is not installed. The message says which, and the command to install it."""
+    def __init__(self, package: str, purpose: str) -> None: ...
+
+class IllegalTransition(AgentHubError):
+    """The table of task states has no such step: a bug in the hub. Nothing has changed."""
+
+class CloseCode(enum.IntEnum):
+    """The WebSocket close codes that the hub uses."""
+
+    DONE = 1000
+    GOING_AWAY = 1001
+    NOT_ALLOWED = 1008
+    TOO_BIG = 1009
+    REPLACED = 4000
+    SILENT = 4001
+    NOT_READING = 4002
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The bounds of one string or list (by length) or number (by value), for `Annotated`."""
+
+    min_length: int | None = ...
+    max_length: int | None = ...
+    gt: float | None = ...
+    ge: float | None = ...
+    le: float | None = ...
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any: ...
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Any JSON that passes `check_json`, of at most `bytes_max` bytes (None: what the message allows)."""
+
+    bytes_max: int | None = ...
+    def check(self, value: Any) -> Any: ...
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any: ...
+
+@dataclass(slots=True)
+class Capability:
+    """Something that an agent can do. The schemas are JSON Schemas of a task's input and output."""
+
+    name: Name
+    description: Description = ...
+    input_schema: Schema | None = ...
+    output_schema: Schema | None = ...
+
+@dataclass(slots=True)
+class ErrorInfo:
+    """Why a task ended without an output."""
+
+    code: Id
+    message: Text = ...
+
+@dataclass(slots=True)
+class TaskRef:
+    """A task that the hub holds to be in progress at an agent, and the attempt it is on."""
+
+    task_id: str
+    attempt: int
+
+@dataclass(slots=True)
+class AgentInfo:
+    """What one agent may know of another. `running` and `max_tasks` are counts of tasks."""
+
+    agent_id: str
+    name: str
+    description: str
+    capabilities: list[Capability]
+    running: int
+    max_tasks: int
+    metadata: dict[str, Any]
+
+@dataclass(slots=True, kw_only=True)
+class TaskInfo:
+    """What anybody may know of a task: no input, output or error text.
+
+    `agent_id` is its assignee, or the agent that it waits for; `ttl` the seconds left, `age_s` the seconds since
+    the hub accepted it; `code` why it ended, if it failed.
+    """
+
+    task_id: str
+    state: str
+    requester: str
+    agent_id: str | None = ...
+    capability: str | None = ...
+    attempt: int
+    priority: int
+    max_retries: int
+    parent_id: str | None = ...
+    ttl: float
+    age_s: float
+    progress: float | None = ...
+    code: str | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Register:
+    type: Literal["register"] = ...
+    id: Id | None = ...
+    name: Name
+    description: Description = ...
+    capabilities: Annotated[list[Name | Capability], None] = field(default_factory=list)
+    max_tasks: TaskLimit = ...
+    metadata: Metadata = field(default_factory=dict)
+    agent_id: Id | None = ...
+    resume: Id | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Deregister:
+    type: Literal["deregister"] = ...
+    id: Id | None = ...
+    drain: bool = ...
+
+@dataclass(slots=True, kw_only=True)
+class Discover:
+    type: Literal["discover"] = ...
+    id: Id | None = ...
+    capability: Annotated[str, None] = ...
+    limit: Annotated[int, None] = ...
+
+@dataclass(slots=True, kw_only=True)
+class Delegate:
+    type: Literal["delegate"] = ...
+    id: Id | None = ...
+    task_id: Id
+    agent_id: Id | None = ...
+    capability: Name | None = ...
+    input: Json = ...
+    ttl: Seconds = ...
+    priority: Priority = ...
+    max_retries: Retries = ...
+    parent_id: Id | None = ...
+    wait: bool = ...
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    type: Literal["result"] = ...
+    id: Id | None = ...
+    task_id: Id
+    success: bool
+    output: Json = ...
+    error: Text | ErrorInfo | None = ...
+    attempt: Attempt | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Status:
+    type: Literal["status"] = ...
+    id: Id | None = ...
+    task_id: Id | None = ...
+    tasks: bool = ...
+    progress: Fraction | None = ...
+    detail: Json = ...
+
+@dataclass(slots=True, kw_only=True)
+class Broadcast:
+    type: Literal["broadcast"] = ...
+    id: Id | None = ...
+    message: Json
+    capability: Name | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Heartbeat:
+    type: Literal["heartbeat"] = ...
+    id: Id | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Registered:
+    type: Literal["register"] = ...
+    reply_to: str | None = ...
+    agent_id: str
+    resume: str
+    heartbeat_s: float
+    max_bytes: int
+    tasks: list[TaskRef]
+
+@dataclass(slots=True, kw_only=True)
+class Deregistered:
+    type: Literal["deregister"] = ...
+    reply_to: str | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Discovered:
+    type: Literal["discover"] = ...
+    reply_to: str | None = ...
+    agents: list[AgentInfo]
+    total: int
+
+@dataclass(slots=True, kw_only=True)
+class Delegated:
+    """A task handed to its agent. `ttl` is the seconds left, `attempt` the number of this delivery, from 1."""
+
+    type: Literal["delegate"] = ...
+    task_id: str
+    sender: str
+    agent_id: str
+    capability: str | None
+    input: Any
+    ttl: float
+    priority: int
+    max_retries: int
+    parent_id: str | None
+    attempt: int
+
+@dataclass(slots=True, kw_only=True)
+class Settled:
+    """A task's end, told to its requester. `sender` is None when the hub itself ended it."""
+
+    type: Literal["result"] = ...
+    task_id: str
+    sender: str | None
+    success: bool
+    state: str
+    output: Any
+    error: ErrorInfo | None
+    attempt: int
+
+@dataclass(slots=True, kw_only=True)
+class Reported:
+    """A `status` from the hub: of itself, of all tasks or of one; progress; or word that a task has ended.
+
+    The fields of one task are those of TaskInfo. `input`, `output`, `error` and `detail` are shown to the task's
+    requester and assignee only.
+    """
+
+    type: Literal["status"] = ...
+    reply_to: str | None = ...
+    hub: dict[str, Any] | None = ...
+    tasks: list[TaskInfo] | None = ...
+    total: int | None = ...
+    task_id: str | None = ...
+    state: str | None = ...
+    requester: str | None = ...
+    agent_id: str | None = ...
+    capability: str | None = ...
+    attempt: int | None = ...
+    priority: int | None = ...
+    max_retries: int | None = ...
+    parent_id: str | None = ...
+    ttl: float | None = ...
+    age_s: float | None = ...
+    code: str | None = ...
+    sender: str | None = ...
+    seq: int | None = ...
+    progress: float | None = ...
+    detail: Any = ...
+    input: Any = ...
+    output: Any = ...
+    error: ErrorInfo | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Acknowledged:
+    """The part of Reported that answers most requests about a task; it goes out far more often than the rest."""
+
+    type: Literal["status"] = ...
+    reply_to: str | None = ...
+    task_id: str
+    state: str
+    attempt: int
+
+@dataclass(slots=True, kw_only=True)
+class Announced:
+    """A broadcast on its way to an agent (`message`, `sender`), or the reply to its sender (`recipients`)."""
+
+    type: Literal["broadcast"] = ...
+    reply_to: str | None = ...
+    recipients: int | None = ...
+    sender: str | None = ...
+    message: Any = ...
+    capability: str | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Relayed:
+    """The part of Announced that goes to those who are meant to hear it."""
+
+    type: Literal["broadcast"] = ...
+    sender: str
+    message: Any
+    capability: str | None
+
+@dataclass(slots=True, kw_only=True)
+class HeartbeatAck:
+    type: Literal["heartbeat_ack"] = ...
+    reply_to: str | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class Error:
+    type: Literal["error"] = ...
+    reply_to: str | None = ...
+    code: str
+    message: str
+    task_id: str | None = ...
+
+AgentMessage = Register | Deregister | Discover | Delegate | Result | Status | Broadcast | Heartbeat
+HubMessage = Registered | Deregistered | Discovered | Delegated | Settled | Reported | Announced | HeartbeatAck | Error
+HubOutput = HubMessage | Acknowledged | Relayed
+
+class Codec:
+    """Bytes to checked messages and back, by Pydantic, from the annotations above.
+
+    Strict: no string for a number, no bool for a number, no number that is not finite. Made at the first use, so
+    that importing this module costs no import of Pydantic.
+    """
+
+    serializers: dict[type, tuple[Callable[..., bytes], bool]]
+    def __init__(self) -> None: ...
+    def decoder(self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str) -> Callable[[bytes], Any]:
+        """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
+
+class TaskState(enum.StrEnum):
+    """Where a task stands."""
+
+    PENDING = "pending"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+
+class TaskEvent(enum.StrEnum):
+    """What can happen to a task."""
+
+    ASSIGNED = "assigned"
+    SUCCEEDED = "succeeded"
+    ERRED = "erred"
+    RETRIED = "retried"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]]
+FINAL_STATES: frozenset[TaskState]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSettings:
+    """What a deployer may tune. Raises ValueError for a value out of range."""
+
+    heartbeat_s: float = ...
+    grace_s: float = ...
+    retention_s: float = ...
+    reap_s: float = ...
+    message_bytes_max: int = ...
+    records_bytes_max: int = ...
+    open_tasks_max: int = ...
+    pending_tasks_max: int = ...
+    agents_max: int = ...
+    def __post_init__(self) -> None: ...
+    @property
+    def envelope_bytes(self) -> int:
+        """How much smaller than the limit a message must be that the hub passes on."""
+    @property
+    def silence_s(self) -> float:
+        """How long a connection may be silent before it is closed."""
+
+class Close(NamedTuple):
+    """Close a connection, after what was sent before."""
+
+    code: int
+    reason: str
+
+Effect = tuple[Any, HubOutput | Close]
+Item = TypeVar("Item", bound=Hashable)
+
+class LazyHeap(Generic[Item]):
+    """A priority queue whose items can be moved and taken back.
+
+    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
+    is bounded by what is in the queue, and every operation is O(log n) on average.
+    """
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def push(self, item: Item, key: Any) -> None:
+        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
+    def discard(self, item: Item) -> None: ...
+    def first(self) -> tuple[Any, Item] | None:
+        """Return the least key and its item, or None."""
+
+@dataclass(slots=True, eq=False)
+class TaskRecord:
+    """What the hub knows of one task. Only `Hub._move` assigns `state`."""
+
+    task_id: str
+    request: Delegate
+    requester: AgentRecord
+    parent: TaskRecord | None
+    depth: int
+    accepted_at: float
+    deadline: float
+    arrival: int
+    bytes: int
+    state: TaskState = ...
+    assignee: AgentRecord | None = ...
+    attempt: int = ...
+    seq: int = ...
+    progress: float | None = ...
+    detail: Any = ...
+    success: bool = ...
+    output: Any = ...
+    detail_bytes: int = ...
+    error: ErrorInfo | None = ...
+    settled_by: AgentRecord | None = ...
+    ended_at: float = ...
+    children: dict[str, TaskRecord] | None = ...
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in a queue: the higher priority first, then the earlier arrival."""
+    @property
+    def is_patient(self) -> bool:
+        """Whether it waits for the agent it names when that one is lost before it could start."""
+
+@dataclass(slots=True, eq=False)
+class AgentRecord:
+    """What the hub knows of one agent.
+
+    It is online while it has a connection; away from the loss of that until its grace time ends (both count as
+    "there"); and gone after that, when its record stays only as long as `is_needed`.
+    """
+
+    agent_id: str
+    resume: str
+    peer: Peer | None = ...
+    there: bool = ...
+    departed: bool = ...
+    leaving: Deregister | None = ...
+    name: str = ...
+    description: str = ...
+    capabilities: dict[str, Capability] = field(default_factory=dict)
+    names: list[tuple[str, list[str]]] = field(default_factory=list)
+    words: frozenset[str] = ...
+    max_tasks: int = ...
+    metadata: dict[str, Any] = field(default_factory=dict)
+    info_bytes: int = ...
+    pools: list[Pool] = field(default_factory=list)
+    load: int | None = ...
+    running: dict[str, TaskRecord] = field(default_factory=dict)
+    awaited: dict[str, TaskRecord] = field(default_factory=dict)
+    requested: dict[str, TaskRecord] = field(default_factory=dict)
+    undelivered: dict[str, TaskRecord] = field(default_factory=dict)
+    told: int = ...
+    @property
+    def is_available(self) -> bool: ...
+    @property
+    def is_needed(self) -> bool:
+        """Whether a gone agent still has a reason to come back."""
+    @property
+    def info(self) -> AgentInfo: ...
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One connection, and the agent that has registered on it (None: an observer)."""
+
+    connection: Hashable
+    last_seen: float
+    agent: AgentRecord | None = ...
+
+class Pool:
+    """The agents that are there with one capability, and those of them that can take a task, by load."""
+
+    name: Incomplete
+    members: dict[str, AgentRecord]
+    free: dict[int, dict[str, AgentRecord]]
+    def __init__(self, name: str) -> None: ...
+    def move(self, agent: AgentRecord, old: int | None, new: int | None) -> None:
+        """List `agent` under the load `new` instead of `old`; None is the load of one that can take no task."""
+    def least_loaded(self, *excluded: AgentRecord | None) -> AgentRecord | None:
+        """Return a free agent with the fewest tasks; of several, the one that has had that load for longest."""
+
+class PendingQueue:
+    """The pending tasks with one target, kept by requester, so that an agent can pass over its own in one step."""
+    def __init__(self) -> None: ...
+    def __bool__(self) -> bool: ...
+    def push(self, task: TaskRecord) -> None: ...
+    def discard(self, task: TaskRecord) -> None: ...
+    def first(self, excluding: AgentRecord | None) -> TaskRecord | None:
+        """Return the first task in line whose requester is not `excluding`."""
+
+class Hub:
+    """Every decision about agents and tasks.
+
+    `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
+    does not go back (if it does, time stands still here until it has caught up).
+    """
+
+    settings: HubSettings
+    shutting_down: bool
+    def __init__(self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float) -> None: ...
+    def connected(self, connection: Hashable, now: float) -> list[Effect]:
+        """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
+    def receive(
+        self, connection: Hashable, message: AgentMessage | InvalidMessage, now: float, message_bytes: int = 0
+    ) -> list[Effect]:
+        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read."""
+    def disconnected(self, connection: Hashable, now: float) -> list[Effect]:
+        """Take note of a lost connection: its agent's place is kept for the grace time."""
+    def tick(self, now: float) -> list[Effect]:
+        """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
+    def next_deadline(self) -> float:
+        """Return when `tick` is due next."""
+    def shut_down(self) -> None:
+        """Take no new task from now on."""
+    @property
+    def in_progress(self) -> int:
+        """How many tasks are in progress."""
+    def summary(self) -> dict[str, Any]:
+        """Return what `status` says of the hub itself."""
+
+class LinkOwner(Protocol):
+    """Who is told what happens on a link. `closed` comes once, and nothing after it."""
+    def opened(self, link: Link) -> None: ...
+    def received(self, link: Link, message: Any, message_bytes: int) -> None:
+        """Take a message, or the InvalidMessage that says why it is none."""
+    def closed(self, link: Link, code: int, reason: str) -> None: ...
+
+class Link:
+    """What all links share: decoding for the owner, and telling it once that the link has closed."""
+
+    gone: Incomplete
+    writable: Incomplete
+    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
+    def send(self, raw: bytes) -> None:
+        """Send an encoded message; without effect when the link is closing."""
+    def close(self, code: int, reason: str = "") -> None:
+        """Close after what was sent before. The owner's `closed` follows when the link is gone."""
+    def abort(self) -> None:
+        """Cut the link, without waiting for anything."""
+
+Connector = Callable[[LinkOwner], Awaitable[Link]]
+
+class MemoryLink(Link):
+    """One end of a connection within this process. Messages still go through encode and decode."""
+    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
+    @classmethod
+    def pair(cls, near: tuple[LinkOwner, Callable[[bytes], Any]], far: tuple[LinkOwner, Any]) -> tuple[Link, Link]:
+        """Return both ends, each for its owner and with its way to decode."""
+    def send(self, raw: bytes) -> None: ...
+    def close(self, code: int, reason: str = "") -> None: ...
+    def abort(self) -> None: ...
+
+class WebSocketLink(Link, asyncio.Protocol):
+    """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
+
+    Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
+    of the loop goes out in one write. A peer that does not read is cut off at `backlog_bytes_max` (None: its user looks
+    at `writable` instead): a polite close would wait behind the very bytes that are not read.
+    """
+
+    TEXT: Incomplete
+    BINARY: Incomplete
+    CONTINUATION: Incomplete
+    CLOSE: Incomplete
+    def __init__(
+        self,
+        protocol: Any,
+        owner: LinkOwner,
+        decode: Callable[[bytes], Any],
+        *,
+        is_server: bool,
+        backlog_bytes_max: int | None,
+    ) -> None: ...
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+    def eof_received(self) -> None: ...
+    def connection_lost(self, error: Exception | None) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+    def send(self, raw: bytes) -> None: ...
+    def close(self, code: int, reason: str = "") -> None: ...
+    def abort(self) -> None: ...
+
+class ServerLink(WebSocketLink):
+    """The hub's end of a WebSocket. `answer(request)` gives (status, body) for a plain HTTP request, else None."""
+    def __init__(
+        self,
+        owner: LinkOwner,
+        answer: Callable[[Any], tuple[int, str] | None],
+        *,
+        message_bytes_max: int,
+        backlog_bytes_max: int,
+    ) -> None: ...
+
+class ClientLink(WebSocketLink):
+    """An agent's end of a WebSocket. `ready` is done when the handshake is."""
+
+    ready: asyncio.Future[None]
+    def __init__(self, protocol: Any, owner: LinkOwner) -> None: ...
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+class LocalHub:
+    """A hub in this process, reached over in-memory links: for tests, and for programs of one process.
+
+        async with LocalHub() as hub, Agent("a", hub=hub) as a:
+            ...
+
+    Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on.
+    """
+
+    settings: HubSettings
+    hub: Hub
+    def __init__(self, settings: HubSettings | None = None) -> None: ...
+    async def __aenter__(self) -> typing.Self: ...
+    async def __aexit__(self, *_: object) -> None: ...
+    async def start(self) -> None: ...
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
+    async def connect(self, owner: LinkOwner) -> Link:
+        """Open a link to this hub from within its process."""
+    def opened(self, link: Link) -> None: ...
+    def received(self, link: Link, message: Any, message_bytes: int) -> None: ...
+    def closed(self, link: Link, code: int, reason: str) -> None: ...
+
+class HubServer(LocalHub):
+    """A hub that listens for WebSockets, and answers `GET /healthz` on the same port.
+
+    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken.
+    """
+
+    host: str
+    port: int
+    def __init__(
+        self,
+        settings: HubSettings | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8765,
+        backlog_bytes_max: int = ...,
+    ) -> None: ...
+    @property
+    def url(self) -> str: ...
+    async def start(self) -> None: ...
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Reply = TypeVar("Reply")
+
+class Session:
+    """One life of a link to the hub. Does not reconnect; `ended` is done, with (code, reason), when it is over."""
+
+    ended: asyncio.Future[tuple[int, str]]
+    heartbeat_s: float
+    message_bytes_max: Incomplete
+    last_received: float
+    over: Incomplete
+    def __init__(self, on_message: Callable[[HubMessage], None]) -> None: ...
+    @classmethod
+    async def open(cls, connector: Connector, on_message: Callable[[HubMessage], None]) -> Session:
+        """Connect. Raises Disconnected if there is no hub."""
+    def pack(self, message: AgentMessage) -> bytes:
+        """Return a message as it goes over the wire; from any thread.
+
+        Raises Refused(too_large) for what the hub would not pass on, ValueError for what is not JSON.
+        """
+    def post(self, raw: bytes) -> None:
+        """Send what can be missed: not when the session is over, or when too much waits to be sent already."""
+    def ask(self, message: AgentMessage, then: Callable[[HubMessage | AgentHubError], None]) -> None:
+        """Send; `then` gets the reply, in its place among what comes in, or why there is none. Raises as `pack`."""
+    async def request(
+        self, message: AgentMessage, reply_type: type[Reply], at_once: Callable[[Reply], None] | None = None
+    ) -> Reply:
+        """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
+
+        Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies.
+        """
+    async def close(self) -> None:
+        """Close, and wait until nothing is left of the connection."""
+    def opened(self, link: Link) -> None: ...
+    def received(self, link: Link, message: Any, message_bytes: int) -> None: ...
+    def closed(self, link: Link, code: int, reason: str) -> None: ...
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A function that does the tasks of one capability."""
+
+    function: Callable[..., Any]
+    capability: Capability
+    task_parameter: str | None
+    bare_parameter: str | None
+    is_async: bool
+    @classmethod
+    def of(cls, function: Callable[..., Any], name: str | None, description: str | None) -> Handler:
+        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments."""
+    def arguments(self, task: Task) -> dict[str, Any]:
+        """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What `capability` and `on_broadcast` leave on a method of an Agent's subclass."""
+
+    name: str | None = ...
+    description: str | None = ...
+    is_broadcast: bool = ...
+
+@typing.overload
+def capability(name: Function) -> Function: ...
+@typing.overload
+def capability(name: str | None = None, *, description: str | None = None) -> Callable[[Function], Function]: ...
+def on_broadcast(function: Function) -> Function:
+    """Make a method of an Agent's subclass the one that takes broadcasts: `(message, sender)`."""
+
+class Task:
+    """A task, as the handler that works on it sees it. A handler with an argument `task: Task` is given it.
+
+    `requester` is the agent_id of who asked; `attempt` counts deliveries from 1; `deadline` is in seconds of the
+    event loop's clock.
+    """
+
+    task_id: str
+    requester: str
+    capability: str | None
+    input: Any
+    attempt: int
+    priority: int
+    parent_id: str | None
+    deadline: float
+    def __init__(self, agent: Agent, message: Delegated) -> None: ...
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline; 0 when it is over."""
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task has ended without this handler: a plain function should look, and return."""
+    def progress(self, progress: float | None = None, detail: Any = None) -> None:
+        """Tell the requester how far the task is: a number from 0 to 1, and any JSON. From any thread.
+
+        Raises ValueError if it is neither, Refused if it is too large. Lost if there is no connection just now.
+        """
+    async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
+        """Delegate a part of this task, as `Agent.delegate` does; it does not outlive this one."""
+    async def submit(self, capability: str | None = None, input: Any = None, **options: Any) -> TaskHandle:
+        """Submit a part of this task, as `Agent.submit` does; it does not outlive this one."""
+    def run(self, awaitable: typing.Coroutine[Any, Any, Reply]) -> Reply:
+        """Run a coroutine on the agent's loop and wait for it, from a plain handler: `task.run(task.delegate(...))`."""
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One progress report: `progress` from 0 to 1 or None, `detail` any JSON, `seq` counts from 1 per task."""
+
+    progress: float | None
+    detail: Any
+    seq: int
+
+class TaskHandle:
+    """A task that this agent has delegated. Iterate it (`async for`) to see its progress until its end."""
+
+    task_id: str
+    def __init__(self, agent: Agent, message: Delegate) -> None: ...
+    @property
+    def done(self) -> bool:
+        """Whether the task has ended."""
+    async def result(self, timeout_s: float | None = None) -> Any:
+        """Return the task's output, waiting for it at most `timeout_s` seconds.
+
+        Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if
+        its time to live was over, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
+        """
+    async def cancel(self, reason: str = "") -> None:
+        """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
+    def __aiter__(self) -> AsyncIterator[Progress]: ...
+
+class Backoff:
+    """How long to wait before the next try: full jitter over a bound that doubles, from 0.5 s to 30 s.
+
+    Starts over only after a connection that lasted longer than the present bound, so that a hub which lets agents in
+    and drops them is not stormed.
+    """
+    def __init__(self) -> None: ...
+    def next_s(self) -> float: ...
+    def lasted(self, connection_s: float) -> None: ...
+
+class Agent:
+    """A program on the hub: what it can do, and its way to ask others.
+
+    `hub` is a LocalHub of this process; without one, `url` (else AGENTHUB_URL, else ws://127.0.0.1:8765) says where
+    the hub is. `name` is the class's by default. At most `max_tasks` tasks run at once. Without a connection it tries
+    again for ever, or for `give_up_after_s` seconds.
+
+    Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the
+    hub does not take the registration, Disconnected when it has given up or another took its place.
+    """
+
+    name: str
+    description: str
+    url: str
+    agent_id: str | None
+    max_tasks: int
+    metadata: dict[str, Any]
+    give_up_after_s: float | None
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        url: str | None = None,
+        hub: LocalHubLike | None = None,
+        max_tasks: int = 16,
+        metadata: dict[str, Any] | None = None,
+        give_up_after_s: float | None = None,
+    ) -> None: ...
+    @typing.overload
+    def capability(self, name: Function) -> Function: ...
+    @typing.overload
+    def capability(
+        self, name: str | None = None, *, description: str | None = None
+    ) -> Callable[[Function], Function]: ...
+    def on_broadcast(self, function: Function) -> Function:
+        """Make a function the one that takes broadcasts, one after the other: `(message, sender)`. A decorator."""
+    def use_hub(self, hub: LocalHubLike) -> None:
+        """Join a hub of this process instead of the one at `url`, from the next start on."""
+    def run(self, *, drain_s: float = ...) -> None:
+        """Run until Ctrl-C or SIGTERM; then take no new task and leave when the running ones have ended.
+
+        `drain_s` bounds that, in seconds; a second signal ends it at once.
+        """
+    async def __aenter__(self) -> typing.Self: ...
+    async def __aexit__(self, *_: object) -> None: ...
+    async def start(self) -> None:
+        """Connect, and return when the hub has registered this agent. Waits for a hub that is not there yet."""
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. What is open is settled."""
+    async def serve(self, stopped: asyncio.Event, drain_s: float = ...) -> None:
+        """Run until `stopped` is set, then drain; leave at once when cancelled. Raises what ends the connection."""
+    async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
+        """Have a task done, and return its output. The options are those of `submit`.
+
+        Raises what `submit` and `TaskHandle.result` raise. Cancelling this call calls the task off.
+        """
+    async def submit(
+        self,
+        capability: str | None = None,
+        input: Any = None,
+        *,
+        agent_id: str | None = None,
+        ttl: float = 300.0,
+        priority: int = 0,
+        max_retries: int = 0,
+        wait: bool = False,
+        task_id: str | None = None,
+        parent_id: str | None = None,
+    ) -> TaskHandle:
+        """Hand a task to the hub, and return when that has accepted it.
+
+        `capability` lets the hub choose the agent, `agent_id` names it; `ttl` is in seconds and covers waiting and
+        all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
+        `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
+
+        Raises Refused, with the hub's code; TaskTimeout if the hub could not be asked within `ttl`; ValueError if
+        the input is not JSON; Disconnected if there will be no connection.
+        """
+    async def discover(self, capability: str = "", limit: int = 100) -> list[AgentInfo]:
+        """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""
+    async def broadcast(self, message: Any, capability: str | None = None) -> int:
+        """Send any JSON to all other agents that are online (with that capability); return how many there are."""
+    async def status(self, task_id: str | None = None) -> Reported:
+        """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
+
+class LocalHubLike(Protocol):
+    """What an agent needs of a hub in its own process."""
+    def connect(self, owner: LinkOwner) -> Awaitable[Link]: ...
+
+async def serve(*agents: Agent, drain_s: float = ...) -> None:
+    """Run agents side by side until SIGINT or SIGTERM, then drain them for at most `drain_s` seconds.
+
+    A second signal ends it at once, with KeyboardInterrupt. Raises what ends an agent's connection for good.
+    """
+
+class CommandFailed(Exception):
+    """Ends the command line with exit code 1 and this one line on stderr."""
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, and return its exit code."""

@@ -1,0 +1,4460 @@
+"""AgentHub: programs register what they can do, find each other, delegate tasks and get results.
+
+One file, to install (`pip install agenthub`) or to copy into a project. A hub is started with
+`python -m agenthub hub`; an agent is a decorated function:
+
+    from agenthub import Agent
+
+    agent = Agent("greeter")
+
+    @agent.capability("greet")
+    async def greet(name: str) -> str:
+        return f"Hello, {name}!"
+
+    agent.run()
+
+and any other agent calls it with `await me.delegate("greet", {"name": "Ada"})`.
+
+The sections, top to bottom; each uses only those above it:
+
+    1 Errors         what can go wrong, by whose fault it is
+    2 Messages       the ten messages of the wire, their limits, decode and encode
+    3 Task states    the table that is the life of a task
+    4 Hub            every decision; no socket, no clock, no loop
+    5 Journal        (its number is kept: what must survive the hub's death)
+    6 Transport      links: WebSocket and in memory
+    7 Server         the hub on an event loop, with sockets and timers
+    8 Agent          the SDK: both styles over one registry and one connection loop
+    9 Command line   hub, agent, status, call, schema
+
+What a deployer may tune stands in `HubSettings` (section 4). The wire is described in
+docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import contextvars
+import dataclasses
+import enum
+import functools
+import heapq
+import hmac
+import importlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import threading
+import types
+import typing
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeGuard, TypeVar
+
+if typing.TYPE_CHECKING:
+    import pydantic
+
+__version__ = "0.1.0"
+__all__ = [
+    # 1 Errors
+    "AgentHubError",
+    "Code",
+    "Disconnected",
+    "IllegalTransition",
+    "InvalidMessage",
+    "PackageMissing",
+    "Refused",
+    "TaskFailed",
+    "TaskTimeout",
+    # 2 Messages
+    "AgentInfo",
+    "Capability",
+    "CloseCode",
+    "ErrorInfo",
+    "Reported",
+    "TaskInfo",
+    # 3 Task states
+    "FINAL_STATES",
+    "TRANSITIONS",
+    "TaskEvent",
+    "TaskState",
+    # 4 Hub
+    "Hub",
+    "HubSettings",
+    # 7 Server
+    "HubServer",
+    "LocalHub",
+    # 8 Agent
+    "Agent",
+    "Progress",
+    "Task",
+    "TaskHandle",
+    "capability",
+    "on_broadcast",
+    "serve",
+    # 9 Command line
+    "main",
+]
+
+PROTOCOL_VERSION = 1
+URL_DEFAULT = "ws://127.0.0.1:8765"
+
+
+# ============================================================================================
+# 1 Errors
+#
+#   AgentHubError
+#   ├── InvalidMessage      the peer's fault: what came in is not a message
+#   ├── Refused             the caller's fault: the hub would not do what it was asked
+#   ├── Disconnected        life's: no connection to the hub, and none to come
+#   ├── TaskFailed          life's: the task has ended without an output
+#   │   └── TaskTimeout       ... because its time to live was over
+#   ├── PackageMissing      the installation's: this needs a package that is not there
+#   └── IllegalTransition   ours: a step that the table of task states does not have
+# ============================================================================================
+
+
+class Code(enum.StrEnum):
+    """The codes of `error` messages and of failed results, stable on the wire."""
+
+    INVALID_MESSAGE = "invalid_message"
+    UNSUPPORTED_TYPE = "unsupported_type"
+    UNAUTHORIZED = "unauthorized"
+    NOT_REGISTERED = "not_registered"
+    UNKNOWN_AGENT = "unknown_agent"
+    NO_AGENT = "no_agent"
+    UNKNOWN_TASK = "unknown_task"
+    DUPLICATE_TASK = "duplicate_task"
+    NOT_ASSIGNED = "not_assigned"
+    STALE_ATTEMPT = "stale_attempt"
+    TASK_OVER = "task_over"
+    TOO_LARGE = "too_large"
+    TOO_DEEP = "too_deep"
+    OVERLOADED = "overloaded"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+    # In a failed result only.
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    AGENT_LOST = "agent_lost"
+    TIMEOUT = "timeout"
+    NO_HANDLER = "no_handler"
+    INVALID_INPUT = "invalid_input"
+    HUB_LOST = "hub_lost"
+
+
+class AgentHubError(Exception):
+    """The base of all errors raised here. `code` is stable; `message` is for people."""
+
+    message: str
+    code: str
+
+    def __init__(self, message: str, *, code: str = Code.INTERNAL) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = str(code)
+
+
+class InvalidMessage(AgentHubError):
+    """What came in is not a message of the protocol. `reply_to` is its id, where one could be read."""
+
+    reply_to: str | None
+
+    def __init__(self, message: str, *, code: str = Code.INVALID_MESSAGE, reply_to: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.reply_to = reply_to
+
+
+class Refused(AgentHubError):
+    """The hub refused a request, and nothing changed. `task_id` names the task it was about, if any."""
+
+    task_id: str | None
+
+    def __init__(self, message: str, *, code: str, task_id: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.task_id = task_id
+
+
+class Disconnected(AgentHubError):
+    """There is no connection to the hub. `close_code` is the WebSocket close code, if there was one."""
+
+    close_code: int | None
+
+    def __init__(self, message: str, *, close_code: int | None = None) -> None:
+        super().__init__(message, code=Code.HUB_LOST)
+        self.close_code = close_code
+
+
+class TaskFailed(AgentHubError):
+    """A task ended without an output. A handler may raise it too, to fail its task with a code of its choice."""
+
+    task_id: str | None
+
+    def __init__(self, message: str, *, code: str = Code.FAILED, task_id: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.task_id = task_id
+
+
+class TaskTimeout(TaskFailed):
+    """A task's time to live was over before it ended."""
+
+    def __init__(self, message: str, *, task_id: str | None = None) -> None:
+        super().__init__(message, code=Code.TIMEOUT, task_id=task_id)
+
+
+class PackageMissing(AgentHubError, ImportError):
+    """A package is needed that is not installed. The message says which, and the command to install it."""
+
+    def __init__(self, package: str, purpose: str) -> None:
+        AgentHubError.__init__(self, f"{purpose} needs the package {package}: pip install {package}")
+
+
+class IllegalTransition(AgentHubError):
+    """The table of task states has no such step: a bug in the hub. Nothing has changed."""
+
+
+# ============================================================================================
+# 2 Messages
+#
+# Ten types go over the wire, and each class below is one of them in one direction:
+#
+#   type            agent -> hub    hub -> agent
+#   register        Register        Registered
+#   deregister      Deregister      Deregistered
+#   discover        Discover        Discovered
+#   delegate        Delegate        Delegated       (handed to its agent)
+#   result          Result          Settled         (told to its requester)
+#   status          Status          Reported, Acknowledged
+#   broadcast       Broadcast       Announced, Relayed
+#   heartbeat       Heartbeat
+#   heartbeat_ack                   HeartbeatAck
+#   error                           Error
+#
+# The annotations are the only place where limits are written; what checks them is derived from
+# them. In what goes out, a field that is None is left out, except where NULLS_ARE_VALUES.
+# ============================================================================================
+
+
+class CloseCode(enum.IntEnum):
+    """The WebSocket close codes that the hub uses."""
+
+    DONE = 1000
+    GOING_AWAY = 1001
+    NOT_ALLOWED = 1008
+    TOO_BIG = 1009
+    REPLACED = 4000  # A newer connection has taken the agent over.
+    SILENT = 4001  # Three heartbeat intervals without a message.
+    NOT_READING = 4002  # Its backlog is over the bound.
+
+
+MESSAGE_BYTES_MAX = 1_048_576  # By default; a hub announces its own.
+TTL_MAX_S = 604_800  # A week.
+DEPTH_MAX = 64  # Nesting of a payload. Parsers of other languages stop at 100 or so.
+TEXT_MAX = 65_536  # Characters of an error's text.
+ENVELOPE_BYTES = 1024  # What the hub may add to a message that it passes on.
+REF_BYTES = 808  # A task in the reply to `register`, at the most: each character of its id may take six.
+SCAN_BYTES = 65_536  # How far into a message that is not JSON its id is looked for.
+TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]', re.DOTALL)
+
+
+SCALARS = frozenset((str, int, bool, types.NoneType))
+
+
+def check_json(value: Any, depth: int = DEPTH_MAX) -> Any:
+    """Return `value` if it is JSON, finite and at most `depth` deep; raise ValueError if not."""
+    if type(value) in SCALARS:
+        return value
+    if isinstance(value, dict):
+        items: Iterable[Any] = value.values()
+    elif isinstance(value, list | tuple):
+        items = value
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("holds a number that is not finite")
+        return value
+    elif isinstance(value, str | int):
+        return value
+    else:
+        raise ValueError(f"holds a {type(value).__name__}, which is not JSON")
+    if depth == 0:
+        raise ValueError(f"is nested more than {DEPTH_MAX} deep")
+    for item in items:
+        if type(item) not in SCALARS:
+            check_json(item, depth - 1)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The bounds of one string or list (by length) or number (by value), for `Annotated`."""
+
+    min_length: int | None = None
+    max_length: int | None = None
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        bounds = ((name, getattr(self, name)) for name in self.__slots__)
+        return handler(source) | {name: bound for name, bound in bounds if bound is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Any JSON that passes `check_json`, of at most `bytes_max` bytes (None: what the message allows)."""
+
+    bytes_max: int | None = None
+
+    def check(self, value: Any) -> Any:
+        check_json(value)
+        if self.bytes_max is not None and len(json.dumps(value).encode()) > self.bytes_max:
+            raise ValueError(f"is larger than {self.bytes_max} bytes")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        check = check_json if self.bytes_max is None else self.check
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+
+Id = Annotated[str, Limit(min_length=1, max_length=128)]
+Name = Annotated[str, Limit(min_length=1, max_length=128)]
+Description = Annotated[str, Limit(max_length=4096)]
+Text = Annotated[str, Limit(max_length=TEXT_MAX)]
+Json = Annotated[Any, Payload()]
+Schema = Annotated[dict[str, Any], Payload(bytes_max=65_536)]
+Metadata = Annotated[dict[str, Any], Payload(bytes_max=4096)]
+Seconds = Annotated[float, Limit(gt=0, le=TTL_MAX_S)]
+Fraction = Annotated[float, Limit(ge=0, le=1)]
+Priority = Annotated[int, Limit(ge=-100, le=100)]
+Retries = Annotated[int, Limit(ge=0, le=100)]
+Attempt = Annotated[int, Limit(ge=1, le=1_000_000)]
+TaskLimit = Annotated[int, Limit(ge=1, le=10_000)]
+
+
+@dataclass(slots=True)
+class Capability:
+    """Something that an agent can do. The schemas are JSON Schemas of a task's input and output."""
+
+    name: Name
+    description: Description = ""
+    input_schema: Schema | None = None
+    output_schema: Schema | None = None
+
+
+@dataclass(slots=True)
+class ErrorInfo:
+    """Why a task ended without an output."""
+
+    code: Id
+    message: Text = ""
+
+
+@dataclass(slots=True)
+class TaskRef:
+    """A task that the hub holds to be in progress at an agent, and the attempt it is on."""
+
+    task_id: str
+    attempt: int
+
+
+@dataclass(slots=True)
+class AgentInfo:
+    """What one agent may know of another. `running` and `max_tasks` are counts of tasks."""
+
+    agent_id: str
+    name: str
+    description: str
+    capabilities: list[Capability]
+    running: int
+    max_tasks: int
+    metadata: dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskInfo:
+    """What anybody may know of a task: no input, output or error text.
+
+    `agent_id` is its assignee, or the agent that it waits for; `ttl` the seconds left, `age_s` the seconds since
+    the hub accepted it; `code` why it ended, if it failed.
+    """
+
+    task_id: str
+    state: str
+    requester: str
+    agent_id: str | None = None
+    capability: str | None = None
+    attempt: int
+    priority: int
+    max_retries: int
+    parent_id: str | None = None
+    ttl: float
+    age_s: float
+    progress: float | None = None
+    code: str | None = None
+
+
+# What agents send.
+
+
+@dataclass(slots=True, kw_only=True)
+class Register:
+    type: Literal["register"] = "register"
+    id: Id | None = None
+    name: Name
+    description: Description = ""
+    capabilities: Annotated[list[Name | Capability], Limit(max_length=64)] = field(default_factory=list)
+    max_tasks: TaskLimit = 16
+    metadata: Metadata = field(default_factory=dict)
+    agent_id: Id | None = None
+    resume: Id | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Deregister:
+    type: Literal["deregister"] = "deregister"
+    id: Id | None = None
+    drain: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Discover:
+    type: Literal["discover"] = "discover"
+    id: Id | None = None
+    capability: Annotated[str, Limit(max_length=128)] = ""
+    limit: Annotated[int, Limit(ge=1, le=1000)] = 100
+
+
+@dataclass(slots=True, kw_only=True)
+class Delegate:
+    type: Literal["delegate"] = "delegate"
+    id: Id | None = None
+    task_id: Id
+    agent_id: Id | None = None
+    capability: Name | None = None
+    input: Json = None
+    ttl: Seconds = 300.0
+    priority: Priority = 0
+    max_retries: Retries = 0
+    parent_id: Id | None = None
+    wait: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    type: Literal["result"] = "result"
+    id: Id | None = None
+    task_id: Id
+    success: bool
+    output: Json = None
+    error: Text | ErrorInfo | None = None
+    attempt: Attempt | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Status:
+    type: Literal["status"] = "status"
+    id: Id | None = None
+    task_id: Id | None = None
+    tasks: bool = False
+    progress: Fraction | None = None
+    detail: Json = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Broadcast:
+    type: Literal["broadcast"] = "broadcast"
+    id: Id | None = None
+    message: Json
+    capability: Name | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Heartbeat:
+    type: Literal["heartbeat"] = "heartbeat"
+    id: Id | None = None
+
+
+# What the hub sends. A reply carries the `id` of its request as `reply_to`.
+
+
+@dataclass(slots=True, kw_only=True)
+class Registered:
+    type: Literal["register"] = "register"
+    reply_to: str | None = None
+    agent_id: str
+    resume: str
+    heartbeat_s: float
+    max_bytes: int
+    tasks: list[TaskRef]
+
+
+@dataclass(slots=True, kw_only=True)
+class Deregistered:
+    type: Literal["deregister"] = "deregister"
+    reply_to: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Discovered:
+    type: Literal["discover"] = "discover"
+    reply_to: str | None = None
+    agents: list[AgentInfo]
+    total: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Delegated:
+    """A task handed to its agent. `ttl` is the seconds left, `attempt` the number of this delivery, from 1."""
+
+    type: Literal["delegate"] = "delegate"
+    task_id: str
+    sender: str
+    agent_id: str
+    capability: str | None
+    input: Any
+    ttl: float
+    priority: int
+    max_retries: int
+    parent_id: str | None
+    attempt: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Settled:
+    """A task's end, told to its requester. `sender` is None when the hub itself ended it."""
+
+    type: Literal["result"] = "result"
+    task_id: str
+    sender: str | None
+    success: bool
+    state: str
+    output: Any
+    error: ErrorInfo | None
+    attempt: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Reported:
+    """A `status` from the hub: of itself, of all tasks or of one; progress; or word that a task has ended.
+
+    The fields of one task are those of TaskInfo. `input`, `output`, `error` and `detail` are shown to the task's
+    requester and assignee only.
+    """
+
+    type: Literal["status"] = "status"
+    reply_to: str | None = None
+    hub: dict[str, Any] | None = None
+    tasks: list[TaskInfo] | None = None
+    total: int | None = None
+    task_id: str | None = None
+    state: str | None = None
+    requester: str | None = None
+    agent_id: str | None = None
+    capability: str | None = None
+    attempt: int | None = None
+    priority: int | None = None
+    max_retries: int | None = None
+    parent_id: str | None = None
+    ttl: float | None = None
+    age_s: float | None = None
+    code: str | None = None
+    sender: str | None = None
+    seq: int | None = None
+    progress: float | None = None
+    detail: Any = None
+    input: Any = None
+    output: Any = None
+    error: ErrorInfo | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Acknowledged:
+    """The part of Reported that answers most requests about a task; it goes out far more often than the rest."""
+
+    type: Literal["status"] = "status"
+    reply_to: str | None = None
+    task_id: str
+    state: str
+    attempt: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Announced:
+    """A broadcast on its way to an agent (`message`, `sender`), or the reply to its sender (`recipients`)."""
+
+    type: Literal["broadcast"] = "broadcast"
+    reply_to: str | None = None
+    recipients: int | None = None
+    sender: str | None = None
+    message: Any = None
+    capability: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Relayed:
+    """The part of Announced that goes to those who are meant to hear it."""
+
+    type: Literal["broadcast"] = "broadcast"
+    sender: str
+    message: Any
+    capability: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class HeartbeatAck:
+    type: Literal["heartbeat_ack"] = "heartbeat_ack"
+    reply_to: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Error:
+    type: Literal["error"] = "error"
+    reply_to: str | None = None
+    code: str
+    message: str
+    task_id: str | None = None
+
+
+AgentMessage = Register | Deregister | Discover | Delegate | Result | Status | Broadcast | Heartbeat
+HubMessage = Registered | Deregistered | Discovered | Delegated | Settled | Reported | Announced | HeartbeatAck | Error
+HubOutput = HubMessage | Acknowledged | Relayed  # What the hub writes. An agent reads the last two as the wholes.
+NULLS_ARE_VALUES = (Broadcast, Delegated, Settled, Relayed)
+
+
+class Codec:
+    """Bytes to checked messages and back, by Pydantic, from the annotations above.
+
+    Strict: no string for a number, no bool for a number, no number that is not finite. Made at the first use, so
+    that importing this module costs no import of Pydantic.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import pydantic
+        except ImportError as error:
+            raise PackageMissing("pydantic", "Reading a message") from error
+        discriminated = pydantic.Field(discriminator="type")
+        config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+        self.from_agent, self.from_hub = (
+            pydantic.TypeAdapter[Any](typing.cast(Any, Annotated[union, discriminated]), config=config)
+            for union in (AgentMessage, HubMessage)
+        )
+        self.serializers: dict[type, tuple[Callable[..., bytes], bool]] = {
+            message: (pydantic.TypeAdapter(message).serializer.to_json, message not in NULLS_ARE_VALUES)
+            for message in typing.get_args(AgentMessage | HubOutput)
+        }
+        self._invalid = pydantic.ValidationError
+
+    def decoder(self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str) -> Callable[[bytes], Any]:
+        """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
+        validate, invalid = adapter.validator.validate_json, self._invalid
+
+        def decode(raw: bytes) -> Any:
+            try:
+                message = validate(raw)
+            except invalid as error:
+                errors = error.errors(include_url=False, include_input=False)
+                raise _invalid_message(_readable(raw, id_field), union, errors, id_field) from None
+            if b"NaN" in raw or b"nfinity" in raw:
+                _refuse_constants(raw, id_field)
+            return message
+
+        return decode
+
+
+def envelope_bytes(message_bytes_max: int) -> int:
+    """Return what is kept free in a message for what the hub adds to it."""
+    return min(ENVELOPE_BYTES, message_bytes_max // 4)
+
+
+@functools.cache
+def codec() -> Codec:
+    return Codec()
+
+
+@functools.cache
+def decoder_from_agent() -> Callable[[bytes], AgentMessage]:
+    """Return the function that reads what agents send. It raises InvalidMessage, which names the field."""
+    return codec().decoder(codec().from_agent, AgentMessage, "id")
+
+
+@functools.cache
+def decoder_from_hub() -> Callable[[bytes], HubMessage]:
+    """Return the function that reads what the hub sends. It raises InvalidMessage, which names the field."""
+    return codec().decoder(codec().from_hub, HubMessage, "reply_to")
+
+
+def encode(message: AgentMessage | HubOutput) -> bytes:
+    """Return `message` as it goes over the wire; raise ValueError if a payload in it is not JSON."""
+    to_json, exclude_none = codec().serializers[type(message)]
+    return to_json(message, exclude_none=exclude_none)
+
+
+def _refuse_constants(raw: bytes, id_field: str) -> None:
+    """Refuse NaN and Infinity where the fast parser let them through: in payloads and in unknown fields."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise InvalidMessage(f"{constant} is not JSON", reply_to=_readable_id(_readable(raw, id_field), id_field))
+
+    json.loads(raw, parse_constant=refuse)
+
+
+def _invalid_message(readable: dict[str, Any], union: Any, errors: list[Any], id_field: str) -> InvalidMessage:
+    """Put the first of a checker's errors into a sentence that names the field and never echoes its value."""
+    error = errors[0]
+    kind = error["type"]
+    code = Code.INVALID_MESSAGE
+    if kind == "json_invalid":
+        text = error["msg"]
+    elif kind == "union_tag_invalid" and isinstance(readable.get("type"), str):
+        code = Code.UNSUPPORTED_TYPE
+        text = "type: must be one of " + ", ".join(_types_of(union))
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        text = "type: must be a string, one of " + ", ".join(_types_of(union))
+    else:
+        text = _field_error(errors)
+    return InvalidMessage(text, code=code, reply_to=_readable_id(readable, id_field))
+
+
+def _field_error(errors: list[Any]) -> str:
+    """Say which field is wrong and how. Of the branches of a union, the one that came furthest knows best."""
+    error = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
+    # Of the branches of a union the checker says the type, as `str`, `constrained-str` or `Capability`.
+    parts = (str(part) for part in error["loc"][1:])
+    path = [part for part in parts if re.fullmatch("[a-z0-9_]+", part) and part != "str"]
+    reason = error.get("ctx", {}).get("error", error["msg"])
+    return f"{'.'.join(path) or 'message'}: {reason}"
+
+
+def _types_of(union: Any) -> list[str]:
+    return sorted(message.__dataclass_fields__["type"].default for message in typing.get_args(union))
+
+
+def _readable(raw: bytes, id_field: str) -> dict[str, Any]:
+    """Return what can be read of a refused message: all of it if it is a JSON object, else its id at the most."""
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError):
+        document = {id_field: _scan_for(id_field, raw[:SCAN_BYTES])}
+    return document if isinstance(document, dict) else {}
+
+
+def _scan_for(wanted: str, raw: bytes) -> Any:
+    """Return the value of a string field at the top level of what need not be JSON to its end; None if not found."""
+    depth, name, is_value = 0, b"", False
+    for match in TOKENS.finditer(raw):
+        token = match[0]
+        if token in b"[{":
+            depth += 1
+        elif token in b"]}":
+            depth -= 1
+        elif depth == 1 and token == b":":
+            is_value = True
+        elif depth == 1 and token == b",":
+            is_value = False
+        elif depth == 1 and is_value and name == b'"%s"' % wanted.encode():
+            with contextlib.suppress(ValueError):
+                return json.loads(token)
+        elif depth == 1 and not is_value:
+            name = token
+        if not 0 < depth <= DEPTH_MAX:
+            break
+    return None
+
+
+def _readable_id(readable: dict[str, Any], id_field: str) -> str | None:
+    """Return the id if it is one that a reply can carry: half of a surrogate pair is no text."""
+    found = readable.get(id_field)
+    is_id = isinstance(found, str) and 1 <= len(found) <= 128 and not re.search("[\ud800-\udfff]", found)
+    return found if is_id else None
+
+
+def json_schema() -> dict[str, Any]:
+    """Return one JSON Schema (2020-12) with all messages in its `$defs`, in both directions."""
+    inputs: list[Any] = [
+        ("agent", "validation", codec().from_agent),
+        ("hub", "validation", codec().from_hub),
+    ]
+    import pydantic
+
+    references, definitions = pydantic.TypeAdapter.json_schemas(inputs)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"AgentHub protocol {PROTOCOL_VERSION}",
+        "anyOf": [
+            {"title": "from an agent to the hub", **references["agent", "validation"]},
+            {"title": "from the hub to an agent", **references["hub", "validation"]},
+        ],
+        **definitions,
+    }
+
+
+# ============================================================================================
+# 3 Task states
+#
+# A task is PENDING from its acceptance until an agent takes it, and whenever it is to be tried
+# again; IN_PROGRESS while exactly one agent, its assignee, holds it. The three other states are
+# final: an empty row has no way out, and the record is kept only for late fetching.
+# ============================================================================================
+
+
+class TaskState(enum.StrEnum):
+    """Where a task stands."""
+
+    PENDING = "pending"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+
+
+class TaskEvent(enum.StrEnum):
+    """What can happen to a task."""
+
+    ASSIGNED = "assigned"  # The hub handed it to a free agent.
+    SUCCEEDED = "succeeded"  # Its assignee sent an output.
+    ERRED = "erred"  # Its assignee sent an error.
+    RETRIED = "retried"  # Its agent was lost, and it may be tried again.
+    LOST = "lost"  # Its agent was lost, and it may not.
+    CANCELLED = "cancelled"  # Its requester called it off, or its parent ended.
+    EXPIRED = "expired"  # Its deadline has come.
+
+
+TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]] = {
+    TaskState.PENDING: {
+        TaskEvent.ASSIGNED: TaskState.IN_PROGRESS,
+        TaskEvent.LOST: TaskState.FAILED,
+        TaskEvent.CANCELLED: TaskState.FAILED,
+        TaskEvent.EXPIRED: TaskState.TIMEOUT,
+    },
+    TaskState.IN_PROGRESS: {
+        TaskEvent.SUCCEEDED: TaskState.COMPLETED,
+        TaskEvent.ERRED: TaskState.FAILED,
+        TaskEvent.RETRIED: TaskState.PENDING,
+        TaskEvent.LOST: TaskState.FAILED,
+        TaskEvent.CANCELLED: TaskState.FAILED,
+        TaskEvent.EXPIRED: TaskState.TIMEOUT,
+    },
+    TaskState.COMPLETED: {},
+    TaskState.FAILED: {},
+    TaskState.TIMEOUT: {},
+}
+FINAL_STATES: frozenset[TaskState] = frozenset(state for state, row in TRANSITIONS.items() if not row)
+
+
+def next_state(state: TaskState, event: TaskEvent) -> TaskState:
+    """Return the state that follows; raise IllegalTransition if the table has no such step."""
+    try:
+        return TRANSITIONS[state][event]
+    except KeyError:
+        raise IllegalTransition(f"a task that is {state} cannot be {event}") from None
+
+
+# ============================================================================================
+# 4 Hub
+#
+# Facts go in with the time, effects come out in order:
+#
+#   connected(connection, now)                         a link has opened
+#   receive(connection, message, now, message_bytes)   a message, or what was wrong with it
+#   disconnected(connection, now)                      a link has closed
+#   tick(now)                                          next_deadline() has come
+#
+# Nothing here touches a socket, a file, a clock or a source of randomness; a `connection` is any
+# hashable thing of the caller's. The same calls in the same order give the same effects, so
+# whatever is iterated is a dict or a list, never a set.
+# ============================================================================================
+
+log_hub = logging.getLogger("agenthub.hub")
+
+TICK_BATCH = 1000  # Deadlines, and ended tasks, handled per tick: about 10 ms, then others have a turn.
+LIST_MAX = 1000  # Tasks in one `status` list.
+RECORD_BYTES = 1024  # What a task's record costs beside its payloads (tests/test_hub.py measures it).
+INFLATION_MAX = 6  # How much longer numbers may get when they are written again: 1e15 is 1000000000000000.0.
+DEPTH_OF_CHILDREN_MAX = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSettings:
+    """What a deployer may tune. Raises ValueError for a value out of range."""
+
+    heartbeat_s: float = 30.0  # Agents speak at least this often; three intervals of silence are too much.
+    grace_s: float = 60.0  # How long an agent's place is kept after its connection was lost.
+    retention_s: float = 3600.0  # How long the record of an ended task is kept for late fetching.
+    reap_s: float = 30.0  # How often the reaper looks for what may go.
+    message_bytes_max: int = MESSAGE_BYTES_MAX  # The largest message in either direction.
+    records_bytes_max: int = 1_073_741_824  # All tasks' records together; the oldest ended ones go first.
+    open_tasks_max: int = 10_000  # Tasks that one requester may have open.
+    pending_tasks_max: int = 100_000  # Tasks that may wait in all.
+    agents_max: int = 20_000  # Agents online, away, or with something to come back for.
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            number = getattr(self, name)
+            least = 0 if name in ("grace_s", "retention_s") else 1024 if name == "message_bytes_max" else 0.001
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"{name} must be a number")
+            if not least <= number < math.inf:
+                raise ValueError(f"{name} must be a number of at least {least}")
+
+    @property
+    def envelope_bytes(self) -> int:
+        """How much smaller than the limit a message must be that the hub passes on."""
+        return envelope_bytes(self.message_bytes_max)
+
+    @property
+    def silence_s(self) -> float:
+        """How long a connection may be silent before it is closed."""
+        return 3 * self.heartbeat_s
+
+
+class Close(NamedTuple):
+    """Close a connection, after what was sent before."""
+
+    code: int
+    reason: str
+
+
+# An effect is a connection and what to do with it: send a message, or close it. One message object may go to many.
+Effect = tuple[Any, HubOutput | Close]
+Item = TypeVar("Item", bound=Hashable)
+
+
+class LazyHeap(Generic[Item]):
+    """A priority queue whose items can be moved and taken back.
+
+    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
+    is bounded by what is in the queue, and every operation is O(log n) on average.
+    """
+
+    __slots__ = ("_alive", "_entries", "_serial")
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, int, Item]] = []
+        self._alive: dict[Item, int] = {}
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._alive)
+
+    def push(self, item: Item, key: Any) -> None:
+        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
+        self._serial += 1
+        self._alive[item] = self._serial
+        heapq.heappush(self._entries, (key, self._serial, item))
+        if len(self._entries) > 2 * len(self._alive) + 64:
+            self._sweep()
+
+    def discard(self, item: Item) -> None:
+        if self._alive.pop(item, None) is not None and len(self._entries) > 2 * len(self._alive) + 64:
+            self._sweep()
+
+    def first(self) -> tuple[Any, Item] | None:
+        """Return the least key and its item, or None."""
+        while self._entries:
+            key, serial, item = self._entries[0]
+            if self._alive.get(item) == serial:
+                return key, item
+            heapq.heappop(self._entries)
+        return None
+
+    def _sweep(self) -> None:
+        self._entries = [entry for entry in self._entries if self._alive.get(entry[2]) == entry[1]]
+        heapq.heapify(self._entries)
+
+
+@dataclass(slots=True, eq=False)
+class TaskRecord:
+    """What the hub knows of one task. Only `Hub._move` assigns `state`."""
+
+    task_id: str
+    request: Delegate
+    requester: AgentRecord
+    parent: TaskRecord | None
+    depth: int
+    accepted_at: float
+    deadline: float
+    arrival: int  # Its place in the order of acceptance; kept over retries.
+    bytes: int
+    state: TaskState = TaskState.PENDING
+    assignee: AgentRecord | None = None
+    attempt: int = 0  # Deliveries so far.
+    seq: int = 0  # Progress reports so far.
+    progress: float | None = None
+    detail: Any = None
+    success: bool = False
+    output: Any = None
+    detail_bytes: int = 0
+    error: ErrorInfo | None = None
+    settled_by: AgentRecord | None = None  # The assignee if its result ended it, None if the hub did.
+    ended_at: float = 0.0
+    children: dict[str, TaskRecord] | None = None  # Those still open.
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in a queue: the higher priority first, then the earlier arrival."""
+        return -self.request.priority, self.arrival
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether it waits for the agent it names when that one is lost before it could start."""
+        return self.request.wait or self.request.max_retries > 0
+
+
+@dataclass(slots=True, eq=False)
+class AgentRecord:
+    """What the hub knows of one agent.
+
+    It is online while it has a connection; away from the loss of that until its grace time ends (both count as
+    "there"); and gone after that, when its record stays only as long as `is_needed`.
+    """
+
+    agent_id: str
+    resume: str
+    peer: Peer | None = None
+    there: bool = True
+    departed: bool = False  # It deregistered: nothing is kept for it.
+    leaving: Deregister | None = None  # The request to drain, until it is granted.
+    name: str = ""
+    description: str = ""
+    capabilities: dict[str, Capability] = field(default_factory=dict)
+    names: list[tuple[str, list[str]]] = field(default_factory=list)  # Capability names in lower case, and their words.
+    words: frozenset[str] = frozenset()  # Words of the descriptions, in lower case.
+    max_tasks: int = 1
+    metadata: dict[str, Any] = field(default_factory=dict)
+    info_bytes: int = 0  # The size of its AgentInfo.
+    pools: list[Pool] = field(default_factory=list)  # Of its capabilities, while it is there and takes tasks.
+    load: int | None = None  # The load under which the pools list it; None while it can take no task.
+    running: dict[str, TaskRecord] = field(default_factory=dict)  # In progress at it.
+    awaited: dict[str, TaskRecord] = field(default_factory=dict)  # Pending, and naming it.
+    requested: dict[str, TaskRecord] = field(default_factory=dict)  # Open, and asked for by it.
+    undelivered: dict[str, TaskRecord] = field(default_factory=dict)  # Ended while it was away.
+    told: int = 0  # Records kept of ended tasks that it was told of, which does not mean that it heard.
+
+    @property
+    def is_available(self) -> bool:
+        return self.peer is not None and self.leaving is None and len(self.running) < self.max_tasks
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a gone agent still has a reason to come back."""
+        return bool(self.awaited) or (not self.departed and bool(self.requested or self.undelivered or self.told))
+
+    @property
+    def info(self) -> AgentInfo:
+        return AgentInfo(
+            self.agent_id,
+            self.name,
+            self.description,
+            list(self.capabilities.values()),
+            len(self.running),
+            self.max_tasks,
+            self.metadata,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One connection, and the agent that has registered on it (None: an observer)."""
+
+    connection: Hashable
+    last_seen: float
+    agent: AgentRecord | None = None
+
+
+class Pool:
+    """The agents that are there with one capability, and those of them that can take a task, by load."""
+
+    __slots__ = ("free", "members", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.members: dict[str, AgentRecord] = {}
+        self.free: dict[int, dict[str, AgentRecord]] = {}
+
+    def move(self, agent: AgentRecord, old: int | None, new: int | None) -> None:
+        """List `agent` under the load `new` instead of `old`; None is the load of one that can take no task."""
+        if old is not None:
+            del self.free[old][agent.agent_id]
+            if not self.free[old]:
+                del self.free[old]
+        if new is not None:
+            self.free.setdefault(new, {})[agent.agent_id] = agent
+
+    def least_loaded(self, *excluded: AgentRecord | None) -> AgentRecord | None:
+        """Return a free agent with the fewest tasks; of several, the one that has had that load for longest."""
+        for load in sorted(self.free):
+            for agent in self.free[load].values():
+                if agent not in excluded:
+                    return agent
+        return None
+
+
+class PendingQueue:
+    """The pending tasks with one target, kept by requester, so that an agent can pass over its own in one step."""
+
+    __slots__ = ("_by_requester", "_heads")
+
+    def __init__(self) -> None:
+        self._by_requester: dict[AgentRecord, LazyHeap[TaskRecord]] = {}
+        self._heads: LazyHeap[AgentRecord] = LazyHeap()
+
+    def __bool__(self) -> bool:
+        return bool(self._by_requester)
+
+    def push(self, task: TaskRecord) -> None:
+        heap = self._by_requester.get(task.requester)
+        if heap is None:
+            heap = self._by_requester[task.requester] = LazyHeap()
+        heap.push(task, task.place)
+        self._update_head(task.requester, heap)
+
+    def discard(self, task: TaskRecord) -> None:
+        heap = self._by_requester[task.requester]
+        heap.discard(task)
+        self._update_head(task.requester, heap)
+
+    def first(self, excluding: AgentRecord | None) -> TaskRecord | None:
+        """Return the first task in line whose requester is not `excluding`."""
+        head = self._heads.first()
+        if head is None or head[1] is not excluding:
+            return self._head_of(head)
+        key, requester = head
+        self._heads.discard(requester)
+        head = self._heads.first()
+        self._heads.push(requester, key)
+        return self._head_of(head)
+
+    def _head_of(self, head: tuple[Any, AgentRecord] | None) -> TaskRecord | None:
+        if head is None:
+            return None
+        first = self._by_requester[head[1]].first()
+        if first is None:
+            raise AssertionError("a requester without a task has no head")
+        return first[1]
+
+    def _update_head(self, requester: AgentRecord, heap: LazyHeap[TaskRecord]) -> None:
+        first = heap.first()
+        if first is None:
+            del self._by_requester[requester]
+            self._heads.discard(requester)
+        else:
+            self._heads.push(requester, first[0])
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def match_rank(keyword: str, agent: AgentRecord) -> int | None:
+    """Return how well an agent matches a keyword in lower case: 0 is best, None is not at all."""
+    if not keyword:
+        return 0
+    rank = 3 if keyword in agent.words else 4
+    for name, words in agent.names:
+        if name == keyword:
+            return 0
+        if name.startswith(keyword) or keyword in words:
+            rank = 1
+        elif keyword in name:
+            rank = min(rank, 2)
+    return rank if rank < 4 else None
+
+
+class Hub:
+    """Every decision about agents and tasks.
+
+    `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
+    does not go back (if it does, time stands still here until it has caught up).
+    """
+
+    def __init__(self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float) -> None:
+        self.settings: HubSettings = settings
+        self.shutting_down = False
+        self._entropy = entropy
+        self._now = self._started_at = now
+        self._effects: list[Effect] = []
+        self._message_bytes = 0  # The size of the message being handled.
+        self._peers: dict[Hashable, Peer] = {}
+        self._agents: dict[str, AgentRecord] = {}
+        self._gone: dict[str, AgentRecord] = {}  # Those of them past their grace time.
+        self._pools: dict[str, Pool] = {}
+        self._open: dict[str, TaskRecord] = {}
+        self._ended: dict[str, TaskRecord] = {}  # Whose requester was told. In the order of their ends.
+        self._undelivered: dict[str, TaskRecord] = {}  # Whose requester is away. In the order of their ends.
+        self._queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By agent_id and capability.
+        self._unfilled: dict[str, AgentRecord] = {}  # Who can take a task when all that is due has ended.
+        self._deadlines: LazyHeap[TaskRecord | AgentRecord | Peer] = LazyHeap()
+        # Where records are kept for a second, they are not left lying for thirty.
+        self._sweep_interval_s = min(settings.reap_s, max(0.1, settings.retention_s / 10))
+        self._next_sweep = now + self._sweep_interval_s
+        self._arrivals = 0
+        self._records_bytes = 0
+        self._ended_bytes = 0  # Of those whose requester was told.
+        self._counts = dict.fromkeys(TaskState, 0)
+        self._totals = {state: 0 for state in TaskState if state in FINAL_STATES}
+
+    # What happens.
+
+    def connected(self, connection: Hashable, now: float) -> list[Effect]:
+        """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
+        self._advance(now)
+        peer = self._peers[connection] = Peer(connection, self._now)
+        self._deadlines.push(peer, self._now + self.settings.silence_s)
+        return self._take_effects()
+
+    def receive(
+        self, connection: Hashable, message: AgentMessage | InvalidMessage, now: float, message_bytes: int = 0
+    ) -> list[Effect]:
+        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read."""
+        peer = self._peers.get(connection)
+        if peer is None:  # It was closed from this side, and this was still on its way.
+            return []
+        self._advance(now)
+        peer.last_seen = self._now
+        self._message_bytes = message_bytes
+        try:
+            if isinstance(message, InvalidMessage):
+                self._send(peer, Error(reply_to=message.reply_to, code=message.code, message=message.message))
+            else:
+                self._RECEIVERS[type(message)](self, peer, message)
+        except Refused as refusal:
+            self._send(peer, self._error(message, refusal))
+            log_hub.warning("refused code=%s agent=%s", refusal.code, peer.agent.agent_id if peer.agent else None)
+        return self._take_effects()
+
+    def disconnected(self, connection: Hashable, now: float) -> list[Effect]:
+        """Take note of a lost connection: its agent's place is kept for the grace time."""
+        self._advance(now)
+        peer = self._peers.get(connection)
+        if peer is not None:
+            self._drop(peer)
+        return self._take_effects()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
+        self._advance(now)
+        for _ in range(TICK_BATCH):
+            due = self._deadlines.first()
+            if due is None or due[0] > self._now:
+                self._fill_the_unfilled()
+                break
+            self._deadlines.discard(due[1])
+            self._on_deadline(due[1])
+        if self._now >= self._next_sweep:
+            self._reap()
+        return self._take_effects()
+
+    def next_deadline(self) -> float:
+        """Return when `tick` is due next."""
+        if self._unfilled:
+            return self._now
+        first = self._deadlines.first()
+        return self._next_sweep if first is None else min(first[0], self._next_sweep)
+
+    def shut_down(self) -> None:
+        """Take no new task from now on."""
+        self.shutting_down = True
+
+    @property
+    def in_progress(self) -> int:
+        """How many tasks are in progress."""
+        return self._counts[TaskState.IN_PROGRESS]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `status` says of the hub itself."""
+        online = sum(1 for peer in self._peers.values() if peer.agent is not None)
+        return {
+            "version": __version__,
+            "protocol": PROTOCOL_VERSION,
+            "uptime_s": round(self._now - self._started_at, 3),
+            "agents": online,
+            "agents_away": sum(1 for agent in self._agents.values() if agent.peer is None),
+            "connections": len(self._peers),
+            "tasks": {state.value: count for state, count in self._counts.items()},
+            "ended": {state.value: count for state, count in self._totals.items()},
+            "records_bytes": self._records_bytes,
+            "shutting_down": self.shutting_down,
+        }
+
+    # Joining and leaving.
+
+    def _on_register(self, peer: Peer, message: Register) -> None:
+        agent = peer.agent
+        if agent is None:
+            agent = self._resumed(message) or self._new_agent(message.name)
+            self._attach(agent, peer)
+            log_hub.info("joined agent=%s", agent.agent_id)
+        self._describe(agent, message)
+        if message.id is not None:
+            self._send(peer, self._registered(agent, message.id))
+        for task in list(agent.undelivered.values()):
+            del agent.undelivered[task.task_id], self._undelivered[task.task_id]
+            self._tell_requester(task)
+        self._fill(agent)
+
+    def _resumed(self, message: Register) -> AgentRecord | None:
+        """Return the agent whose identity a connection takes up again, if the hub knows it."""
+        agent = self._agents.get(message.agent_id or "")
+        if agent is None:
+            return None
+        if not hmac.compare_digest(agent.resume.encode(), (message.resume or "").encode()):
+            raise Refused("resume: is not the secret of that agent_id", code=Code.UNAUTHORIZED)
+        if agent.peer is not None:
+            self._close(agent.peer, CloseCode.REPLACED, "a newer connection has taken this agent over")
+        return agent
+
+    def _new_agent(self, name: str) -> AgentRecord:
+        if len(self._agents) >= self.settings.agents_max:
+            raise Refused(f"the hub has its {self.settings.agents_max} agents", code=Code.OVERLOADED)
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:48].strip("-") or "agent"
+        agent_id = f"{readable}-{self._entropy(4).hex()}"
+        while agent_id in self._agents:
+            agent_id = f"{readable}-{self._entropy(4).hex()}"
+        agent = self._agents[agent_id] = AgentRecord(agent_id, self._entropy(16).hex())
+        return agent
+
+    def _attach(self, agent: AgentRecord, peer: Peer) -> None:
+        self._deadlines.discard(agent)
+        self._gone.pop(agent.agent_id, None)
+        agent.peer, peer.agent = peer, agent
+        agent.there, agent.departed, agent.leaving = True, False, None
+
+    def _describe(self, agent: AgentRecord, message: Register) -> None:
+        """Make an agent what its registration says it is."""
+        self._leave_pools(agent)
+        offered = [Capability(one) if isinstance(one, str) else one for one in message.capabilities]
+        agent.name, agent.description = message.name, message.description
+        # Never more than fit into the reply to a later `register`.
+        listed_max = max(1, (self.settings.message_bytes_max - self.settings.envelope_bytes) // REF_BYTES)
+        agent.max_tasks, agent.metadata = min(message.max_tasks, listed_max), message.metadata
+        agent.capabilities = {one.name: one for one in offered}
+        agent.names = [(name.lower(), words_of(name)) for name in agent.capabilities]
+        agent.words = frozenset(words_of(" ".join([agent.description, *(one.description for one in offered)])))
+        agent.info_bytes = len(encode(Discovered(agents=[agent.info], total=1)))
+        if agent.leaving is None:
+            agent.pools = [self._pools.setdefault(name, Pool(name)) for name in agent.capabilities]
+        for pool in agent.pools:
+            pool.members[agent.agent_id] = agent
+        self._list(agent)
+
+    def _registered(self, agent: AgentRecord, reply_to: str) -> Registered:
+        return Registered(
+            reply_to=reply_to,
+            agent_id=agent.agent_id,
+            resume=agent.resume,
+            heartbeat_s=self.settings.heartbeat_s,
+            max_bytes=self.settings.message_bytes_max,
+            tasks=[TaskRef(task.task_id, task.attempt) for task in agent.running.values()],
+        )
+
+    def _on_deregister(self, peer: Peer, message: Deregister) -> None:
+        agent = self._registered_agent(peer)
+        if message.drain and agent.leaving is not None:
+            raise Refused("drain: is under way", code=Code.SHUTTING_DOWN)
+        if message.drain:
+            agent.leaving = message
+            self._leave_pools(agent)
+            self._release_awaited(agent)
+            self._depart_if_drained(agent)
+        else:
+            self._depart(agent, message)
+
+    def _depart_if_drained(self, agent: AgentRecord) -> None:
+        if agent.leaving is not None and agent.peer is not None and not agent.running:
+            self._depart(agent, agent.leaving)
+
+    def _depart(self, agent: AgentRecord, message: Deregister) -> None:
+        """Grant a wish to leave."""
+        peer = agent.peer
+        if peer is None:
+            raise AssertionError("an agent whose connection is lost waits out its grace time")
+        for request in [message] if agent.leaving in (None, message) else [agent.leaving, message]:
+            if request is not None and request.id is not None:
+                self._send(peer, Deregistered(reply_to=request.id))
+        self._close(peer, CloseCode.DONE, "deregistered")
+        agent.departed = True
+        self._lose(agent)
+
+    def _close(self, peer: Peer, code: int, reason: str) -> None:
+        self._effects.append((peer.connection, Close(code, reason)))
+        self._drop(peer)
+
+    def _drop(self, peer: Peer) -> None:
+        """Forget a connection, and start the grace time of its agent."""
+        del self._peers[peer.connection]
+        self._deadlines.discard(peer)
+        agent, peer.agent = peer.agent, None
+        if agent is not None:
+            agent.peer = None
+            log_hub.debug("away agent=%s", agent.agent_id)
+            self._list(agent)
+            self._deadlines.push(agent, self._now + self.settings.grace_s)
+
+    def _lose(self, agent: AgentRecord) -> None:
+        """Take an agent out: its grace time is over, or it left. Its tasks are tried again or fail."""
+        log_hub.info("%s agent=%s running=%d", "left" if agent.departed else "lost", agent.agent_id, len(agent.running))
+        agent.there = False
+        self._deadlines.discard(agent)
+        self._leave_pools(agent)
+        while agent.running:  # One may be a part of another, and end with it.
+            self._task_lost(next(iter(agent.running.values())), "its agent was lost")
+        self._release_awaited(agent)
+        if agent.is_needed:
+            self._gone[agent.agent_id] = agent
+        else:
+            del self._agents[agent.agent_id]
+
+    def _release_awaited(self, agent: AgentRecord) -> None:
+        """End the pending tasks that name an agent which takes no more, unless they are willing to wait."""
+        for task in list(agent.awaited.values()):
+            if not task.is_patient:
+                self._end(task, TaskEvent.LOST, error=ErrorInfo(Code.AGENT_LOST, "its agent left before it began"))
+
+    def _on_deadline(self, subject: TaskRecord | AgentRecord | Peer) -> None:
+        if isinstance(subject, TaskRecord):
+            self._expire(subject)
+        elif isinstance(subject, AgentRecord):
+            self._lose(subject)
+        else:
+            silent_since = subject.last_seen + self.settings.silence_s
+            if silent_since <= self._now:
+                self._close(subject, CloseCode.SILENT, "silent for three heartbeat intervals")
+            else:
+                self._deadlines.push(subject, silent_since)
+
+    def _expire(self, task: TaskRecord) -> None:
+        text = f"its time to live of {task.deadline - task.accepted_at:g} s is over"
+        self._end(task, TaskEvent.EXPIRED, error=ErrorInfo(Code.TIMEOUT, text))
+
+    def _on_heartbeat(self, peer: Peer, message: Heartbeat) -> None:
+        self._registered_agent(peer)
+        if message.id is not None:
+            self._send(peer, HeartbeatAck(reply_to=message.id))
+
+    # Finding.
+
+    def _on_discover(self, peer: Peer, message: Discover) -> None:
+        keyword = message.capability.lower()
+        ranked = []
+        for agent in self._agents.values():
+            if agent.peer is not None and agent.leaving is None:
+                rank = match_rank(keyword, agent)
+                if rank is not None:
+                    ranked.append((rank, len(agent.running), agent.name, agent.agent_id))
+        found: list[AgentInfo] = []
+        room = self.settings.message_bytes_max - self.settings.envelope_bytes
+        for *_, agent_id in heapq.nsmallest(message.limit, ranked):
+            agent = self._agents[agent_id]
+            if agent.info_bytes <= room:
+                room -= agent.info_bytes
+                found.append(agent.info)
+        if message.id is not None:
+            self._send(peer, Discovered(reply_to=message.id, agents=found, total=len(ranked)))
+
+    def _on_broadcast(self, peer: Peer, message: Broadcast) -> None:
+        sender = self._registered_agent(peer)
+        self._check_size(message)
+        relayed = Relayed(sender=sender.agent_id, message=message.message, capability=message.capability)
+        recipients = 0
+        for agent in list(self._audience(message.capability)):
+            if agent is not sender and agent.peer is not None:
+                self._send(agent.peer, relayed)
+                recipients += 1
+        if message.id is not None:
+            self._send(peer, Announced(reply_to=message.id, recipients=recipients))
+
+    def _audience(self, capability: str | None) -> Iterable[AgentRecord]:
+        if capability is None:
+            return (peer.agent for peer in self._peers.values() if peer.agent is not None)
+        pool = self._pools.get(capability)
+        return pool.members.values() if pool is not None else ()
+
+    # Asking.
+
+    def _on_status(self, peer: Peer, message: Status) -> None:
+        reply: Reported | Acknowledged
+        if message.task_id is None:
+            reply = self._task_list() if message.tasks else Reported(hub=self.summary())
+        elif message.progress is not None or message.detail is not None:
+            reply = self._on_progress(self._registered_agent(peer), message)
+        else:
+            reply = self._task_report(self._known_task(message.task_id), peer.agent, message.id)
+        if message.id is not None:
+            reply.reply_to = message.id
+            self._send(peer, reply)
+
+    def _on_progress(self, agent: AgentRecord, message: Status) -> Acknowledged:
+        task = self._open_task(message.task_id or "")
+        if task.assignee is not agent:
+            raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
+        self._check_size(message)
+        task.seq += 1
+        task.progress, task.detail = message.progress, message.detail
+        self._grow(task, self._message_bytes - task.detail_bytes)
+        task.detail_bytes = self._message_bytes
+        if task.requester.peer is not None:
+            report = Reported(
+                task_id=task.task_id,
+                state=task.state,
+                attempt=task.attempt,
+                sender=agent.agent_id,
+                seq=task.seq,
+                progress=task.progress,
+                detail=task.detail,
+            )
+            self._send(task.requester.peer, report)
+        return self._acknowledged(task)
+
+    def _acknowledged(self, task: TaskRecord, reply_to: str | None = None) -> Acknowledged:
+        return Acknowledged(reply_to=reply_to, task_id=task.task_id, state=task.state, attempt=task.attempt)
+
+    def _task_report(self, task: TaskRecord, asker: AgentRecord | None, reply_to: str | None) -> Reported:
+        """Tell what the asker may know of a task, as much as fits into one message: the output does, whatever else."""
+        whole = Reported(reply_to=reply_to, **self._task_fields(task), seq=task.seq or None)
+        if asker is None or asker not in (task.requester, task.assignee):
+            return whole
+        whole.input, whole.detail, whole.output, whole.error = task.request.input, task.detail, task.output, task.error
+        lean = dataclasses.replace(whole, input=None, detail=None)
+        for report in (whole, lean):
+            if self._is_small(task.bytes) or len(encode(report)) <= self.settings.message_bytes_max:
+                return report
+        return Reported(
+            reply_to=reply_to,
+            task_id=task.task_id,
+            state=task.state,
+            requester=task.requester.agent_id,
+            attempt=task.attempt,
+            output=task.output,
+            error=task.error,
+        )
+
+    def _task_fields(self, task: TaskRecord) -> dict[str, Any]:
+        """Return the fields that TaskInfo and Reported share."""
+        request = task.request
+        return {
+            "task_id": task.task_id,
+            "state": task.state,
+            "requester": task.requester.agent_id,
+            "agent_id": task.assignee.agent_id if task.assignee is not None else request.agent_id,
+            "capability": request.capability,
+            "attempt": task.attempt,
+            "priority": request.priority,
+            "max_retries": request.max_retries,
+            "parent_id": request.parent_id,
+            "ttl": 0.0 if task.state in FINAL_STATES else round(max(0.0, task.deadline - self._now), 3),
+            "age_s": round(self._now - task.accepted_at, 3),
+            "progress": task.progress,
+            "code": task.error.code if task.error is not None else None,
+        }
+
+    def _task_list(self) -> Reported:
+        """List the open tasks and then the ended ones, the newest first, as many as fit."""
+        records = (self._open, self._undelivered, self._ended)
+        newest_first = itertools.chain.from_iterable(reversed(kept.values()) for kept in records)
+        listed: list[TaskInfo] = []
+        room = self.settings.message_bytes_max - self.settings.envelope_bytes
+        for task in itertools.islice(newest_first, LIST_MAX):
+            one = TaskInfo(**self._task_fields(task))
+            room -= len(encode(Reported(tasks=[one])))
+            if room < 0:
+                break
+            listed.append(one)
+        return Reported(tasks=listed, total=sum(map(len, records)))
+
+    # Delegating.
+
+    def _on_delegate(self, peer: Peer, message: Delegate) -> None:
+        agent = self._registered_agent(peer)
+        known = self._find(message.task_id)
+        if known is not None:
+            self._repeat(peer, agent, known, message)
+            return
+        parent = self._admit(agent, message)
+        task = self._accept(agent, message, parent)
+        position = len(self._effects)
+        self._dispatch(task)
+        self._acknowledge_at(position, peer, message, task)
+
+    def _repeat(self, peer: Peer, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
+        """Answer a delegate that has been accepted before."""
+        if task.requester is not agent or not same_content(task.request, message):
+            raise Refused("task_id: belongs to another task", code=Code.DUPLICATE_TASK)
+        if message.id is not None:
+            self._send(peer, self._acknowledged(task, message.id))
+        if task.state in FINAL_STATES:
+            self._send(peer, self._settled(task))
+
+    def _admit(self, agent: AgentRecord, message: Delegate) -> TaskRecord | None:
+        """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
+        if self.shutting_down:
+            raise Refused("the hub is shutting down", code=Code.SHUTTING_DOWN)
+        if message.agent_id is None and message.capability is None:
+            raise Refused("capability: name a capability, an agent_id, or both", code=Code.INVALID_MESSAGE)
+        parent = self._parent(agent, message.parent_id) if message.parent_id is not None else None
+        if not message.wait:
+            self._check_target(agent, message)
+        self._check_size(message)
+        self._check_room(agent)
+        return parent
+
+    def _parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
+        parent = self._open.get(parent_id)
+        if parent is None or parent.assignee is not agent:
+            raise Refused("parent_id: is not a task that this agent is working on", code=Code.NOT_ASSIGNED)
+        if parent.depth >= DEPTH_OF_CHILDREN_MAX:
+            raise Refused(f"a chain of tasks is at most {DEPTH_OF_CHILDREN_MAX} deep", code=Code.TOO_DEEP)
+        return parent
+
+    def _check_target(self, requester: AgentRecord, message: Delegate) -> None:
+        """Refuse a task for which nobody is there, online or in its grace time."""
+        if message.agent_id is None:
+            pool = self._pools.get(message.capability or "")
+            others = len(pool.members) - (requester.agent_id in pool.members) if pool is not None else 0
+            if not others:
+                raise Refused("no agent with that capability is there", code=Code.NO_AGENT)
+            return
+        agent = self._agents.get(message.agent_id)
+        if agent is None or not agent.there or agent.leaving is not None:
+            raise Refused("no agent with that agent_id is there", code=Code.UNKNOWN_AGENT)
+        if message.capability is not None and message.capability not in agent.capabilities:
+            raise Refused("that agent does not have that capability", code=Code.NO_AGENT)
+
+    def _check_size(self, message: Delegate | Result | Status | Broadcast) -> None:
+        """Refuse what could not be passed on within the limit that holds for everybody's messages."""
+        if not self._is_small(self._message_bytes):
+            limit = self.settings.message_bytes_max
+            if len(encode(message)) + self.settings.envelope_bytes > limit:
+                raise Refused(f"with what the hub adds it is larger than {limit} bytes", code=Code.TOO_LARGE)
+
+    def _is_small(self, size: int) -> bool:
+        """Tell whether what came in with `size` bytes fits into a message without trying: written again it may be
+        longer, but not by more than INFLATION_MAX.
+        """
+        return size * INFLATION_MAX + ENVELOPE_BYTES <= self.settings.message_bytes_max
+
+    def _check_room(self, agent: AgentRecord) -> None:
+        settings = self.settings
+        if len(agent.requested) >= settings.open_tasks_max:
+            raise Refused(f"this agent has its {settings.open_tasks_max} tasks open", code=Code.OVERLOADED)
+        if self._counts[TaskState.PENDING] >= settings.pending_tasks_max:
+            raise Refused(f"the hub has its {settings.pending_tasks_max} tasks waiting", code=Code.OVERLOADED)
+        needed = self._message_bytes + RECORD_BYTES
+        if self._records_bytes - self._ended_bytes + needed > settings.records_bytes_max:
+            raise Refused(f"the hub holds its {settings.records_bytes_max} bytes of tasks", code=Code.OVERLOADED)
+        self._make_room(needed)
+
+    def _accept(self, agent: AgentRecord, message: Delegate, parent: TaskRecord | None) -> TaskRecord:
+        deadline = self._now + message.ttl
+        depth = 1
+        if parent is not None:
+            deadline = min(deadline, parent.deadline)
+            depth = parent.depth + 1
+        self._arrivals += 1
+        size = self._message_bytes + RECORD_BYTES
+        task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._arrivals, size)
+        self._open[task.task_id] = agent.requested[task.task_id] = task
+        if parent is not None:
+            parent.children = parent.children or {}
+            parent.children[task.task_id] = task
+        self._records_bytes += size
+        self._counts[task.state] += 1
+        self._deadlines.push(task, deadline)
+        return task
+
+    def _dispatch(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> None:
+        """Hand a pending task to a free agent, one to avoid only if there is no other; or let it wait."""
+        agent = self._free_agent(task, avoiding) if self._now < task.deadline else None
+        if agent is not None:
+            self._assign(task, agent)
+            self._list(agent)
+            return
+        self._queues.setdefault(self._target(task), PendingQueue()).push(task)
+        named = self._agents.get(task.request.agent_id or "")
+        if named is not None:
+            named.awaited[task.task_id] = task
+
+    def _free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
+        agent_id, capability = self._target(task)
+        if agent_id is None:
+            pool = self._pools.get(capability or "")
+            if pool is None:
+                return None
+            return pool.least_loaded(task.requester, avoiding) or pool.least_loaded(task.requester)
+        agent = self._agents.get(agent_id)
+        if agent is None or not agent.is_available:
+            return None
+        return agent if capability is None or capability in agent.capabilities else None
+
+    def _target(self, task: TaskRecord) -> tuple[str | None, str | None]:
+        return task.request.agent_id, task.request.capability
+
+    def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
+        if agent.peer is None:
+            raise AssertionError("only an agent that is online is free")
+        self._move(task, TaskEvent.ASSIGNED)
+        task.attempt += 1
+        task.assignee = agent
+        agent.running[task.task_id] = task
+        request = task.request
+        delivery = Delegated(
+            task_id=request.task_id,
+            sender=task.requester.agent_id,
+            agent_id=agent.agent_id,
+            capability=request.capability,
+            input=request.input,
+            ttl=min(request.ttl, max(0.001, task.deadline - self._now)),
+            priority=request.priority,
+            max_retries=request.max_retries,
+            parent_id=request.parent_id,
+            attempt=task.attempt,
+        )
+        self._send(agent.peer, delivery)
+
+    def _fill(self, agent: AgentRecord) -> None:
+        """Hand waiting tasks to an agent for as long as it can take one."""
+        while self._counts[TaskState.PENDING] and agent.is_available:
+            task = self._next_for(agent)
+            if task is None:
+                break
+            if task.deadline <= self._now:  # Its turn and its deadline have come at once: `tick` ends it first.
+                self._unfilled[agent.agent_id] = agent
+                break
+            self._unqueue(task)
+            self._assign(task, agent)
+        self._list(agent)
+
+    def _fill_the_unfilled(self) -> None:
+        unfilled, self._unfilled = self._unfilled, {}
+        for agent in unfilled.values():
+            self._fill(agent)
+
+    def _next_for(self, agent: AgentRecord) -> TaskRecord | None:
+        """Return the first in line of all waiting tasks that this agent may take."""
+        capabilities = [None, *agent.capabilities]
+        candidates = [self._first_waiting((agent.agent_id, capability), None) for capability in capabilities]
+        candidates += [self._first_waiting((None, capability), agent) for capability in agent.capabilities]
+        waiting = [task for task in candidates if task is not None]
+        return min(waiting, key=lambda task: task.place) if waiting else None
+
+    def _first_waiting(self, target: tuple[str | None, str | None], excluding: AgentRecord | None) -> TaskRecord | None:
+        queue = self._queues.get(target)
+        return queue.first(excluding) if queue is not None else None
+
+    def _unqueue(self, task: TaskRecord) -> None:
+        target = self._target(task)
+        queue = self._queues[target]
+        queue.discard(task)
+        if not queue:
+            del self._queues[target]
+        named = self._agents.get(task.request.agent_id or "")
+        if named is not None:
+            named.awaited.pop(task.task_id, None)
+
+    def _list(self, agent: AgentRecord) -> None:
+        """Bring an agent's place in its pools up to date with how much it has to do."""
+        load = len(agent.running) if agent.is_available else None
+        if load != agent.load:
+            for pool in agent.pools:
+                pool.move(agent, agent.load, load)
+            agent.load = load
+
+    def _leave_pools(self, agent: AgentRecord) -> None:
+        for pool in agent.pools:
+            pool.move(agent, agent.load, None)
+            del pool.members[agent.agent_id]
+            if not pool.members:
+                del self._pools[pool.name]
+        agent.pools, agent.load = [], None
+
+    # Ending.
+
+    def _on_result(self, peer: Peer, message: Result) -> None:
+        agent = self._registered_agent(peer)
+        task = self._open_task(message.task_id)
+        position = len(self._effects)
+        if task.assignee is agent:
+            self._on_outcome(task, message)
+        elif task.requester is agent and not message.success:
+            self._check_size(message)
+            self._grow(task, self._message_bytes)
+            reason = error_info(message.error).message or "its requester called it off"
+            self._end(task, TaskEvent.CANCELLED, error=ErrorInfo(Code.CANCELLED, reason))
+        elif message.attempt is not None and message.attempt < task.attempt:
+            raise Refused("attempt: a newer one has begun", code=Code.STALE_ATTEMPT)
+        else:
+            raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
+        self._acknowledge_at(position, peer, message, task)
+
+    def _on_outcome(self, task: TaskRecord, message: Result) -> None:
+        """Take the result of a task from its assignee."""
+        if message.attempt is not None and message.attempt != task.attempt:
+            raise Refused("attempt: is not the present one", code=Code.STALE_ATTEMPT)
+        if task.deadline <= self._now:  # `tick` is about to end it.
+            raise Refused("the deadline of that task has come", code=Code.TASK_OVER)
+        self._check_size(message)
+        self._grow(task, self._message_bytes)
+        if message.success:
+            task.success, task.output = True, message.output
+            self._end(task, TaskEvent.SUCCEEDED, sender=task.assignee)
+            return
+        error = error_info(message.error)
+        if error.code == Code.AGENT_LOST:  # It never got the task, or lost it, and says so after a reconnect.
+            self._task_lost(task, error.message, reporter=task.assignee)
+        else:
+            self._end(task, TaskEvent.ERRED, sender=task.assignee, error=error)
+
+    def _task_lost(self, task: TaskRecord, reason: str, reporter: AgentRecord | None = None) -> None:
+        """Try a task again whose agent was lost, if it may be; fail it if not."""
+        if task.attempt > task.request.max_retries:
+            self._end(task, TaskEvent.LOST, sender=reporter, error=ErrorInfo(Code.AGENT_LOST, reason))
+            return
+        agent = task.assignee
+        self._move(task, TaskEvent.RETRIED)
+        task.assignee = None
+        task.progress = task.detail = None
+        self._grow(task, -task.detail_bytes)
+        task.detail_bytes = 0
+        self._release(task, agent)
+        self._dispatch(task, avoiding=agent)
+        if agent is not None:
+            self._fill(agent)
+            self._depart_if_drained(agent)
+
+    def _release(self, task: TaskRecord, agent: AgentRecord | None) -> None:
+        """Undo what a task's being in progress meant: its agent's slot, which `_fill` gives to the next, and its
+        children."""
+        if agent is not None:
+            del agent.running[task.task_id]
+        if task.children:
+            error = ErrorInfo(Code.CANCELLED, "the task that it was part of has ended")
+            while task.children:
+                self._end(next(iter(task.children.values())), TaskEvent.CANCELLED, error=error)
+
+    def _end(
+        self, task: TaskRecord, event: TaskEvent, *, sender: AgentRecord | None = None, error: ErrorInfo | None = None
+    ) -> None:
+        """End a task, tell its requester and, unless it is the `sender`, its assignee; give the slot to the next."""
+        if task.state is TaskState.PENDING:
+            self._unqueue(task)
+        agent = task.assignee
+        self._move(task, event)
+        task.error, task.settled_by, task.ended_at = error, sender, self._now
+        self._open.pop(task.task_id)
+        self._deadlines.discard(task)
+        task.requester.requested.pop(task.task_id)
+        if task.parent is not None and task.parent.children:
+            task.parent.children.pop(task.task_id, None)
+        self._release(task, agent)
+        self._tell_requester(task)
+        if agent is not None:
+            if agent is not sender and agent.peer is not None:
+                self._send(agent.peer, self._acknowledged(task))
+            self._fill(agent)
+            if agent.leaving is not None:
+                self._depart_if_drained(agent)
+
+    def _tell_requester(self, task: TaskRecord) -> None:
+        """Tell a task's end to its requester, or keep it until that one is back."""
+        requester = task.requester
+        if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
+            requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
+            return
+        self._ended[task.task_id] = task
+        self._ended_bytes += task.bytes
+        requester.told += 1
+        if requester.peer is not None:
+            self._send(requester.peer, self._settled(task))
+        if self._records_bytes > self.settings.records_bytes_max:
+            self._make_room()
+
+    def _settled(self, task: TaskRecord) -> Settled:
+        return Settled(
+            task_id=task.task_id,
+            sender=task.settled_by.agent_id if task.settled_by is not None else None,
+            success=task.success,
+            state=task.state,
+            output=task.output,
+            error=task.error,
+            attempt=task.attempt,
+        )
+
+    def _move(self, task: TaskRecord, event: TaskEvent) -> None:
+        """Take one step of the table. Nothing else assigns a task's state."""
+        state = next_state(task.state, event)
+        self._counts[task.state] -= 1
+        self._counts[state] += 1
+        if state in FINAL_STATES:
+            self._totals[state] += 1
+        task.state = state
+
+    # Forgetting.
+
+    def _make_room(self, needed: int = 0) -> None:
+        """Drop the oldest ended tasks, before their retention is over, while the records are too large together."""
+        while self._ended and self._records_bytes + needed > self.settings.records_bytes_max:
+            self._forget(next(iter(self._ended.values())))
+
+    def _grow(self, task: TaskRecord, size: int) -> None:
+        """Take note that a task's record has become larger by `size` bytes (or smaller)."""
+        task.bytes += size
+        self._records_bytes += size
+
+    def _reap(self) -> None:
+        """Drop ended tasks past their retention, TICK_BATCH at a time, and gone agents that nothing needs."""
+        horizon = self._now - self.settings.retention_s
+        kept = (
+            itertools.islice(self._ended.values(), TICK_BATCH),
+            itertools.islice(self._undelivered.values(), TICK_BATCH),
+        )
+        stale = [task for task in itertools.chain(*kept) if task.ended_at <= horizon]
+        for task in stale:
+            self._forget(task)
+        for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
+            del self._agents[agent.agent_id], self._gone[agent.agent_id]
+        self._next_sweep = self._now + (0 if len(stale) >= TICK_BATCH else self._sweep_interval_s)
+
+    def _forget(self, task: TaskRecord) -> None:
+        """Drop the record of an ended task."""
+        if self._ended.pop(task.task_id, None) is not None:
+            self._ended_bytes -= task.bytes
+            task.requester.told -= 1
+        else:
+            del self._undelivered[task.task_id], task.requester.undelivered[task.task_id]
+        self._records_bytes -= task.bytes
+        self._counts[task.state] -= 1
+
+    # What the others share.
+
+    def _acknowledge_at(self, position: int, peer: Peer, message: Delegate | Result, task: TaskRecord) -> None:
+        """Answer a message before the effects that it had from `position` on, and with their outcome."""
+        if message.id is not None:
+            self._effects.insert(position, (peer.connection, self._acknowledged(task, message.id)))
+
+    def _advance(self, now: float) -> None:
+        if now > self._now:
+            self._now = now
+
+    def _send(self, peer: Peer, message: HubOutput) -> None:
+        self._effects.append((peer.connection, message))
+
+    def _take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _error(self, message: Any, refusal: Refused) -> Error:
+        task_id = getattr(message, "task_id", None)
+        return Error(reply_to=message.id, code=refusal.code, message=refusal.message, task_id=task_id)
+
+    def _registered_agent(self, peer: Peer) -> AgentRecord:
+        if peer.agent is None:
+            raise Refused("register first; before that only status and discover", code=Code.NOT_REGISTERED)
+        return peer.agent
+
+    def _find(self, task_id: str) -> TaskRecord | None:
+        return self._open.get(task_id) or self._ended.get(task_id) or self._undelivered.get(task_id)
+
+    def _known_task(self, task_id: str) -> TaskRecord:
+        task = self._find(task_id)
+        if task is None:
+            raise Refused("task_id: the hub knows no such task", code=Code.UNKNOWN_TASK)
+        return task
+
+    def _open_task(self, task_id: str) -> TaskRecord:
+        task = self._known_task(task_id)
+        if task.state in FINAL_STATES:
+            raise Refused("that task has ended", code=Code.TASK_OVER)
+        return task
+
+    _RECEIVERS: typing.ClassVar[dict[type, Callable[[Hub, Peer, Any], None]]] = {
+        Register: _on_register,
+        Deregister: _on_deregister,
+        Discover: _on_discover,
+        Delegate: _on_delegate,
+        Result: _on_result,
+        Status: _on_status,
+        Broadcast: _on_broadcast,
+        Heartbeat: _on_heartbeat,
+    }
+
+
+def error_info(error: str | ErrorInfo | None) -> ErrorInfo:
+    """Return the error of a failed result in its full form: a plain string is the text of `failed`."""
+    if isinstance(error, ErrorInfo):
+        return error
+    return ErrorInfo(Code.FAILED, error or "")
+
+
+def same_content(one: Delegate, other: Delegate) -> bool:
+    """Tell whether two delegates ask for the same: all fields but the id, as JSON (1 is neither 1.0 nor true)."""
+
+    def content(message: Delegate) -> str:
+        fields = {name: getattr(message, name) for name in Delegate.__slots__ if name != "id"}
+        return json.dumps(fields, sort_keys=True)
+
+    return content(one) == content(other)
+
+
+# ============================================================================================
+# 6 Transport
+#
+# A link is one end of a connection: it turns bytes into messages for its owner, and sends the
+# bytes it is given. WebSocketLink does so around a Sans-I/O protocol object of `websockets`, for
+# either role; MemoryLink within this process. Neither decides anything about what is said.
+# ============================================================================================
+
+BACKLOG_BYTES_MAX = 8 * 1_048_576  # What may wait for a peer that does not read.
+HANDSHAKE_S = 10.0  # For a connection to become a WebSocket.
+CLOSING_S = 2.0  # For a peer to answer a close, or to read what is still to be read; then the socket is cut.
+CLIENT_MESSAGE_BYTES_MAX = 64 * 1_048_576  # The largest message that an agent takes from its hub.
+
+# `websockets` logs frames with what is in them at DEBUG; payloads are nobody's business.
+WIRE_LOGGER = logging.getLogger("agenthub.wire")
+WIRE_LOGGER.setLevel(logging.WARNING)
+
+
+class LinkOwner(Protocol):
+    """Who is told what happens on a link. `closed` comes once, and nothing after it."""
+
+    def opened(self, link: Link) -> None: ...
+
+    def received(self, link: Link, message: Any, message_bytes: int) -> None:
+        """Take a message, or the InvalidMessage that says why it is none."""
+
+    def closed(self, link: Link, code: int, reason: str) -> None: ...
+
+
+class Link:
+    """What all links share: decoding for the owner, and telling it once that the link has closed."""
+
+    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
+        self._owner = owner
+        self._decode = decode
+        self._is_closing = False  # What comes in is not delivered any more.
+        self._is_reported = False
+        self.gone = asyncio.Event()  # Nothing is left of it.
+        self.writable = asyncio.Event()  # What is sent does not pile up.
+        self.writable.set()
+
+    def send(self, raw: bytes) -> None:
+        """Send an encoded message; without effect when the link is closing."""
+        raise NotImplementedError
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Close after what was sent before. The owner's `closed` follows when the link is gone."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Cut the link, without waiting for anything."""
+        raise NotImplementedError
+
+    def _deliver(self, raw: bytes) -> None:
+        """Hand a message to the owner, or what was wrong with it."""
+        try:
+            message = self._decode(raw)
+        except InvalidMessage as error:
+            self._owner.received(self, error, len(raw))
+            self._on_unreadable(raw)
+        else:
+            self._owner.received(self, message, len(raw))
+
+    def _on_unreadable(self, raw: bytes) -> None:
+        """Take note of a message that could not be read, after the owner has."""
+
+    def _report_closed(self, code: int, reason: str) -> None:
+        self._is_closing = True
+        if not self._is_reported:
+            self._is_reported = True
+            self._owner.closed(self, code, reason)
+
+
+Connector = Callable[[LinkOwner], Awaitable[Link]]
+
+
+class MemoryLink(Link):
+    """One end of a connection within this process. Messages still go through encode and decode."""
+
+    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
+        super().__init__(owner, decode)
+        self._loop = asyncio.get_running_loop()
+        self._other = self
+
+    @classmethod
+    def pair(cls, near: tuple[LinkOwner, Callable[[bytes], Any]], far: tuple[LinkOwner, Any]) -> tuple[Link, Link]:
+        """Return both ends, each for its owner and with its way to decode."""
+        one, other = cls(*near), cls(*far)
+        one._other, other._other = other, one
+        return one, other
+
+    def send(self, raw: bytes) -> None:
+        if not self._is_closing:
+            self._loop.call_soon(self._other._arrive, raw)
+
+    def close(self, code: int, reason: str = "") -> None:
+        if not self._is_closing:
+            self._is_closing = True
+            self._loop.call_soon(self._other._on_gone, code, reason)
+            self._loop.call_soon(self._on_gone, code, reason)
+
+    def abort(self) -> None:
+        self.close(1006, "cut")
+
+    def _arrive(self, raw: bytes) -> None:
+        if not self._is_closing:
+            self._deliver(raw)
+
+    def _on_gone(self, code: int, reason: str) -> None:
+        self._report_closed(code, reason)
+        self.gone.set()
+
+
+class WebSocketLink(Link, asyncio.Protocol):
+    """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
+
+    Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
+    of the loop goes out in one write. A peer that does not read is cut off at `backlog_bytes_max` (None: its user looks
+    at `writable` instead): a polite close would wait behind the very bytes that are not read.
+    """
+
+    TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
+
+    def __init__(
+        self,
+        protocol: Any,
+        owner: LinkOwner,
+        decode: Callable[[bytes], Any],
+        *,
+        is_server: bool,
+        backlog_bytes_max: int | None,
+    ) -> None:
+        super().__init__(owner, decode)
+        self._protocol = protocol
+        self._is_server = is_server
+        self._backlog_bytes_max = math.inf if backlog_bytes_max is None else backlog_bytes_max
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None  # For the handshake, then for the close.
+        self._is_open = False
+        self._is_mute = False  # A close has been sent, and nothing may follow it.
+        self._is_ending = False  # The socket is to be closed when all is written.
+        self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
+        self._fragments: bytearray | None = None
+        self._fragments_are_text = False
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = typing.cast(asyncio.Transport, transport)
+        self._timer = self._loop.call_later(HANDSHAKE_S, self.abort)
+
+    def data_received(self, data: bytes) -> None:
+        self._protocol.receive_data(data)
+        if self._protocol.close_expected():  # Its answer to a close, or a failure, is on its way out already.
+            self._is_mute = True
+        for event in self._protocol.events_received():
+            if self._is_closing and event_opcode(event) != self.CLOSE:
+                continue
+            if self._is_open:
+                self._on_frame(event)
+            else:
+                self._on_handshake(event)
+        self._pump()
+
+    def eof_received(self) -> None:
+        self._protocol.receive_eof()
+        self._pump()
+        self._flush()
+        # The transport closes itself now, but not before all is written, which may be never.
+        self._is_closing = self._is_mute = True
+        if self._is_open:
+            self._report_closed(1006, "the connection was lost")
+        if self._timer is None:
+            self._timer = self._loop.call_later(CLOSING_S, self.abort)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._out.clear()
+        self._on_lost(error)
+        if self._is_open:
+            self._report_closed(1006, "the connection was lost")
+        self.writable.set()
+        self.gone.set()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+    # Link
+
+    def send(self, raw: bytes) -> None:
+        if self._is_mute:
+            return
+        if self._is_server:  # A server's frames are not masked: a header and the bytes as they are.
+            if not self._out:
+                self._loop.call_soon(self._flush)
+            self._out += (frame_header(len(raw)), raw)
+        else:
+            self._protocol.send_text(raw)
+            self._pump()
+
+    def close(self, code: int, reason: str = "") -> None:
+        if self._is_closing:
+            return
+        self._is_closing = True
+        if not self._is_open:
+            self.abort()
+        elif not self._is_mute:
+            self._is_mute = True
+            self._protocol.send_close(code, reason)
+            self._pump()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # Reading
+
+    def _on_handshake(self, event: Any) -> None:
+        """Take the request or response that opens the WebSocket."""
+        raise NotImplementedError
+
+    def _on_lost(self, error: Exception | None) -> None:
+        """Take note that the socket is gone, which may be before the link was open."""
+
+    def _set_open(self) -> None:
+        self._is_open = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._owner.opened(self)
+
+    def _on_frame(self, frame: Any) -> None:
+        opcode = frame.opcode
+        if opcode == self.TEXT and frame.fin:
+            self._deliver(frame.data)
+        elif opcode == self.CLOSE:
+            self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
+        elif opcode in (self.TEXT, self.BINARY, self.CONTINUATION):
+            self._on_fragment(frame)
+
+    def _on_fragment(self, frame: Any) -> None:
+        """Put a fragmented message together; the protocol object has bounded its size."""
+        if frame.opcode != self.CONTINUATION:
+            self._fragments, self._fragments_are_text = bytearray(), frame.opcode == self.TEXT
+        if self._fragments is None:
+            raise AssertionError("the protocol object lets no continuation through without a start")
+        self._fragments += frame.data
+        if frame.fin:
+            raw, self._fragments = bytes(self._fragments), None
+            if self._fragments_are_text:
+                self._deliver(raw)
+            else:
+                self._owner.received(self, InvalidMessage("message: must be text, not binary"), len(raw))
+
+    def _on_unreadable(self, raw: bytes) -> None:
+        if not is_utf8(raw):  # RFC 6455 §8.1: such a connection must be failed.
+            self._is_mute = True
+            self._protocol.fail(1007, "not UTF-8")
+
+    # Writing
+
+    def _pump(self) -> None:
+        """Queue what the protocol object has to say for itself."""
+        for part in self._protocol.data_to_send():
+            if not part:
+                self._is_ending = True
+                break
+            if not self._out:
+                self._loop.call_soon(self._flush)
+            self._out.append(part)
+        if self._is_open and not self._is_closing and self._protocol.close_expected():
+            failed = self._protocol.close_sent  # The peer broke the rules, or sent too much.
+            self._report_closed(failed.code, failed.reason)
+        if self._is_ending and not self._out:
+            self._end()
+        if self._timer is None and self._protocol.close_expected():
+            self._timer = self._loop.call_later(CLOSING_S, self.abort)
+
+    def _flush(self) -> None:
+        out, self._out = self._out, []
+        transport = self._transport
+        if not out or transport is None or transport.is_closing():
+            return
+        transport.write(b"".join(out))
+        if self._is_ending:
+            self._end()
+        elif not self._is_closing and transport.get_write_buffer_size() > self._backlog_bytes_max:
+            self.close(CloseCode.NOT_READING, "does not read")
+            self._report_closed(CloseCode.NOT_READING, "does not read")
+
+    def _end(self) -> None:
+        """Close the socket when all is written; the timer of the close cuts it if that never happens."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+class ServerLink(WebSocketLink):
+    """The hub's end of a WebSocket. `answer(request)` gives (status, body) for a plain HTTP request, else None."""
+
+    def __init__(
+        self,
+        owner: LinkOwner,
+        answer: Callable[[Any], tuple[int, str] | None],
+        *,
+        message_bytes_max: int,
+        backlog_bytes_max: int,
+    ) -> None:
+        from websockets.server import ServerProtocol
+
+        protocol = ServerProtocol(max_size=message_bytes_max, logger=WIRE_LOGGER)
+        super().__init__(protocol, owner, decoder_from_agent(), is_server=True, backlog_bytes_max=backlog_bytes_max)
+        self._answer = answer
+
+    def _on_handshake(self, request: Any) -> None:
+        answer = self._answer(request)
+        response = self._protocol.accept(request) if answer is None else self._protocol.reject(*answer)
+        if answer is not None:
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+        self._protocol.send_response(response)
+        if response.status_code == 101:
+            self._set_open()
+
+
+class ClientLink(WebSocketLink):
+    """An agent's end of a WebSocket. `ready` is done when the handshake is."""
+
+    def __init__(self, protocol: Any, owner: LinkOwner) -> None:
+        super().__init__(protocol, owner, decoder_from_hub(), is_server=False, backlog_bytes_max=None)
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._protocol.send_request(self._protocol.connect())
+        self._pump()
+
+    def _on_handshake(self, response: Any) -> None:
+        if self._protocol.handshake_exc is None:
+            self._set_open()
+            if not self.ready.done():
+                self.ready.set_result(None)
+
+    def _on_lost(self, error: Exception | None) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(self._protocol.handshake_exc or error or ConnectionError("closed at once"))
+            self.ready.exception()  # Whether or not anybody waits.
+
+
+async def connect_websocket(url: str, owner: LinkOwner) -> Link:
+    """Open a WebSocket to the hub at `url`. Raises Disconnected if that fails, ValueError if it is no such URL."""
+    require_websockets()
+    from websockets.client import ClientProtocol
+    from websockets.exceptions import InvalidHandshake, InvalidURI
+    from websockets.uri import parse_uri
+
+    try:
+        uri = parse_uri(check_url(url))
+    except InvalidURI as error:
+        raise ValueError(str(error)) from error
+    protocol = ClientProtocol(uri, max_size=CLIENT_MESSAGE_BYTES_MAX, logger=WIRE_LOGGER)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(HANDSHAKE_S):
+            _, link = await loop.create_connection(
+                lambda: ClientLink(protocol, owner), uri.host, uri.port, ssl=uri.secure or None
+            )
+            try:
+                await link.ready
+            except BaseException:
+                link.abort()
+                raise
+    except TimeoutError as error:
+        raise Disconnected(f"no hub answers at {url}") from error
+    except OSError as error:
+        raise Disconnected(f"no hub at {url}: {error.strerror or error}") from error
+    except InvalidHandshake as error:
+        raise Disconnected(f"no hub at {url}: {error}") from error
+    return link
+
+
+def require_websockets() -> None:
+    """Raise PackageMissing, which says what to install, where there is no `websockets`."""
+    if importlib.util.find_spec("websockets") is None:
+        raise PackageMissing("websockets", "Speaking over the network")
+
+
+def check_url(url: str) -> str:
+    """Return a hub's URL; raise ValueError if it is none."""
+    if not re.fullmatch(r"wss?://[^\s/?#]+(/[^\s#]*)?", url):
+        raise ValueError(f"a hub's URL looks like {URL_DEFAULT}, not {url!r}")
+    return url
+
+
+SHORT_HEADERS = [bytes((0x81, length)) for length in range(126)]
+pack_medium_header = struct.Struct("!BBH").pack
+pack_long_header = struct.Struct("!BBQ").pack
+
+
+def frame_header(length: int) -> bytes:
+    """Return the header of an unmasked text frame in one piece (RFC 6455 §5.2)."""
+    if length < 126:
+        return SHORT_HEADERS[length]
+    if length < 65_536:
+        return pack_medium_header(0x81, 126, length)
+    return pack_long_header(0x81, 127, length)
+
+
+def event_opcode(event: Any) -> int | None:
+    return getattr(event, "opcode", None)
+
+
+def is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# ============================================================================================
+# 7 Server
+#
+# The hub on an event loop. Every fact goes through `_apply`: the hub is told, its effects are
+# carried out in order, and the one timer is armed for its next deadline.
+# ============================================================================================
+
+
+class LocalHub:
+    """A hub in this process, reached over in-memory links: for tests, and for programs of one process.
+
+        async with LocalHub() as hub, Agent("a", hub=hub) as a:
+            ...
+
+    Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on.
+    """
+
+    settings: HubSettings
+    hub: Hub
+
+    def __init__(self, settings: HubSettings | None = None) -> None:
+        self.settings = settings or HubSettings()
+        self._links: dict[Link, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._armed_for = math.inf
+        self._is_running = False
+
+    async def __aenter__(self) -> typing.Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        codec()  # Compiled now, not when the first message waits for it.
+        self._is_verbose = log_hub.isEnabledFor(logging.DEBUG)  # Asked once, not for each message.
+        self._loop = asyncio.get_running_loop()
+        self.hub = Hub(self.settings, entropy=os.urandom, now=self._loop.time())
+        self._is_running = True
+        self._arm()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
+        if not self._is_running:
+            return
+        self.hub.shut_down()
+        last = self._loop.time() + drain_s
+        while self.hub.in_progress and self._loop.time() < last:
+            await asyncio.sleep(0.02)
+        self._is_running = False
+        if self._timer is not None:
+            self._timer.cancel()
+        links = self._stop_listening()
+        for link in links:
+            link.close(CloseCode.GOING_AWAY, "the hub is shutting down")
+        with contextlib.suppress(TimeoutError):  # Each cuts itself CLOSING_S after its close.
+            async with asyncio.timeout(2 * CLOSING_S):
+                await asyncio.gather(*(link.gone.wait() for link in links))
+
+    def _stop_listening(self) -> list[Link]:
+        """Let nobody new in, and return all links there are."""
+        return list(self._links)
+
+    async def connect(self, owner: LinkOwner) -> Link:
+        """Open a link to this hub from within its process."""
+        if not self._is_running:
+            raise Disconnected("the hub of this process is not running")
+        near, far = MemoryLink.pair((owner, decoder_from_hub()), (self, decoder_from_agent()))
+        self.opened(far)
+        return near
+
+    # LinkOwner
+
+    def opened(self, link: Link) -> None:
+        self._links[link] = None
+        self._apply(self.hub.connected(link, self._loop.time()))
+
+    def received(self, link: Link, message: Any, message_bytes: int) -> None:
+        if self._is_verbose:
+            log_hub.debug("received type=%s bytes=%d", getattr(message, "type", "invalid"), message_bytes)
+        try:
+            effects = self.hub.receive(link, message, self._loop.time(), message_bytes)
+        except Exception:
+            log_hub.exception("a message was not handled type=%s", getattr(message, "type", "invalid"))
+            reply = Error(reply_to=message.id, code=Code.INTERNAL, message="the hub failed; its log says why")
+            effects = [*self.hub._take_effects(), (link, reply)]
+        self._apply(effects)
+
+    def closed(self, link: Link, code: int, reason: str) -> None:
+        self._links.pop(link, None)
+        self._apply(self.hub.disconnected(link, self._loop.time()))
+
+    # The hub's effects and its time.
+
+    def _apply(self, effects: list[Effect]) -> None:
+        sent: HubOutput | None = None
+        raw = b""
+        for link, action in effects:
+            if isinstance(action, Close):
+                link.close(action.code, action.reason)
+                continue
+            if action is not sent:  # A broadcast is one message to many, encoded once.
+                sent, raw = action, encode(action)
+            link.send(raw)
+        self._arm()
+
+    def _arm(self) -> None:
+        """See to it that `_tick` is called at the hub's next deadline. A timer that is too early does no harm."""
+        deadline = self.hub.next_deadline()
+        if self._timer is not None:
+            if self._armed_for <= deadline:
+                return
+            self._timer.cancel()
+        if not self._is_running:
+            return
+        self._armed_for = deadline
+        self._timer = self._loop.call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        try:
+            # A timer may fire up to the clock's resolution early.
+            self._apply(self.hub.tick(max(self._loop.time(), self._armed_for)))
+        finally:
+            self._arm()  # Whatever fails, deadlines go on.
+
+
+class HubServer(LocalHub):
+    """A hub that listens for WebSockets, and answers `GET /healthz` on the same port.
+
+    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken.
+    """
+
+    host: str
+    port: int
+
+    def __init__(
+        self,
+        settings: HubSettings | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8765,
+        backlog_bytes_max: int = BACKLOG_BYTES_MAX,
+    ) -> None:
+        super().__init__(settings)
+        if backlog_bytes_max <= 0:
+            raise ValueError("the backlog must be more than 0 bytes")
+        self.host = host
+        self.port = port
+        self._backlog_bytes_max = backlog_bytes_max
+        self._server: asyncio.Server | None = None
+        self._sockets: weakref.WeakSet[ServerLink] = weakref.WeakSet()  # Also those that are no WebSocket yet.
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"ws://{host}:{self.port}"
+
+    async def start(self) -> None:
+        require_websockets()
+        await super().start()
+        self._server = await self._loop.create_server(self._accept, self.host, self.port, backlog=1024)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def _stop_listening(self) -> list[Link]:
+        if self._server is not None:
+            self._server.close()
+        return list(dict.fromkeys([*super()._stop_listening(), *self._sockets]))
+
+    def _accept(self) -> ServerLink:
+        link = ServerLink(
+            self,
+            self._answer,
+            message_bytes_max=self.settings.message_bytes_max,
+            backlog_bytes_max=self._backlog_bytes_max,
+        )
+        self._sockets.add(link)
+        return link
+
+    def _answer(self, request: Any) -> tuple[int, str] | None:
+        """Answer a plain HTTP request; None lets it become a WebSocket."""
+        if request.path.partition("?")[0] != "/healthz":
+            return None
+        status = 503 if self.hub.shutting_down else 200
+        return status, json.dumps({"status": "ok" if status == 200 else "shutting_down", **self.hub.summary()}) + "\n"
+
+
+# ============================================================================================
+# 8 Agent
+#
+#   Session   one life of a link: requests and their replies, matched by id
+#   Handler   a function as a capability: its schema, and how a task's input fits it
+#   Task      what a handler may know and do about the task that it is working on
+#   TaskHandle what a requester holds of a task that it delegated
+#   Agent     an identity over many sessions; owns all of the above
+# ============================================================================================
+
+log_agent = logging.getLogger("agenthub.agent")
+
+REPLY_S = 10.0  # For the hub to answer a registration.
+LEAVING_S = 2.0  # For the hub to take note that an agent leaves.
+LATE_S = 5.0  # After a task's deadline, for the word of its end to arrive.
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
+DRAIN_S = 30.0  # For running tasks to end when an agent is asked to stop.
+LATE_CODES = (Code.TASK_OVER, Code.NOT_ASSIGNED, Code.STALE_ATTEMPT)  # Something ended meanwhile: nobody's fault.
+UPDATES_MAX = 1000  # Progress reports, and broadcasts, kept for a reader who is slow; then the oldest go.
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Reply = TypeVar("Reply")
+
+
+class Session:
+    """One life of a link to the hub. Does not reconnect; `ended` is done, with (code, reason), when it is over."""
+
+    def __init__(self, on_message: Callable[[HubMessage], None]) -> None:
+        self.ended: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
+        self.heartbeat_s = 30.0
+        self.message_bytes_max = MESSAGE_BYTES_MAX
+        self.last_received = 0.0
+        self.over = asyncio.Event()  # Nobody uses it any more.
+        self._on_message = on_message
+        self._waiting: dict[str, Callable[[HubMessage | AgentHubError], None]] = {}
+        self._ids = itertools.count(1)
+        self._link: Link | None = None
+
+    @classmethod
+    async def open(cls, connector: Connector, on_message: Callable[[HubMessage], None]) -> Session:
+        """Connect. Raises Disconnected if there is no hub."""
+        session = cls(on_message)
+        session._link = await connector(session)
+        return session
+
+    def pack(self, message: AgentMessage) -> bytes:
+        """Return a message as it goes over the wire; from any thread.
+
+        Raises Refused(too_large) for what the hub would not pass on, ValueError for what is not JSON.
+        """
+        raw = encode(message)
+        if len(raw) + envelope_bytes(self.message_bytes_max) > self.message_bytes_max:
+            text = f"a message of {len(raw)} bytes is too large for the hub's limit of {self.message_bytes_max}"
+            raise Refused(text, code=Code.TOO_LARGE, task_id=getattr(message, "task_id", None))
+        return raw
+
+    def post(self, raw: bytes) -> None:
+        """Send what can be missed: not when the session is over, or when too much waits to be sent already."""
+        if self._link is not None and self._link.writable.is_set():
+            self._link.send(raw)
+
+    def ask(self, message: AgentMessage, then: Callable[[HubMessage | AgentHubError], None]) -> None:
+        """Send; `then` gets the reply, in its place among what comes in, or why there is none. Raises as `pack`."""
+        message.id = str(next(self._ids))
+        raw = self.pack(message)
+        if self._link is None or self.ended.done():
+            then(Disconnected("the connection to the hub was lost"))
+        else:
+            self._waiting[message.id] = then
+            self._link.send(raw)
+
+    async def request(
+        self, message: AgentMessage, reply_type: type[Reply], at_once: Callable[[Reply], None] | None = None
+    ) -> Reply:
+        """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
+
+        Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies.
+        """
+        answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        def then(reply: HubMessage | AgentHubError) -> None:
+            if isinstance(reply, reply_type) and at_once is not None:
+                at_once(reply)
+            if answered.done():
+                return
+            if isinstance(reply, reply_type):
+                answered.set_result(reply)
+            elif isinstance(reply, Error):
+                answered.set_exception(Refused(reply.message, code=reply.code, task_id=reply.task_id))
+            elif isinstance(reply, AgentHubError):
+                answered.set_exception(reply)
+            else:
+                answered.set_exception(InvalidMessage(f"the hub replied with {reply.type}"))
+
+        if self._link is not None:
+            await self._link.writable.wait()
+        self.ask(message, then)
+        return await answered
+
+    async def close(self) -> None:
+        """Close, and wait until nothing is left of the connection."""
+        if self._link is not None:
+            self._link.close(CloseCode.DONE)
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSING_S):
+                        await self._link.gone.wait()
+            finally:
+                self._link.abort()
+
+    # LinkOwner
+
+    def opened(self, link: Link) -> None:
+        self.last_received = asyncio.get_running_loop().time()
+
+    def received(self, link: Link, message: Any, message_bytes: int) -> None:
+        self.last_received = asyncio.get_running_loop().time()
+        then = self._waiting.pop(getattr(message, "reply_to", None) or "", None)
+        if then is not None:
+            then(message)
+        elif isinstance(message, InvalidMessage):
+            log_agent.error("the hub sent something that is no message: %s", printable(message.message))
+        else:
+            self._on_message(message)
+
+    def closed(self, link: Link, code: int, reason: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result((code, reason))
+        waiting, self._waiting = self._waiting, {}
+        for then in waiting.values():
+            then(Disconnected(f"the connection to the hub was lost: {code} {reason}", close_code=code))
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A function that does the tasks of one capability."""
+
+    function: Callable[..., Any]
+    capability: Capability
+    task_parameter: str | None  # The one that takes the Task.
+    bare_parameter: (
+        str | None
+    )  # The one that takes an input which is no object: the only one, or the only required one.
+    is_async: bool
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], name: str | None, description: str | None) -> Handler:
+        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments."""
+        hints = hints_of(function)
+        task_parameter = None
+        properties: dict[str, Any] = {}
+        required: list[str] = []
+        is_open = False
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+                raise ValueError(f"{function.__name__}: a handler's parameters are given by keyword, see {parameter}")
+            if parameter.kind is parameter.VAR_KEYWORD:
+                is_open = True
+            elif hints.get(parameter.name) is Task:
+                task_parameter = parameter.name
+            else:
+                properties[parameter.name] = parameter_schema(parameter, hints.get(parameter.name))
+                if parameter.default is parameter.empty:
+                    required.append(parameter.name)
+        schema: dict[str, Any] | None = {
+            "type": "object",
+            "properties": properties,
+            "required": required,
+            "additionalProperties": is_open,
+        }
+        if task_parameter is not None and not properties and not is_open:
+            schema = None  # It reads whatever it wants from the task.
+        description = description or (inspect.getdoc(function) or "").partition("\n")[0]
+        output_schema = schema_of(hints.get("return")) or None
+        offered = Capability(name or function.__name__, description[:4096], schema, output_schema)
+        alone = required or list(properties)
+        bare_parameter = alone[0] if len(alone) == 1 else None
+        return cls(function, offered, task_parameter, bare_parameter, inspect.iscoroutinefunction(function))
+
+    def arguments(self, task: Task) -> dict[str, Any]:
+        """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
+        schema = self.capability.input_schema
+        given: Any = {}
+        if schema is not None:
+            given = task.input
+            if given is None:
+                given = {}
+            elif not isinstance(given, dict) and self.bare_parameter is not None:
+                given = {self.bare_parameter: given}
+            problem = schema_problem(given, schema, "input")
+            if problem is not None:
+                raise TaskFailed(problem, code=Code.INVALID_INPUT)
+        return given if self.task_parameter is None else {**given, self.task_parameter: task}
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's annotations, evaluated where they can be; those that cannot are left out."""
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        pass  # A name imported for type checkers only; the others can still be had one by one.
+    hints = {}
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    for name, annotation in inspect.get_annotations(function).items():
+        try:
+            hints[name] = eval(annotation, scope) if isinstance(annotation, str) else annotation
+        except Exception:
+            log_agent.debug("an annotation cannot be evaluated: %s", name, exc_info=True)
+    return hints
+
+
+JSON_TYPES: Mapping[Any, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    types.NoneType: "null",
+    list: "array",
+    dict: "object",
+}
+
+
+def schema_of(annotation: Any) -> dict[str, Any]:
+    """Return the JSON Schema of an annotation; {} (anything) for what JSON has no word for."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return schema_of(arguments[0])
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [schema_of(argument) for argument in arguments]}
+    if origin is list and arguments:
+        return {"type": "array", "items": schema_of(arguments[0])}
+    if origin is dict and arguments:
+        return {"type": "object", "additionalProperties": schema_of(arguments[1])}
+    kind = JSON_TYPES.get(origin or annotation) if isinstance(annotation, Hashable) else None
+    return {"type": kind} if kind is not None else {}
+
+
+def parameter_schema(parameter: inspect.Parameter, annotation: Any) -> dict[str, Any]:
+    schema = schema_of(annotation)
+    if parameter.default is not parameter.empty:
+        try:
+            json.dumps(check_json(parameter.default))
+        except (ValueError, TypeError):
+            return schema  # A default that JSON cannot show is the function's own affair.
+        schema["default"] = parameter.default
+    return schema
+
+
+def schema_problem(value: Any, schema: Mapping[str, Any], path: str) -> str | None:
+    """Say how `value` does not fit a schema made by `schema_of`, naming the place; None if it fits."""
+    if "anyOf" in schema:
+        fits = any(schema_problem(value, one, path) is None for one in schema["anyOf"])
+        return None if fits else f"{path}: has none of the types it may have"
+    if "enum" in schema:
+        return None if value in schema["enum"] else f"{path}: must be one of {json.dumps(schema['enum'])}"
+    expected = schema.get("type")
+    if expected is not None and not is_of_type(value, expected):
+        return f"{path}: must be of type {expected}"
+    if expected == "object":
+        return object_problem(value, schema, path)
+    if expected == "array":
+        items = schema.get("items", {})
+        return first_problem(schema_problem(item, items, f"{path}[{index}]") for index, item in enumerate(value))
+    return None
+
+
+def object_problem(value: dict[str, Any], schema: Mapping[str, Any], path: str) -> str | None:
+    properties = schema.get("properties", {})
+    others = schema.get("additionalProperties", True)
+    for name in schema.get("required", ()):
+        if name not in value:
+            return f"{path}.{name}: is required"
+    for name in value:
+        if name not in properties and others is False:
+            return f"{path}: has a field that is not one of {', '.join(properties) or 'none'}"
+    rest = others if isinstance(others, dict) else {}
+    return first_problem(
+        schema_problem(item, properties.get(name, rest), f"{path}.{name}" if name in properties else f"{path}.*")
+        for name, item in value.items()
+    )
+
+
+def first_problem(problems: Iterable[str | None]) -> str | None:
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def is_of_type(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if kind == "number":
+        return isinstance(value, int | float)
+    return any(isinstance(value, python) for python, name in JSON_TYPES.items() if name == kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What `capability` and `on_broadcast` leave on a method of an Agent's subclass."""
+
+    name: str | None = None
+    description: str | None = None
+    is_broadcast: bool = False
+
+
+@typing.overload
+def capability(name: Function) -> Function: ...
+@typing.overload
+def capability(name: str | None = None, *, description: str | None = None) -> Callable[[Function], Function]: ...
+def capability(name: str | Callable[..., Any] | None = None, *, description: str | None = None) -> Any:
+    """Make a method of an Agent's subclass the handler of a capability, named like the method by default."""
+
+    def mark(function: Function) -> Function:
+        function.__agenthub__ = Mark(name if isinstance(name, str) else None, description)  # type: ignore[attr-defined]  # functions take attributes
+        return function
+
+    return mark(name) if callable(name) else mark
+
+
+def on_broadcast(function: Function) -> Function:
+    """Make a method of an Agent's subclass the one that takes broadcasts: `(message, sender)`."""
+    function.__agenthub__ = Mark(is_broadcast=True)  # type: ignore[attr-defined]  # functions take attributes
+    return function
+
+
+class Task:
+    """A task, as the handler that works on it sees it. A handler with an argument `task: Task` is given it.
+
+    `requester` is the agent_id of who asked; `attempt` counts deliveries from 1; `deadline` is in seconds of the
+    event loop's clock.
+    """
+
+    task_id: str
+    requester: str
+    capability: str | None
+    input: Any
+    attempt: int
+    priority: int
+    parent_id: str | None
+    deadline: float
+
+    def __init__(self, agent: Agent, message: Delegated) -> None:
+        self.task_id = message.task_id
+        self.requester = message.sender
+        self.capability = message.capability
+        self.input = message.input
+        self.attempt = message.attempt
+        self.priority = message.priority
+        self.parent_id = message.parent_id
+        self._agent = agent
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self.deadline = self._loop.time() + message.ttl
+        self._cancelled = threading.Event()
+        self._work: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_at(self.deadline, self._stop)
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline; 0 when it is over."""
+        return max(0.0, self.deadline - self._loop.time())
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task has ended without this handler: a plain function should look, and return."""
+        return self._cancelled.is_set()
+
+    def progress(self, progress: float | None = None, detail: Any = None) -> None:
+        """Tell the requester how far the task is: a number from 0 to 1, and any JSON. From any thread.
+
+        Raises ValueError if it is neither, Refused if it is too large. Lost if there is no connection just now.
+        """
+        if progress is not None and not 0 <= progress <= 1:
+            raise ValueError("progress must be from 0 to 1")
+        session = self._agent._session
+        report = Status(task_id=self.task_id, progress=progress, detail=check_json(detail))
+        if session is None or self.cancelled:
+            encode(report)
+            return
+        raw = session.pack(report)
+        if threading.get_ident() == self._thread:
+            session.post(raw)
+        else:
+            self._loop.call_soon_threadsafe(session.post, raw)
+
+    async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
+        """Delegate a part of this task, as `Agent.delegate` does; it does not outlive this one."""
+        return await self._agent.delegate(capability, input, parent_id=self.task_id, **options)
+
+    async def submit(self, capability: str | None = None, input: Any = None, **options: Any) -> TaskHandle:
+        """Submit a part of this task, as `Agent.submit` does; it does not outlive this one."""
+        return await self._agent.submit(capability, input, parent_id=self.task_id, **options)
+
+    def run(self, awaitable: typing.Coroutine[Any, Any, Reply]) -> Reply:
+        """Run a coroutine on the agent's loop and wait for it, from a plain handler: `task.run(task.delegate(...))`."""
+        if threading.get_ident() == self._thread:
+            awaitable.close()
+            raise RuntimeError("an async handler awaits instead")
+        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result()
+
+    def _stop(self) -> None:
+        """Stop the handler: the task has ended without it. Only once, so that its cleaning up is left in peace."""
+        if self.cancelled:
+            return
+        self._cancelled.set()
+        if self._work is not None:
+            self._work.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One progress report: `progress` from 0 to 1 or None, `detail` any JSON, `seq` counts from 1 per task."""
+
+    progress: float | None
+    detail: Any
+    seq: int
+
+
+class TaskHandle:
+    """A task that this agent has delegated. Iterate it (`async for`) to see its progress until its end."""
+
+    task_id: str
+
+    def __init__(self, agent: Agent, message: Delegate) -> None:
+        self.task_id = message.task_id
+        self._agent = agent
+        self._message = message
+        self._is_accepted = False
+        self._is_called_off = False
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[Settled | AgentHubError] = self._loop.create_future()
+        self._updates: collections.deque[Progress] = collections.deque(maxlen=UPDATES_MAX)
+        self._news = asyncio.Event()
+        self._deadline = 0.0
+        self._overdue: asyncio.TimerHandle | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the task has ended."""
+        return self._end.done()
+
+    async def result(self, timeout_s: float | None = None) -> Any:
+        """Return the task's output, waiting for it at most `timeout_s` seconds.
+
+        Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if
+        its time to live was over, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
+        """
+        async with asyncio.timeout(timeout_s):
+            end = await asyncio.shield(self._end)
+        if isinstance(end, AgentHubError):
+            raise end
+        if end.success:
+            return end.output
+        error = end.error or ErrorInfo(Code.FAILED)
+        if end.state == TaskState.TIMEOUT:
+            raise TaskTimeout(error.message, task_id=self.task_id)
+        raise TaskFailed(error.message, code=error.code, task_id=self.task_id)
+
+    async def cancel(self, reason: str = "") -> None:
+        """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
+        if not self.done:
+            with contextlib.suppress(Refused):  # It has ended just now, and that is told anyway.
+                await self._agent._request(self._cancellation(reason), Reported)
+
+    def _cancellation(self, reason: str = "its requester stopped waiting") -> Result:
+        """Call it off on this side, and return the message that does so at the hub."""
+        self._is_called_off = True
+        return Result(task_id=self.task_id, success=False, error=ErrorInfo(Code.CANCELLED, reason))
+
+    def __aiter__(self) -> AsyncIterator[Progress]:
+        return self._follow()
+
+    async def _follow(self) -> AsyncIterator[Progress]:
+        while True:
+            while self._updates:
+                yield self._updates.popleft()
+            if self.done:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def _on_progress(self, report: Reported) -> None:
+        self._updates.append(Progress(report.progress, report.detail, report.seq or 0))
+        self._news.set()
+
+    def _settle(self, end: Settled | AgentHubError) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+        if not self._end.done():
+            self._end.set_result(end)
+        self._news.set()
+
+
+class Backoff:
+    """How long to wait before the next try: full jitter over a bound that doubles, from 0.5 s to 30 s.
+
+    Starts over only after a connection that lasted longer than the present bound, so that a hub which lets agents in
+    and drops them is not stormed.
+    """
+
+    def __init__(self) -> None:
+        self._bound_s = BACKOFF_FIRST_S
+
+    def next_s(self) -> float:
+        delay_s = random.uniform(0, self._bound_s)
+        self._bound_s = min(2 * self._bound_s, BACKOFF_MAX_S)
+        return delay_s
+
+    def lasted(self, connection_s: float) -> None:
+        if connection_s > self._bound_s:
+            self._bound_s = BACKOFF_FIRST_S
+
+
+class Agent:
+    """A program on the hub: what it can do, and its way to ask others.
+
+    `hub` is a LocalHub of this process; without one, `url` (else AGENTHUB_URL, else ws://127.0.0.1:8765) says where
+    the hub is. `name` is the class's by default. At most `max_tasks` tasks run at once. Without a connection it tries
+    again for ever, or for `give_up_after_s` seconds.
+
+    Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the
+    hub does not take the registration, Disconnected when it has given up or another took its place.
+    """
+
+    name: str = ""
+    description: str
+    url: str
+    agent_id: str | None  # None until the hub has registered it.
+    max_tasks: int
+    metadata: dict[str, Any]
+    give_up_after_s: float | None
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        url: str | None = None,
+        hub: LocalHubLike | None = None,
+        max_tasks: int = 16,
+        metadata: dict[str, Any] | None = None,
+        give_up_after_s: float | None = None,
+    ) -> None:
+        self.name = name or type(self).name or type(self).__name__.lower()
+        own_doc = type(self).__doc__ if type(self) is not Agent else None
+        self.description = (
+            description if description is not None else inspect.cleandoc(own_doc or "").partition("\n")[0]
+        )
+        self.url = check_url(url or os.environ.get("AGENTHUB_URL") or URL_DEFAULT)
+        self.agent_id = None
+        self.max_tasks = max_tasks
+        self.metadata = metadata or {}
+        self.give_up_after_s = give_up_after_s
+        self._connector: Connector = hub.connect if hub is not None else functools.partial(connect_websocket, self.url)
+        self._handlers: dict[str, Handler] = {}
+        self._broadcast_handler: Callable[[Any, str], Any] | None = None
+        self._resume: str | None = None
+        self._session: Session | None = None
+        self._next_session: asyncio.Future[Session] | None = None
+        self._connection: asyncio.Task[None] | None = None
+        self._running: dict[str, Task] = {}  # By task_id.
+        self._results: dict[str, Result] = {}  # Of tasks done here, until the hub has them.
+        self._open: dict[str, TaskHandle] = {}  # By task_id.
+        self._broadcasts: collections.deque[Announced] = collections.deque(maxlen=UPDATES_MAX)
+        self._taking: asyncio.Task[None] | None = None
+        self._threads = asyncio.Semaphore(max_tasks)
+        self._background: set[asyncio.Task[Any]] = set()
+        for function_name, function in inspect.getmembers(type(self), inspect.isfunction):
+            mark = getattr(function, "__agenthub__", None)
+            if mark is not None and hasattr(Agent, function_name):
+                raise ValueError(
+                    f"{function_name}: an Agent has a method of that name; capability(NAME) can name another"
+                )
+            self._add_marked(mark, getattr(self, function_name))
+        self._registration()  # Raises ValueError now rather than when it is sent.
+
+    # What it can do.
+
+    @typing.overload
+    def capability(self, name: Function) -> Function: ...
+    @typing.overload
+    def capability(
+        self, name: str | None = None, *, description: str | None = None
+    ) -> Callable[[Function], Function]: ...
+    def capability(self, name: str | Callable[..., Any] | None = None, *, description: str | None = None) -> Any:
+        """Make a function the handler of a capability, named like the function by default. A decorator.
+
+        It may be async, or plain: then it runs in a thread. An object as input becomes its keyword arguments, checked
+        against its annotations. Raises ValueError if the capability has a handler already.
+        """
+
+        def add(function: Function) -> Function:
+            self._add_handler(Handler.of(function, name if isinstance(name, str) else None, description))
+            return function
+
+        return add(name) if callable(name) else add
+
+    def on_broadcast(self, function: Function) -> Function:
+        """Make a function the one that takes broadcasts, one after the other: `(message, sender)`. A decorator."""
+        self._broadcast_handler = function
+        return function
+
+    def _add_marked(self, mark: Mark | None, method: Callable[..., Any]) -> None:
+        if mark is None:
+            return
+        if mark.is_broadcast:
+            self._broadcast_handler = method
+        else:
+            self._add_handler(Handler.of(method, mark.name, mark.description))
+
+    def _add_handler(self, handler: Handler) -> None:
+        name = handler.capability.name
+        if name in self._handlers:
+            raise ValueError(f"{name}: has a handler already")
+        self._handlers[name] = handler
+        if self._session is not None:
+            self._session.ask(self._registration(), _log_refusal)
+
+    def _registration(self) -> Register:
+        """Return what this agent says of itself. Raises ValueError if the limits of the protocol do not allow it."""
+        if not 1 <= self.max_tasks <= 10_000:
+            raise ValueError("max_tasks must be from 1 to 10000")
+        if not 1 <= len(self.name) <= 128:
+            raise ValueError("name must have 1 to 128 characters")
+        return Register(
+            name=self.name,
+            description=self.description[:4096],
+            capabilities=[handler.capability for handler in self._handlers.values()],
+            max_tasks=self.max_tasks,
+            metadata=self.metadata,
+            agent_id=self.agent_id,
+            resume=self._resume,
+        )
+
+    # Its life.
+
+    def use_hub(self, hub: LocalHubLike) -> None:
+        """Join a hub of this process instead of the one at `url`, from the next start on."""
+        self._connector = hub.connect
+
+    def run(self, *, drain_s: float = DRAIN_S) -> None:
+        """Run until Ctrl-C or SIGTERM; then take no new task and leave when the running ones have ended.
+
+        `drain_s` bounds that, in seconds; a second signal ends it at once.
+        """
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(serve(self, drain_s=drain_s))
+
+    async def __aenter__(self) -> typing.Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Connect, and return when the hub has registered this agent. Waits for a hub that is not there yet."""
+        self._begin()
+        try:
+            await self._connected()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. What is open is settled."""
+        if self._connection is None:
+            return
+        has_left = False
+        if drain_s > 0 and (self._session is not None or self._running or self._results):
+            has_left = await self._deregister(Deregister(drain=True), drain_s)
+        if not has_left and self._session is not None:
+            await self._deregister(Deregister(), LEAVING_S)
+        await self._stop_handlers()
+        connection, self._connection = self._connection, None
+        await self._cancel([*self._background, *([connection] if connection is not None else [])])
+        if self._session is not None:
+            await self._leave(self._session)
+        self._fail(Disconnected("this agent was stopped"))
+        self._results.clear()
+        self._broadcasts.clear()
+        await asyncio.sleep(0)  # For a socket that had to be cut.
+
+    async def serve(self, stopped: asyncio.Event, drain_s: float = DRAIN_S) -> None:
+        """Run until `stopped` is set, then drain; leave at once when cancelled. Raises what ends the connection."""
+        connection = self._begin()
+        waiting = asyncio.create_task(stopped.wait())
+        failure: BaseException | None = None
+        try:
+            await asyncio.wait({connection, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if connection.done():
+                failure = connection.exception()
+            else:
+                await self.stop(drain_s)
+        finally:
+            waiting.cancel()
+            await self.stop()
+        if failure is not None:
+            raise failure
+
+    def _begin(self) -> asyncio.Task[None]:
+        if self._connection is not None:
+            raise RuntimeError("this agent is running already")
+        self._next_session = asyncio.get_running_loop().create_future()
+        self._threads = asyncio.Semaphore(self.max_tasks)
+        self._connection = asyncio.create_task(self._stay_connected())
+        return self._connection
+
+    async def _deregister(self, message: Deregister, wait_s: float) -> bool:
+        """Tell the hub that this agent leaves, again after a reconnect; return whether it answered within `wait_s`."""
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._request(message, Deregistered)
+        except TimeoutError:
+            running = len(self._running)
+            log_agent.warning("no answer to deregister in %g s agent=%s tasks=%d", wait_s, self.agent_id, running)
+            return False
+        except AgentHubError as error:
+            log_agent.debug("no answer to deregister: %s", printable(error.message))
+            return False
+        return True
+
+    async def _stop_handlers(self) -> None:
+        """Cancel what still runs, and give it LEAVING_S seconds to clean up."""
+        work = []
+        for task in list(self._running.values()):
+            if task._work is asyncio.current_task():
+                task._cancelled.set()  # The handler that stops its own agent.
+            else:
+                task._stop()
+                work.append(task._work)
+        waiting = [one for one in work if one is not None]
+        if waiting:
+            await asyncio.wait(waiting, timeout=LEAVING_S)
+
+    async def _cancel(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        waiting = [task for task in tasks if task is not asyncio.current_task()]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _connected(self) -> Session:
+        """Return the session, waiting for one. Raises what ended the connection for good."""
+        if self._connection is None or self._next_session is None:
+            raise Disconnected("this agent is not started")
+        return await asyncio.shield(self._next_session)
+
+    async def _stay_connected(self) -> None:
+        """Connect, again and again; ends with the error that makes another try pointless."""
+        loop = asyncio.get_running_loop()
+        backoff = Backoff()
+        last_seen = loop.time()
+        try:
+            while True:
+                joined = None
+                try:
+                    session = await self._join()
+                    joined = loop.time()
+                    await self._attend(session)
+                except Disconnected as error:
+                    if joined is not None:
+                        last_seen = loop.time()
+                        backoff.lasted(last_seen - joined)
+                    self._give_up_if_due(error, loop.time() - last_seen)
+                    delay_s = backoff.next_s()
+                    log_agent.warning("%s; next try in %.1f s", printable(error.message), delay_s)
+                    await asyncio.sleep(delay_s)
+        except (AgentHubError, ValueError) as error:
+            self._fail(error)
+            raise
+
+    def _give_up_if_due(self, error: Disconnected, away_s: float) -> None:
+        if error.close_code in (CloseCode.REPLACED, CloseCode.NOT_ALLOWED):
+            raise error
+        if self.give_up_after_s is not None and away_s >= self.give_up_after_s:
+            raise error
+
+    def _fail(self, error: Exception) -> None:
+        """Let all who wait for a connection know that there will be none."""
+        if self._next_session is not None and self._next_session.done():
+            self._next_session = asyncio.get_running_loop().create_future()
+        if self._next_session is not None:
+            self._next_session.set_exception(error)
+            self._next_session.exception()  # Whether or not anybody waits.
+        for handle in list(self._open.values()):
+            handle._settle(Disconnected(str(error)))
+        self._open.clear()
+
+    async def _join(self) -> Session:
+        """Open a session and register on it."""
+        session = await Session.open(self._connector, self._on_message)
+        joined = functools.partial(self._on_registered, session, list(self._handlers))
+        try:
+            async with asyncio.timeout(REPLY_S):
+                await session.request(self._registration(), Registered, at_once=joined)
+        except TimeoutError as error:
+            raise Disconnected("the hub did not answer the registration") from error
+        except Refused as refusal:
+            if refusal.code in (Code.OVERLOADED, Code.INTERNAL):  # Not for ever.
+                raise Disconnected(f"the hub did not let this agent in: {refusal.message}") from refusal
+            raise
+        finally:
+            if self._session is not session:
+                await session.close()
+        return session
+
+    async def _attend(self, session: Session) -> None:
+        """Keep a session alive until it ends. Raises Disconnected, with the close code."""
+        loop = asyncio.get_running_loop()
+        try:
+            while not session.ended.done():
+                session.ask(Heartbeat(), _ignore)
+                await asyncio.wait({session.ended}, timeout=session.heartbeat_s)
+                if loop.time() - session.last_received > 3 * session.heartbeat_s:
+                    raise Disconnected("the hub has been silent for three heartbeat intervals")
+            code, reason = session.ended.result()
+            raise Disconnected(f"the hub closed the connection: {code} {reason}".rstrip(), close_code=code)
+        finally:
+            await self._leave(session)
+
+    async def _leave(self, session: Session) -> None:
+        """Have done with a session."""
+        self._session = None
+        self._next_session = asyncio.get_running_loop().create_future()
+        session.over.set()
+        await session.close()
+
+    # After a (re)connection both sides agree.
+
+    def _on_registered(self, session: Session, announced: list[str], reply: Registered) -> None:
+        log_agent.info("joined agent=%s", printable(reply.agent_id))
+        self.agent_id, self._resume = reply.agent_id, reply.resume
+        session.heartbeat_s = reply.heartbeat_s
+        session.message_bytes_max = reply.max_bytes
+        self._session = session
+        if list(self._handlers) != announced:  # One was added in the meantime.
+            session.ask(self._registration(), _log_refusal)
+        self._agree({ref.task_id: ref.attempt for ref in reply.tasks})
+        for handle in self._open.values():
+            if handle._is_accepted:
+                self._spawn(self._ask_after(handle))
+        if self._next_session is not None and not self._next_session.done():
+            self._next_session.set_result(session)
+
+    def _agree(self, held: dict[str, int]) -> None:
+        """Bring what runs here in line with the tasks and attempts that the hub holds to be running here."""
+        for task in list(self._running.values()):
+            if held.get(task.task_id) != task.attempt:
+                task._stop()
+        for result in list(self._results.values()):
+            if held.get(result.task_id) == result.attempt:
+                self._send_result(result)
+            else:
+                del self._results[result.task_id]
+        for task_id, attempt in held.items():
+            running = self._running.get(task_id)
+            if (running is None or running.attempt != attempt) and task_id not in self._results:
+                error = ErrorInfo(Code.AGENT_LOST, "the agent does not have this task")
+                self._send_result(Result(task_id=task_id, success=False, error=error, attempt=attempt))
+
+    async def _ask_after(self, handle: TaskHandle) -> None:
+        """Ask what has become of an accepted task; one that the hub no longer knows is sent again, if it may be."""
+        session = self._session
+        if session is None or handle.done:
+            return
+        try:
+            report = await session.request(Status(task_id=handle.task_id), Reported)
+        except Disconnected:
+            return  # It is asked again after the next registration.
+        except Refused as refusal:
+            if refusal.code == Code.UNKNOWN_TASK:
+                await self._send_again(handle)
+            else:
+                self._settle(handle.task_id, TaskFailed(refusal.message, code=Code.HUB_LOST, task_id=handle.task_id))
+            return
+        if report.requester != self.agent_id:  # The hub knows the task, but this agent no longer: the output is hidden.
+            error = TaskFailed("the hub has forgotten who asked", code=Code.HUB_LOST, task_id=handle.task_id)
+            self._settle(handle.task_id, error)
+        elif report.state in FINAL_STATES:
+            self._settle(handle.task_id, settled_from(report))
+
+    async def _send_again(self, handle: TaskHandle) -> None:
+        """Delegate a task anew to a hub that has forgotten it: one of its retries is used up by that."""
+        if not handle._is_accepted:
+            return  # That is under way.
+        if handle._is_called_off:
+            error = TaskFailed("it was called off", code=Code.CANCELLED, task_id=handle.task_id)
+            self._settle(handle.task_id, error)
+            return
+        handle._is_accepted = False
+        message = handle._message
+        remaining_s = handle._deadline - asyncio.get_running_loop().time()
+        if message.max_retries == 0 or message.parent_id is not None or remaining_s <= 0:
+            error = TaskFailed("the hub no longer knows this task", code=Code.HUB_LOST, task_id=handle.task_id)
+            self._settle(handle.task_id, error)
+            return
+        handle._message = dataclasses.replace(message, ttl=remaining_s, max_retries=message.max_retries - 1)
+        try:
+            await self._get_accepted(handle)
+        except AgentHubError as error:
+            self._settle(handle.task_id, error)
+
+    # What comes in.
+
+    def _on_message(self, message: HubMessage) -> None:
+        if isinstance(message, Delegated):
+            self._on_delegated(message)
+        elif isinstance(message, Settled):
+            self._settle(message.task_id, message)
+        elif isinstance(message, Reported):
+            self._on_reported(message)
+        elif isinstance(message, Announced):
+            self._on_announced(message)
+        elif isinstance(message, Error):
+            level = logging.DEBUG if message.code in LATE_CODES else logging.WARNING
+            log_agent.log(level, "refused code=%s: %s", printable(message.code), printable(message.message))
+
+    def _on_reported(self, report: Reported) -> None:
+        task_id = report.task_id or ""
+        if report.seq is not None:
+            if task_id in self._open:
+                self._open[task_id]._on_progress(report)
+        elif report.state in FINAL_STATES and task_id in self._running:
+            self._running[task_id]._stop()
+
+    def _settle(self, task_id: str, end: Settled | AgentHubError) -> None:
+        handle = self._open.pop(task_id, None)
+        if handle is not None:
+            handle._settle(end)
+
+    # Working.
+
+    def _on_delegated(self, message: Delegated) -> None:
+        former = self._running.get(message.task_id)
+        if former is not None:
+            if former.attempt == message.attempt:
+                return
+            former._stop()
+        task = self._running[message.task_id] = Task(self, message)
+        task._work = self._spawn(self._work(task))
+        task._work.add_done_callback(lambda _: self._on_worked(task))
+
+    def _on_worked(self, task: Task) -> None:
+        task._timer.cancel()
+        if self._running.get(task.task_id) is task:
+            del self._running[task.task_id]
+
+    async def _work(self, task: Task) -> None:
+        """Do a task and send its result; none if it ended in the meantime."""
+        result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
+        try:
+            result.output = check_json(await self._call(task))
+            result.success = True
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            current = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+                if not task.cancelled:
+                    raise
+            else:  # To exit, or to be cancelled by something of its own, is a handler's failure like any other.
+                result.error = failure(error, task)
+        if not task.cancelled:
+            self._send_result(result)
+
+    async def _call(self, task: Task) -> Any:
+        handler = self._handler_for(task)
+        arguments = handler.arguments(task)
+        if handler.is_async:
+            return await handler.function(**arguments)
+        output = await self._in_thread(functools.partial(handler.function, **arguments))
+        return await output if inspect.isawaitable(output) else output
+
+    def _handler_for(self, task: Task) -> Handler:
+        """Return the handler of a task's capability; of a task that names none, the only one there is."""
+        if task.capability is None and len(self._handlers) == 1:
+            return next(iter(self._handlers.values()))
+        handler = self._handlers.get(task.capability or "")
+        if handler is None:
+            raise TaskFailed(f"this agent has {', '.join(self._handlers) or 'no capability'}", code=Code.NO_HANDLER)
+        return handler
+
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        """Run a plain function in a thread of its own.
+
+        A thread cannot be stopped, so one that ignores its task's end keeps its place among the `max_tasks` threads.
+        They are daemons: a hanging one does not keep the process alive.
+        """
+        threads = self._threads
+        await threads.acquire()
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[Any] = loop.create_future()
+        context = contextvars.copy_context()
+
+        def settle(output: Any, error: BaseException | None) -> None:
+            threads.release()
+            if finished.done():
+                return
+            if error is None:
+                finished.set_result(output)
+            else:
+                finished.set_exception(error)
+
+        def work() -> None:
+            output: Any = None
+            error: BaseException | None = None
+            try:
+                output = context.run(function)
+            except StopIteration as stop:  # A future does not take this one.
+                error = RuntimeError(f"the handler raised {stop!r}")
+            except BaseException as raised:
+                error = raised
+            with contextlib.suppress(RuntimeError):  # The loop was closed while the function ran.
+                loop.call_soon_threadsafe(settle, output, error)
+
+        threading.Thread(target=work, name=f"{self.name}-handler", daemon=True).start()
+        return await finished
+
+    def _send_result(self, result: Result) -> None:
+        """Send a result, and keep it until the hub has said that it has it."""
+        self._results[result.task_id] = result
+        if self._session is None:
+            return
+        try:
+            self._session.ask(result, functools.partial(self._on_result_reply, result))
+        except ValueError as error:
+            self._send_failure(result, ErrorInfo(Code.FAILED, f"the output cannot be written as JSON: {error}"))
+        except Refused as refusal:
+            self._send_failure(result, ErrorInfo(refusal.code, refusal.message))
+
+    def _send_failure(self, result: Result, error: ErrorInfo) -> None:
+        """Fail the task of a result that cannot be sent."""
+        self._send_result(dataclasses.replace(result, success=False, output=None, error=error))
+
+    def _on_result_reply(self, result: Result, reply: HubMessage | AgentHubError) -> None:
+        if isinstance(reply, AgentHubError) or self._results.get(result.task_id) is not result:
+            return
+        del self._results[result.task_id]
+        if isinstance(reply, Error):
+            level = logging.DEBUG if reply.code in LATE_CODES else logging.WARNING
+            log_agent.log(level, "result refused task=%s code=%s", printable(result.task_id), printable(reply.code))
+            if reply.code in (Code.INVALID_MESSAGE, Code.TOO_LARGE) and result.success:
+                code = reply.code if reply.code == Code.TOO_LARGE else Code.FAILED
+                self._send_failure(result, ErrorInfo(code, f"the hub refused the output: {reply.message}"))
+
+    def _on_announced(self, message: Announced) -> None:
+        if self._broadcast_handler is None:
+            return
+        if len(self._broadcasts) == UPDATES_MAX:
+            log_agent.warning("the broadcast handler is too slow: the oldest broadcast is dropped")
+        self._broadcasts.append(message)
+        if self._taking is None or self._taking.done():
+            self._taking = self._spawn(self._take_broadcasts(self._broadcast_handler))
+
+    async def _take_broadcasts(self, handler: Callable[[Any, str], Any]) -> None:
+        while self._broadcasts:
+            message = self._broadcasts.popleft()
+            arguments = (message.message, message.sender or "")
+            try:
+                if inspect.iscoroutinefunction(handler):
+                    await handler(*arguments)
+                else:
+                    await self._in_thread(functools.partial(handler, *arguments))
+            except Exception:
+                log_agent.exception("the broadcast handler failed")
+
+    # Asking others.
+
+    async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
+        """Have a task done, and return its output. The options are those of `submit`.
+
+        Raises what `submit` and `TaskHandle.result` raise. Cancelling this call calls the task off.
+        """
+        handle = await self.submit(capability, input, **options)
+        try:
+            return await handle.result()
+        except asyncio.CancelledError:
+            self._call_off(handle)
+            raise
+
+    async def submit(
+        self,
+        capability: str | None = None,
+        input: Any = None,
+        *,
+        agent_id: str | None = None,
+        ttl: float = 300.0,
+        priority: int = 0,
+        max_retries: int = 0,
+        wait: bool = False,
+        task_id: str | None = None,
+        parent_id: str | None = None,
+    ) -> TaskHandle:
+        """Hand a task to the hub, and return when that has accepted it.
+
+        `capability` lets the hub choose the agent, `agent_id` names it; `ttl` is in seconds and covers waiting and
+        all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
+        `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
+
+        Raises Refused, with the hub's code; TaskTimeout if the hub could not be asked within `ttl`; ValueError if
+        the input is not JSON; Disconnected if there will be no connection.
+        """
+        if not 0 < ttl <= TTL_MAX_S:
+            raise ValueError(f"ttl must be more than 0 and at most {TTL_MAX_S} seconds")
+        message = Delegate(
+            task_id=task_id or f"{self.name[:40]}-{os.urandom(8).hex()}",
+            agent_id=agent_id,
+            capability=capability,
+            input=check_json(input),
+            ttl=float(ttl),
+            priority=priority,
+            max_retries=max_retries,
+            parent_id=parent_id,
+            wait=wait,
+        )
+        if message.task_id in self._open:
+            raise ValueError(f"{message.task_id}: is the id of a task that is open")
+        handle = self._open[message.task_id] = TaskHandle(self, message)
+        try:
+            await self._get_accepted(handle)
+        except BaseException as error:
+            self._open.pop(message.task_id, None)
+            if isinstance(error, asyncio.CancelledError | TaskTimeout):  # It may have been accepted all the same.
+                self._call_off(handle)
+            raise
+        return handle
+
+    def _call_off(self, handle: TaskHandle) -> None:
+        """Cancel a task that nobody waits for any more: at once if there is a connection, else when there is one."""
+        handle._is_called_off = True
+        if self._session is None:
+            self._spawn(self._call_off_later(handle))
+        else:
+            self._session.ask(handle._cancellation(), functools.partial(self._on_called_off, handle))
+
+    def _on_called_off(self, handle: TaskHandle, reply: HubMessage | AgentHubError) -> None:
+        if isinstance(reply, Disconnected) and self._connection is not None:
+            self._spawn(self._call_off_later(handle))
+
+    async def _call_off_later(self, handle: TaskHandle) -> None:
+        with contextlib.suppress(AgentHubError, TimeoutError):  # It has ended, or will at its deadline.
+            async with asyncio.timeout(handle._message.ttl):
+                await self._request(handle._cancellation(), Reported)
+
+    async def _get_accepted(self, handle: TaskHandle) -> None:
+        """Send a task until the hub has acknowledged it: to send the same one twice is safe."""
+        message = handle._message
+        try:
+            async with asyncio.timeout(message.ttl):
+                await self._request(message, Reported)
+        except TimeoutError as error:
+            raise TaskTimeout("the hub could not be asked within the task's ttl", task_id=handle.task_id) from error
+        handle._is_accepted = True
+        handle._deadline = handle._loop.time() + message.ttl
+        self._watch(handle)
+
+    def _watch(self, handle: TaskHandle) -> None:
+        """See to it that nobody waits for ever for the end of a task whose hub is gone."""
+        if handle._overdue is not None:
+            handle._overdue.cancel()
+        if not handle.done:
+            handle._overdue = handle._loop.call_at(handle._deadline + LATE_S, self._on_overdue, handle)
+
+    def _on_overdue(self, handle: TaskHandle) -> None:
+        if self._session is not None:
+            self._spawn(self._ask_after(handle))
+            handle._deadline = handle._loop.time()
+            self._watch(handle)
+        else:
+            error = TaskFailed(
+                "its deadline has passed without a connection to the hub", code=Code.HUB_LOST, task_id=handle.task_id
+            )
+            self._settle(handle.task_id, error)
+
+    async def discover(self, capability: str = "", limit: int = 100) -> list[AgentInfo]:
+        """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""
+        return (await self._request(Discover(capability=capability, limit=limit), Discovered)).agents
+
+    async def broadcast(self, message: Any, capability: str | None = None) -> int:
+        """Send any JSON to all other agents that are online (with that capability); return how many there are."""
+        session = await self._connected()
+        reply = await session.request(Broadcast(message=check_json(message), capability=capability), Announced)
+        return reply.recipients or 0
+
+    async def status(self, task_id: str | None = None) -> Reported:
+        """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
+        return await self._request(Status(task_id=task_id), Reported)
+
+    # What the others share.
+
+    async def _request(self, message: AgentMessage, reply_type: type[Reply]) -> Reply:
+        """Ask the hub what is safe to ask twice: again after a lost connection, until it has answered."""
+        while True:
+            session = await self._connected()
+            try:
+                return await session.request(message, reply_type)
+            except Disconnected:
+                await session.over.wait()
+
+    def _spawn(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+class LocalHubLike(Protocol):
+    """What an agent needs of a hub in its own process."""
+
+    def connect(self, owner: LinkOwner) -> Awaitable[Link]: ...
+
+
+def _log_refusal(reply: HubMessage | AgentHubError) -> None:
+    if isinstance(reply, Error):
+        log_agent.error("refused code=%s: %s", printable(reply.code), printable(reply.message))
+
+
+def _ignore(reply: object) -> None:
+    """Take a reply that says nothing new."""
+
+
+def failure(error: BaseException, task: Task) -> ErrorInfo:
+    """Return what the requester is told of an exception that a handler raised."""
+    if isinstance(error, TaskFailed) and error.task_id is None:
+        return ErrorInfo(error.code if 1 <= len(error.code) <= 128 else Code.FAILED, error.message[:TEXT_MAX])
+    log_agent.error("handler failed task=%s capability=%s", printable(task.task_id), task.capability, exc_info=error)
+    text = (
+        repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
+    )  # KeyError says the key only.
+    return ErrorInfo(Code.FAILED, text[:TEXT_MAX])
+
+
+def settled_from(report: Reported) -> Settled:
+    """Return a task's end as a late fetch tells it."""
+    return Settled(
+        task_id=report.task_id or "",
+        sender=report.agent_id,
+        success=report.state == TaskState.COMPLETED,
+        state=report.state or "",
+        output=report.output,
+        error=report.error,
+        attempt=report.attempt or 0,
+    )
+
+
+def printable(text: str) -> str:
+    """Return foreign text with its control characters escaped, for logs and terminals."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+async def serve(*agents: Agent, drain_s: float = DRAIN_S) -> None:
+    """Run agents side by side until SIGINT or SIGTERM, then drain them for at most `drain_s` seconds.
+
+    A second signal ends it at once, with KeyboardInterrupt. Raises what ends an agent's connection for good.
+    """
+    with stop_signals() as stopped:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for agent in agents:
+                    group.create_task(agent.serve(stopped, drain_s))
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[asyncio.Event]:
+    """Turn the first SIGINT or SIGTERM into an event, and the second into the end of the current task."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    current = asyncio.current_task()
+
+    insisted = False
+
+    def stop() -> None:
+        nonlocal insisted
+        if stopped.is_set() and current is not None:
+            insisted = True
+            current.cancel()
+        stopped.set()
+
+    former = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop)
+        except NotImplementedError:  # Windows: its loops take no signal handlers.
+            former[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+        except (RuntimeError, ValueError):
+            log_agent.debug("not in the main thread: signals are not handled")
+            break
+    try:
+        yield stopped
+    except asyncio.CancelledError:
+        if insisted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if number in former:
+                signal.signal(number, former[number])
+            else:
+                with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                    loop.remove_signal_handler(number)
+
+
+# ============================================================================================
+# 9 Command line
+#
+# stdout is the answer, stderr the talk. Exit 0 done, 1 failed, 2 usage, 130 Ctrl-C.
+# ============================================================================================
+
+HUB_DRAIN_S = 1.5  # With CLOSING_S it keeps the hub's exit under five seconds.
+STDERR_TAIL_BYTES = 4000  # Of a failed command's stderr, told to its requester.
+TERMINATING_S = 1.0  # Between SIGTERM and SIGKILL for a command whose task has ended.
+
+
+class CommandFailed(Exception):
+    """Ends the command line with exit code 1 and this one line on stderr."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal knows every character.
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        code: int = args.run(args)
+        return code
+    except (CommandFailed, AgentHubError) as error:
+        print(f"agenthub: {printable(str(error))}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        parser.error(printable(str(error)))
+    except BrokenPipeError:  # `agenthub status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agenthub", description="A hub for agents: they find each other and delegate tasks."
+    )
+    parser.add_argument("--version", action="version", version=f"agenthub {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_hub(_command(commands, "hub", _run_hub, "start a hub", log_level="info"))
+    _add_agent(
+        _command(commands, "agent", _run_agent, "run agents from a file, or make one of a program", log_level="info")
+    )
+    _add_status(_command(commands, "status", _run_status, "show the agents and tasks of a hub"))
+    _add_call(_command(commands, "call", _run_call, "delegate a task, and print its output"))
+    _command(commands, "schema", _run_schema, "print the JSON Schema of all messages")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str, log_level: str = "error"
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", default=log_level, choices=levels, help="what is logged to stderr")
+    return parser
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    url = os.environ.get("AGENTHUB_URL") or URL_DEFAULT
+    parser.add_argument("--url", default=url, help="where the hub is; AGENTHUB_URL sets the default")
+
+
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    settings = HubSettings()
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
+    parser.add_argument("--port", type=int, default=8765, help="the port to listen on; 0 takes a free one")
+    parser.add_argument(
+        "--heartbeat",
+        type=float,
+        default=settings.heartbeat_s,
+        metavar="S",
+        help="seconds between signs of life; three without one are too many",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=settings.grace_s,
+        metavar="S",
+        help="seconds that the place of a lost agent is kept",
+    )
+    parser.add_argument(
+        "--retention",
+        type=float,
+        default=settings.retention_s,
+        metavar="S",
+        help="seconds that the record of an ended task is kept",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=settings.message_bytes_max, metavar="N", help="the largest message"
+    )
+    parser.add_argument(
+        "--backlog",
+        type=int,
+        default=BACKLOG_BYTES_MAX,
+        metavar="N",
+        help="bytes that may wait for a connection that does not read",
+    )
+    parser.add_argument(
+        "--with",
+        dest="files",
+        action="append",
+        default=[],
+        metavar="FILE[:NAME]",
+        help="also run the agents of this file, in the hub's process; again and again",
+    )
+
+
+def _add_agent(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="FILE[:NAME]",
+        help="a file, or package.module:NAME; without a NAME all agents that it defines",
+    )
+    parser.add_argument(
+        "--exec",
+        dest="command",
+        metavar="COMMAND",
+        help="a shell command that does a task: input on stdin, output on stdout",
+    )
+    parser.add_argument("--name", help="the name of the agent, with --exec")
+    parser.add_argument(
+        "--capability", action="append", metavar="C", help="what the command can do, with --exec; again and again"
+    )
+    parser.add_argument("--description", default="", help="what the command is for, with --exec")
+    parser.add_argument("--max-tasks", type=int, default=4, metavar="N", help="how many run at once, with --exec")
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=DRAIN_S,
+        metavar="S",
+        help="seconds that running tasks have to end when the agent is stopped",
+    )
+    _add_url(parser)
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--watch", action="store_true", help="show it again every second")
+    parser.add_argument("--task", metavar="ID", help="show one task")
+    _add_url(parser)
+
+
+def _add_call(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("capability", metavar="CAPABILITY", help="what is to be done")
+    parser.add_argument("input", nargs="?", default="null", metavar="JSON", help="the input; - reads it from stdin")
+    parser.add_argument("--agent", metavar="ID", help="the agent that is to do it, by its agent_id")
+    parser.add_argument("--ttl", type=float, default=300.0, metavar="S", help="seconds until it is given up")
+    parser.add_argument("--no-wait", action="store_true", help="print the task's id instead of waiting for its output")
+    _add_url(parser)
+
+
+# hub
+
+
+def _run_hub(args: argparse.Namespace) -> int:
+    settings = HubSettings(
+        heartbeat_s=args.heartbeat, grace_s=args.grace, retention_s=args.retention, message_bytes_max=args.max_bytes
+    )
+    if not 0 <= args.port <= 65_535:
+        raise ValueError("--port must be from 0 to 65535")
+    server = HubServer(settings, host=args.host, port=args.port, backlog_bytes_max=args.backlog)
+    if args.host not in ("127.0.0.1", "::1", "localhost"):
+        log_hub.warning("%s can be reached from elsewhere, and whoever reaches this hub may use it", args.host)
+    agents = [agent for target in args.files for agent in load_agents(target)]
+    asyncio.run(_serve_hub(server, agents))
+    return 0
+
+
+async def _serve_hub(server: HubServer, agents: list[Agent]) -> None:
+    """Run a hub, and agents in its process, until SIGINT or SIGTERM."""
+    loop = asyncio.get_running_loop()
+    with stop_signals() as stopped:
+        try:
+            await server.start()
+        except OSError as error:
+            number = error.errno or 0  # Of a name that cannot be resolved it is negative.
+            reason = os.strerror(number) if number > 0 else error.strerror
+            raise CommandFailed(f"cannot listen on {server.url}: {reason}") from error
+        print(f"listening on {server.url}", flush=True)
+        for agent in agents:
+            agent.use_hub(server)
+        running = [asyncio.create_task(_serve_in_hub(agent, stopped)) for agent in agents]
+        await stopped.wait()
+        last = loop.time() + HUB_DRAIN_S
+        server.hub.shut_down()
+        await asyncio.gather(*running)
+        await server.stop(max(0.0, last - loop.time()))
+
+
+async def _serve_in_hub(agent: Agent, stopped: asyncio.Event) -> None:
+    """Run an agent; that it ends is told, and does not end the hub."""
+    try:
+        await agent.serve(stopped, HUB_DRAIN_S)
+    except AgentHubError as error:
+        log_agent.error("agent %s has ended: %s", printable(agent.name), printable(error.message))
+
+
+# agent
+
+
+def _run_agent(args: argparse.Namespace) -> int:
+    os.environ["AGENTHUB_URL"] = check_url(args.url)  # For the agents that the file makes.
+    if (args.command is None) == (args.target is None):
+        raise ValueError("give either a FILE or --exec COMMAND")
+    if args.command is None:
+        agents = load_agents(args.target)
+    elif not args.name or not args.capability:
+        raise ValueError("--exec needs --name and --capability")
+    else:
+        agents = [exec_agent(args.command, args.name, args.capability, args.description, args.max_tasks)]
+    asyncio.run(serve(*agents, drain_s=args.drain))
+    return 0
+
+
+def load_agents(target: str) -> list[Agent]:
+    """Return the agents of FILE[:NAME] or package.module[:NAME]; raise CommandFailed if there are none.
+
+    NAME is an Agent or a subclass of it. Without one: all Agents at the top level, else all subclasses defined there.
+    """
+    path, _, name = target.rpartition(":")
+    if not path or os.sep in name or "/" in name:  # No NAME; the colon may be that of a Windows drive.
+        path, name = target, ""
+    module = load_module(path)
+    if name:
+        found = [getattr(module, name, None)]
+    else:
+        defined = list(vars(module).values())
+        found = [one for one in defined if isinstance(one, Agent)] or [
+            one for one in defined if is_agent_class(one) and one.__module__ == module.__name__
+        ]
+    made = [one() if is_agent_class(one) else one for one in dict.fromkeys(found)]
+    agents = [one for one in made if isinstance(one, Agent)]
+    if not agents:
+        raise CommandFailed(f"{target}: no agent of {__name__} found there")
+    return agents
+
+
+def is_agent_class(one: object) -> TypeGuard[type[Agent]]:
+    return isinstance(one, type) and issubclass(one, Agent) and one is not Agent
+
+
+def load_module(path: str) -> types.ModuleType:
+    """Import a file by its path, or a module by its name; raise CommandFailed if there is none."""
+    sys.path.insert(0, os.getcwd())
+    if not path.endswith(".py"):
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise CommandFailed(f"{path}: is neither a file.py nor a module")
+        try:
+            return importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            raise CommandFailed(f"{path}: {error}") from error
+    if not Path(path).is_file():
+        raise CommandFailed(f"{path}: no such file")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise CommandFailed(f"{path}: cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def exec_agent(command: str, name: str, capabilities: list[str], description: str = "", max_tasks: int = 4) -> Agent:
+    """Make an agent of a shell command.
+
+    A task's input is its stdin, as JSON; its stdout is the output, as JSON if it is that and else as text. A non-zero
+    exit fails the task with the end of stderr. The command sees AGENTHUB_TASK_ID, AGENTHUB_CAPABILITY and
+    AGENTHUB_ATTEMPT. When its task ends, its process group ends too (on Windows: the process).
+    """
+    agent = Agent(name, description=description, max_tasks=max_tasks)
+
+    async def run_command(task: Task) -> Any:
+        environment = {
+            **os.environ,
+            "AGENTHUB_TASK_ID": task.task_id,
+            "AGENTHUB_CAPABILITY": task.capability or "",
+            "AGENTHUB_ATTEMPT": str(task.attempt),
+        }
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_shell(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=os.name == "posix"
+        )
+        try:
+            return await _converse(process, json.dumps(task.input).encode())
+        finally:
+            await _end_process_group(process)
+
+    for capability_name in capabilities:
+        agent.capability(capability_name, description=description)(run_command)
+    return agent
+
+
+async def _converse(process: asyncio.subprocess.Process, raw: bytes) -> Any:
+    """Give a process its input, and return its output; raise TaskFailed if it fails or says too much."""
+    if process.stdin is None or process.stdout is None or process.stderr is None:
+        raise AssertionError("all three were asked for")
+    _, output, complaint, exit_code = await asyncio.gather(
+        _feed(process.stdin, raw),
+        _read_all(process.stdout),
+        _read_tail(process.stderr),
+        process.wait(),
+    )
+    if exit_code != 0:
+        text = complaint.decode(errors="replace").strip()
+        raise TaskFailed(f"exit code {exit_code}: {text}" if text else f"exit code {exit_code}")
+    text = output.decode(errors="replace")
+    try:
+        return check_json(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
+
+
+async def _feed(stdin: asyncio.StreamWriter, raw: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # It need not read its input.
+        stdin.write(raw)
+        await stdin.drain()
+        stdin.close()
+        await stdin.wait_closed()
+
+
+async def _read_all(stdout: asyncio.StreamReader) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await stdout.read(65_536):
+        size += len(chunk)
+        if size > CLIENT_MESSAGE_BYTES_MAX:
+            raise TaskFailed(f"the output is larger than {CLIENT_MESSAGE_BYTES_MAX} bytes", code=Code.TOO_LARGE)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _read_tail(stderr: asyncio.StreamReader) -> bytes:
+    tail = b""
+    while chunk := await stderr.read(65_536):
+        tail = (tail + chunk)[-STDERR_TAIL_BYTES:]
+    return tail
+
+
+async def _end_process_group(process: asyncio.subprocess.Process) -> None:
+    """End what is left of a command: politely if it still runs, then for certain."""
+    if process.returncode is None:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TERMINATING_S):
+                await process.wait()
+    _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+    await process.wait()
+    # asyncio has no other way to close a pipe that was not read to its end.
+    process._transport.close()  # type: ignore[attr-defined]  # private, and there since 3.4
+
+
+def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.name == "posix":
+            os.killpg(process.pid, number)
+        elif process.returncode is None:
+            process.terminate()
+
+
+# status
+
+
+def _run_status(args: argparse.Namespace) -> int:
+    return asyncio.run(_status(args))
+
+
+async def _status(args: argparse.Namespace) -> int:
+    session = await Session.open(functools.partial(connect_websocket, args.url), _ignore)
+    try:
+        while True:
+            text = await (_task_text(session, args) if args.task else _hub_text(session, args))
+            if args.watch and sys.stdout.isatty():
+                text = f"\x1b[H\x1b[J{text}"
+            print(text, flush=True)
+            if not args.watch:
+                return 0
+            await asyncio.sleep(1)
+    finally:
+        await session.close()
+
+
+async def _task_text(session: Session, args: argparse.Namespace) -> str:
+    report = await session.request(Status(task_id=args.task), Reported)
+    fields = {name: value for name, value in plain(report).items() if name not in ("type", "reply_to")}
+    if args.json:
+        return json_text(fields)
+    return table([[name, shown(value)] for name, value in fields.items()])
+
+
+async def _hub_text(session: Session, args: argparse.Namespace) -> str:
+    hub = (await session.request(Status(), Reported)).hub or {}
+    found = await session.request(Discover(limit=1000), Discovered)
+    listed = await session.request(Status(tasks=True), Reported)
+    if args.json:
+        return json_text({"hub": hub, "agents": plain(found)["agents"], "tasks": plain(listed)["tasks"]})
+    counts = ", ".join(f"{count} {state}" for state, count in hub.get("tasks", {}).items())
+    head = f"hub {args.url}, version {hub.get('version')}, up {hub.get('uptime_s', 0):.0f} s; tasks: {counts}"
+    agents = [["AGENT", "RUNNING", "CAPABILITIES", "DESCRIPTION"], *map(_agent_row, found.agents)]
+    tasks = [
+        ["TASK", "STATE", "CAPABILITY", "AGENT", "ATTEMPT", "AGE", "TTL", "PROGRESS"],
+        *map(_task_row, listed.tasks or []),
+    ]
+    return "\n".join([head, "", table(agents), "", table(tasks)])
+
+
+def _agent_row(agent: AgentInfo) -> list[str]:
+    names = ", ".join(one.name for one in agent.capabilities)
+    return [agent.agent_id, f"{agent.running}/{agent.max_tasks}", names, agent.description]
+
+
+def _task_row(task: TaskInfo) -> list[str]:
+    state = f"{task.state} ({task.code})" if task.code is not None else task.state
+    progress = f"{task.progress:.0%}" if task.progress is not None else ""
+    return [
+        task.task_id,
+        state,
+        task.capability or "",
+        task.agent_id or "",
+        str(task.attempt),
+        f"{task.age_s:.0f} s",
+        f"{task.ttl:.0f} s",
+        progress,
+    ]
+
+
+def table(rows: list[list[str]]) -> str:
+    """Lay rows out in aligned columns, foreign text made printable and cut to the terminal's width."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n".join(line[:room] for line in lines)
+
+
+def plain(message: HubMessage) -> dict[str, Any]:
+    """Return a message as it is on the wire."""
+    document: dict[str, Any] = json.loads(encode(message))
+    return document
+
+
+def shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# call
+
+
+def _run_call(args: argparse.Namespace) -> int:
+    text = sys.stdin.read() if args.input == "-" else args.input
+    try:
+        given = check_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the input is not JSON: {error}") from None
+    return asyncio.run(_call(args, given))
+
+
+async def _call(args: argparse.Namespace, given: Any) -> int:
+    """Delegate a task, and print its output; a signal calls it off."""
+    with stop_signals() as stopped:
+        calling = asyncio.create_task(_delegated(args, given))
+        stopping = asyncio.create_task(stopped.wait())
+        await asyncio.wait({calling, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if calling.done():
+            print(calling.result())
+            return 0
+        calling.cancel()
+        await asyncio.wait({calling})
+        return 130
+
+
+async def _delegated(args: argparse.Namespace, given: Any) -> str:
+    """Delegate a task; return its output as JSON, or its id if it is not to be waited for."""
+    async with Agent("call", url=args.url, give_up_after_s=0) as agent:
+        handle = await agent.submit(args.capability, given, agent_id=args.agent, ttl=args.ttl)
+        if args.no_wait:
+            return handle.task_id
+        showing = asyncio.create_task(_show_progress(handle))
+        try:
+            return json_text(await handle.result())
+        except asyncio.CancelledError:
+            agent._call_off(handle)
+            raise
+        finally:
+            showing.cancel()
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON that a person can read and that cannot steer a terminal."""
+    if (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"):
+        return json.dumps(value, indent=2)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)
+
+
+async def _show_progress(handle: TaskHandle) -> None:
+    if not sys.stderr.isatty():
+        return
+    async for update in handle:
+        percent = f"{update.progress:4.0%}" if update.progress is not None else "    "
+        detail = printable(shown(update.detail)) if update.detail is not None else ""
+        print(f"{percent} {detail}"[: shutil.get_terminal_size().columns], file=sys.stderr)
+
+
+# schema
+
+
+def _run_schema(args: argparse.Namespace) -> int:
+    print(json_text(json_schema()))
+    return 0
+
+
+if __name__ == "__main__":
+    # Run as a program this file is the module __main__, and what an agent's file imports would be a second copy, with
+    # classes of its own. So the copy that everybody imports is the one that runs.
+    sys.exit(importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main())
