@@ -1,0 +1,51 @@
+"""Make agenthub-stubs from agenthub.py: `python -m tests.stubs`; with --check, only say whether they are stale.
+
+A `py.typed` does nothing for a module that is a single file; a folder of stubs gives its users the types.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STUBS = ROOT / "agenthub-stubs" / "__init__.pyi"
+
+
+def made_stubs() -> str:
+    """Return the stubs as they should be, by mypy's stubgen and ruff."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["stubgen", "--quiet", "--include-docstrings", "--output", folder, str(ROOT / "agenthub.py")]
+        subprocess.run(command, check=True, cwd=ROOT)
+        stubs = next(Path(folder).rglob("agenthub.pyi"))
+        stubs.write_text(with_aliases(stubs.read_text(encoding="utf-8")), encoding="utf-8")
+        subprocess.run(["ruff", "format", "--quiet", str(stubs)], check=True, cwd=ROOT)
+        return stubs.read_text(encoding="utf-8")
+
+
+def with_aliases(stubs: str) -> str:
+    """Add the aliases that stubgen leaves out, without the limits, which are not for type checkers."""
+    source = (ROOT / "agenthub.py").read_text(encoding="utf-8")
+    aliases = re.findall(r"^(\w+) = Annotated\[(.+), \w+\(.*\)\]$", source, re.MULTILINE)
+    aliases += re.findall(r"^(\w+) = (Callable\[.+\])$", source, re.MULTILINE)
+    missing = [f"{name} = {kind}" for name, kind in aliases if not re.search(rf"^{name}\b", stubs, re.MULTILINE)]
+    head, import_line, rest = stubs.partition("\n\n")
+    return "\n".join([head, "", *missing, import_line, rest])
+
+
+def main() -> int:
+    stubs = made_stubs()
+    if "--check" not in sys.argv[1:]:
+        STUBS.parent.mkdir(exist_ok=True)
+        STUBS.write_text(stubs, encoding="utf-8")
+    elif STUBS.read_text(encoding="utf-8") != stubs:
+        print("agenthub-stubs is stale: python -m tests.stubs", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What several test modules share: the one bound on waiting, processes of the command line, and a raw client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+ROOT = Path(__file__).parent.parent
+WAIT_S = 20.0  # The bound on every wait: generous, because it is reached only when something is broken.
+
+
+@contextlib.contextmanager
+def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run `python ARGS` from the project's folder, with its output piped; end it when the block ends."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    process = subprocess.Popen(
+        [sys.executable, *args],
+        stdin=subprocess.PIPE,
+        stdout=options.pop("stdout", subprocess.PIPE),
+        stderr=options.pop("stderr", subprocess.PIPE),
+        text=True,
+        cwd=options.pop("cwd", ROOT),
+        env=environment,
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=WAIT_S)
+
+
+@contextlib.contextmanager
+def hub_process(*args: str, **options: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run a hub on a free port; yield its URL and its process."""
+    options.setdefault("stderr", subprocess.DEVNULL)
+    with running("-m", "agenthub", "hub", "--port", "0", *args, **options) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("listening on ws://"), line
+        yield line.split()[-1], process
+
+
+class RawClient:
+    """A WebSocket that speaks JSON and knows nothing of our code. `seen` holds what was passed over while waiting."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self.connection = connection
+        self.seen: list[dict[str, Any]] = []
+        self.count = 0
+
+    async def send(self, **message: Any) -> None:
+        await self.connection.send(json.dumps(message))
+
+    async def receive(self) -> dict[str, Any]:
+        """Return the next message, bounded by WAIT_S. Raises ConnectionClosed when there is none to come."""
+        async with asyncio.timeout(WAIT_S):
+            message: dict[str, Any] = json.loads(await self.connection.recv())
+        return message
+
+    async def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Return the first message, seen already or still to come, that is `wanted`."""
+        for index, message in enumerate(self.seen):
+            if wanted(message):
+                return self.seen.pop(index)
+        while True:
+            message = await self.receive()
+            if wanted(message):
+                return message
+            self.seen.append(message)
+
+    async def request(self, **message: Any) -> dict[str, Any]:
+        """Send a message with an id of its own, and return the reply to it."""
+        self.count += 1
+        message_id = message.setdefault("id", f"request-{self.count}")
+        await self.send(**message)
+        return await self.until(lambda reply: reply.get("reply_to") == message_id)
+
+    async def register(self, name: str, *capabilities: Any, **fields: Any) -> dict[str, Any]:
+        return await self.request(type="register", name=name, capabilities=list(capabilities), **fields)
+
+    async def delegate(self, task_id: str, **fields: Any) -> dict[str, Any]:
+        return await self.request(type="delegate", task_id=task_id, **fields)
+
+    async def message(self, type: str, **fields: Any) -> dict[str, Any]:
+        """Return the next message of a type, with these fields, that is not a reply."""
+        return await self.until(
+            lambda message: (
+                message["type"] == type
+                and "reply_to" not in message
+                and all(message.get(name) == value for name, value in fields.items())
+            )
+        )
+
+    async def nothing_else(self) -> None:
+        """Assert that the hub has sent nothing more: the answer to a further request is the next that comes."""
+        assert self.seen == []
+        await self.send(type="status", id="nothing-else")
+        assert (await self.receive()).get("reply_to") == "nothing-else"
+
+    async def closed(self) -> int:
+        """Wait for the end of the connection; return its close code, passing over what still comes in."""
+        async with asyncio.timeout(WAIT_S):
+            with contextlib.suppress(ConnectionClosed):
+                async for _ in self.connection:
+                    pass
+            await self.connection.wait_closed()
+        assert self.connection.close_code is not None
+        return self.connection.close_code
+
+
+@contextlib.asynccontextmanager
+async def raw_client(url: str, **options: Any) -> AsyncIterator[RawClient]:
+    async with connect(url, **options) as connection:
+        yield RawClient(connection)

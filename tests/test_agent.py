@@ -1,0 +1,2158 @@
+"""Section 8, the SDK: over the in-memory link and over WebSockets alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import datetime
+import functools
+import gc
+import logging
+import random
+import signal
+import sys
+import threading
+import typing
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import pytest
+
+import agenthub
+from agenthub import (
+    Agent,
+    Disconnected,
+    HubServer,
+    HubSettings,
+    LocalHub,
+    Refused,
+    Task,
+    TaskFailed,
+    TaskTimeout,
+    capability,
+    on_broadcast,
+)
+from tests.support import WAIT_S, running
+
+pytestmark = pytest.mark.filterwarnings("error")
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends signals that Windows does not have")
+
+
+# What the tests stand on.
+
+
+async def eventually(condition: Callable[[], Any]) -> None:
+    """Return when `condition` holds; fail when it still does not after WAIT_S."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def soon(awaitable: Any) -> Any:
+    return await asyncio.wait_for(awaitable, WAIT_S)
+
+
+def at(hub: Any) -> dict[str, Any]:
+    """Return the argument that leads an Agent to `hub`: a URL to a HubServer, else the hub itself."""
+    return {"url": hub.url} if isinstance(hub, HubServer) else {"hub": hub}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_collected_fast() -> Iterator[None]:
+    """What was there before these tests is not looked at again by each of them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _quick_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "BACKOFF_FIRST_S", 0.02)
+    monkeypatch.setattr(agenthub, "BACKOFF_MAX_S", 0.1)
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_is_left_over(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
+    """After each test: no task of asyncio still there, no thread that holds the process, no complaint of asyncio's."""
+    before = set(threading.enumerate())
+    yield
+    await eventually(lambda: len(asyncio.all_tasks()) == 1)
+    gc.collect()
+    assert [record.getMessage() for record in caplog.get_records("call") if record.name == "asyncio"] == []
+    left = [one for one in threading.enumerate() if one not in before and not one.daemon]
+    assert [one for one in left if not one.name.startswith("asyncio_")] == []  # Those of the tests' to_thread.
+
+
+@pytest.fixture(params=["in memory", "over WebSockets"])
+def kind(request: pytest.FixtureRequest) -> type[LocalHub]:
+    return LocalHub if request.param == "in memory" else functools.partial(HubServer, port=0)  # type: ignore[return-value]
+
+
+@pytest.fixture
+async def hub(kind: Callable[..., LocalHub]) -> AsyncIterator[LocalHub]:
+    async with kind() as hub:
+        yield hub
+
+
+@contextlib.asynccontextmanager
+async def working(hub: Any, *functions: Callable[..., Any], **options: Any) -> AsyncIterator[Agent]:
+    """Run an agent with these functions as its capabilities, and yield another one that can ask it."""
+    worker = Agent("worker", **at(hub), **options)
+    for function in functions:
+        worker.capability(function)
+    async with worker, Agent("requester", **at(hub)) as me:
+        yield me
+
+
+class Wire:
+    """The way to a hub, as an argument for `Agent(hub=...)`: a test can listen to it, cut it and mend it.
+
+    `lets_through(message)` is asked about all that comes from the hub.
+    """
+
+    def __init__(self, hub: LocalHub) -> None:
+        self.hub = hub
+        self.is_up = True
+        self.link: agenthub.Link | None = None
+        self.owner: agenthub.LinkOwner | None = None
+        self.opened_count = 0
+        self.lets_through: Callable[[Any], bool] = lambda message: True
+
+    async def connect(self, owner: agenthub.LinkOwner) -> agenthub.Link:
+        if not self.is_up:
+            raise Disconnected("the wire is cut")
+        self.owner = owner
+        if isinstance(self.hub, HubServer):
+            self.link = await agenthub.connect_websocket(self.hub.url, self)
+        else:
+            self.link = await self.hub.connect(self)
+        self.opened_count += 1
+        return self.link
+
+    def cut(self, *, for_now: bool = False) -> None:
+        """Cut the connection; without `for_now` there is none until `mend`."""
+        self.is_up = for_now
+        if self.link is not None:
+            self.link.abort()
+
+    def mend(self) -> None:
+        self.is_up = True
+
+    def opened(self, link: agenthub.Link) -> None:
+        assert self.owner is not None
+        self.owner.opened(link)
+
+    def received(self, link: agenthub.Link, message: Any, message_bytes: int) -> None:
+        assert self.owner is not None
+        if self.lets_through(message):
+            self.owner.received(link, message, message_bytes)
+
+    def closed(self, link: agenthub.Link, code: int, reason: str) -> None:
+        assert self.owner is not None
+        self.owner.closed(link, code, reason)
+
+
+@pytest.fixture
+def wire(hub: LocalHub) -> Wire:
+    return Wire(hub)
+
+
+def away(hub: LocalHub) -> int:
+    return int(hub.hub.summary()["agents_away"])
+
+
+def online(hub: LocalHub) -> int:
+    return int(hub.hub.summary()["agents"])
+
+
+def tasks_of(hub: LocalHub) -> dict[str, int]:
+    """Return the states of the tasks that the hub has a record of, with how many there are of each."""
+    return {str(state): count for state, count in hub.hub.summary()["tasks"].items() if count}
+
+
+async def failure_of(awaitable: Any) -> tuple[str, str]:
+    """Return the code and the text of the TaskFailed that `awaitable` ends with."""
+    with pytest.raises(TaskFailed) as caught:
+        await soon(awaitable)
+    return caught.value.code, caught.value.message
+
+
+# Both styles.
+
+
+async def test_decorated_function_does_a_task(hub: LocalHub) -> None:
+    worker = Agent("worker", **at(hub))
+
+    @worker.capability("greet")
+    async def hello(name: str) -> str:
+        return f"Hello, {name}!"
+
+    async with worker, Agent("requester", **at(hub)) as me:
+        assert await me.delegate("greet", {"name": "Ada"}) == "Hello, Ada!"
+
+
+async def test_method_of_a_subclass_does_a_task(hub: LocalHub) -> None:
+    class Greeter(Agent):
+        """Greets people.
+
+        At length.
+        """
+
+        greeting = "Hello"
+
+        @capability("greet", description="Says it")
+        async def hello(self, name: str) -> str:
+            return f"{self.greeting}, {name}!"
+
+        @capability
+        def shout(self, name: str) -> str:
+            """Shout a name."""
+            return name.upper()
+
+    async with Greeter(**at(hub)), Agent("requester", **at(hub)) as me:
+        assert await me.delegate("greet", {"name": "Ada"}) == "Hello, Ada!"
+        assert await me.delegate("shout", {"name": "Ada"}) == "ADA"
+        (found,) = await me.discover("greet")
+    assert (found.name, found.description) == ("greeter", "Greets people.")
+    assert [(one.name, one.description) for one in found.capabilities] == [
+        ("greet", "Says it"),
+        ("shout", "Shout a name."),
+    ]
+
+
+async def test_bare_decorator_takes_the_name_of_the_function(hub: LocalHub) -> None:
+    worker = Agent("worker", **at(hub))
+
+    @worker.capability
+    async def double(x: int) -> int:
+        return 2 * x
+
+    assert await double(4) == 8  # It is still the function that it was.
+    async with worker, Agent("requester", **at(hub)) as me:
+        assert await me.delegate("double", {"x": 4}) == 8
+
+
+async def test_both_styles_meet_in_one_agent(hub: LocalHub) -> None:
+    class Worker(Agent):
+        @capability
+        def one(self) -> int:
+            return 1
+
+    worker = Worker(**at(hub))
+
+    @worker.capability
+    def two() -> int:
+        return 2
+
+    async with worker, Agent("requester", **at(hub)) as me:
+        assert [await me.delegate("one"), await me.delegate("two")] == [1, 2]
+
+
+async def test_two_agents_of_one_class_keep_their_own_handlers() -> None:
+    one, other = Agent("one"), Agent("other")
+    one.capability("work")(lambda: 1)
+    other.capability("work")(lambda: 2)
+    with pytest.raises(ValueError, match="work: has a handler already"):
+        one.capability("work")(lambda: 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_tasks": 0}, {"max_tasks": 10_001}, {"name": "x" * 129}, {"url": "http://example.org"}]
+)
+def test_bad_argument_is_a_value_error_at_construction(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must|looks like"):
+        Agent(**options)
+
+
+def test_handler_with_positional_parameters_is_a_value_error() -> None:
+    def by_place(x: int, /) -> int:
+        return x
+
+    def any_number(*xs: int) -> int:
+        return len(xs)
+
+    for function in (by_place, any_number):
+        with pytest.raises(ValueError, match="keyword"):
+            Agent("worker").capability(function)
+
+
+# The schema, from the signature and the docstring.
+
+
+def offered(function: Callable[..., Any]) -> agenthub.Capability:
+    return agenthub.Handler.of(function, None, None).capability
+
+
+def test_signature_and_docstring_become_the_capability() -> None:
+    async def review(code: str, strict: bool = False, tags: list[str] | None = None) -> dict:  # type: ignore[type-arg]
+        """Point out what is wrong.
+
+        And what is not.
+        """
+        raise NotImplementedError
+
+    assert offered(review) == agenthub.Capability(
+        "review",
+        "Point out what is wrong.",
+        {
+            "type": "object",
+            "properties": {
+                "code": {"type": "string"},
+                "strict": {"type": "boolean", "default": False},
+                "tags": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}], "default": None},
+            },
+            "required": ["code"],
+            "additionalProperties": False,
+        },
+        {"type": "object"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("annotation", "schema"),
+    [
+        (str, {"type": "string"}),
+        (int, {"type": "integer"}),
+        (float, {"type": "number"}),
+        (bool, {"type": "boolean"}),
+        (None, {"type": "null"}),
+        (list, {"type": "array"}),
+        (dict, {"type": "object"}),
+        (Any, {}),
+        (list[str], {"type": "array", "items": {"type": "string"}}),
+        (dict[str, int], {"type": "object", "additionalProperties": {"type": "integer"}}),
+        (Optional[int], {"anyOf": [{"type": "integer"}, {"type": "null"}]}),  # noqa: UP045
+        (int | str, {"anyOf": [{"type": "integer"}, {"type": "string"}]}),
+        (Literal["a", "b"], {"enum": ["a", "b"]}),
+        (typing.Annotated[str, "a note"], {"type": "string"}),
+        (typing.List, {"type": "array"}),  # noqa: UP006
+        (typing.Dict, {"type": "object"}),  # noqa: UP006
+        (typing.List[int], {"type": "array", "items": {"type": "integer"}}),  # noqa: UP006
+        (datetime.datetime, {}),
+        (tuple[int, str], {}),
+        ("no.such.name", {}),
+    ],
+)
+def test_annotation_becomes_a_schema(annotation: Any, schema: dict[str, Any]) -> None:
+    def work(x: Any) -> None: ...
+
+    work.__annotations__ = {"x": annotation}
+    found = offered(work).input_schema
+    assert found is not None
+    assert found["properties"]["x"] == schema
+
+
+def test_default_that_is_not_json_makes_an_argument_optional_without_showing() -> None:
+    def work(when: Any = datetime.date.min) -> None: ...
+
+    found = offered(work).input_schema
+    assert found is not None
+    assert (found["properties"], found["required"]) == ({"when": {}}, [])
+
+
+def test_handler_of_the_task_alone_takes_any_input() -> None:
+    def work(task: Task) -> None: ...
+
+    assert offered(work).input_schema is None
+
+
+async def test_schema_is_found_by_others(hub: LocalHub) -> None:
+    async def double(x: int) -> int:
+        return 2 * x
+
+    async with working(hub, double) as me:
+        (found,) = await me.discover("double")
+    assert found.capabilities == [offered(double)]
+
+
+# Arguments, from the input.
+
+
+def plain(x: int, y: int = 2) -> Any:
+    return [x, y]
+
+
+def optional(x: Optional[str] = None) -> Any:  # noqa: UP045
+    return x
+
+
+def literal(x: Literal["a", "b"]) -> Any:
+    return x
+
+
+def strings(x: list[str]) -> Any:
+    return x
+
+
+def numbers(x: dict[str, float]) -> Any:
+    return x
+
+
+def number(x: float) -> Any:
+    return x
+
+
+def open_ended(x: int, **rest: Any) -> Any:
+    return [x, rest]
+
+
+def nothing() -> Any:
+    return "nothing"
+
+
+def task_alone(task: Task) -> Any:
+    return task.input
+
+
+def task_too(x: int, task: Task) -> Any:
+    return [x, task.input]
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "expected"),
+    [
+        (plain, {"x": 1}, [1, 2]),
+        (plain, {"x": 1, "y": 3}, [1, 3]),
+        (plain, 1, [1, 2]),
+        (optional, {"x": "a"}, "a"),
+        (optional, {"x": None}, None),
+        (optional, {}, None),
+        (optional, None, None),
+        (optional, "a", "a"),
+        (literal, {"x": "b"}, "b"),
+        (literal, "b", "b"),
+        (strings, {"x": ["a", "b"]}, ["a", "b"]),
+        (strings, ["a", "b"], ["a", "b"]),
+        (numbers, {"x": {"a": 1, "b": 2.5}}, {"a": 1, "b": 2.5}),
+        (number, 3, 3),
+        (open_ended, {"x": 1, "y": 2}, [1, {"y": 2}]),
+        (nothing, None, "nothing"),
+        (nothing, {}, "nothing"),
+        (task_alone, None, None),
+        (task_alone, [1, {"a": 2}], [1, {"a": 2}]),
+        (task_alone, {"any": "thing"}, {"any": "thing"}),
+        (task_too, {"x": 1}, [1, {"x": 1}]),
+        (task_too, 1, [1, 1]),
+    ],
+)
+async def test_input_becomes_arguments(function: Callable[..., Any], given: Any, expected: Any) -> None:
+    async with LocalHub() as hub, working(hub, function) as me:
+        assert await soon(me.delegate(function.__name__, given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "text"),
+    [
+        (plain, {}, "input.x: is required"),
+        (plain, None, "input.x: is required"),
+        (plain, {"x": "1"}, "input.x: must be of type integer"),
+        (plain, {"x": True}, "input.x: must be of type integer"),
+        (plain, {"x": None}, "input.x: must be of type integer"),
+        (plain, {"x": 1, "z": 3}, "input: has a field that is not one of x, y"),
+        (plain, [1, 2], "input.x: must be of type integer"),
+        (optional, {"x": 1}, "input.x: has none of the types it may have"),
+        (literal, {"x": "c"}, 'input.x: must be one of ["a", "b"]'),
+        (strings, {"x": ["a", 1]}, "input.x[1]: must be of type string"),
+        (strings, {"x": "a"}, "input.x: must be of type array"),
+        (numbers, {"x": {"a": "1"}}, "input.x.*: must be of type number"),
+        (nothing, {"x": 1}, "input: has a field that is not one of none"),
+        (nothing, 1, "input: must be of type object"),
+        (open_ended, {"y": 1}, "input.x: is required"),
+        (task_too, {"task": 1}, "input.x: is required"),
+        (task_too, {"x": 1, "task": 1}, "input: has a field that is not one of x"),
+    ],
+)
+async def test_input_that_does_not_fit_fails_the_task(function: Callable[..., Any], given: Any, text: str) -> None:
+    async with LocalHub() as hub, working(hub, function) as me:
+        assert await failure_of(me.delegate(function.__name__, given)) == ("invalid_input", text)
+
+
+async def test_input_does_not_stand_in_for_the_task() -> None:
+    def work(task: Task, **rest: Any) -> Any:
+        return [task.capability, rest]
+
+    async with LocalHub() as hub, working(hub, work) as me:
+        assert await soon(me.delegate("work", {"task": 2, "y": 2})) == ["work", {"y": 2}]
+
+
+async def test_task_without_a_capability_goes_to_the_only_handler(hub: LocalHub) -> None:
+    async with working(hub, plain) as me:
+        (found,) = await me.discover("plain")
+        assert await soon(me.delegate(None, {"x": 1}, agent_id=found.agent_id)) == [1, 2]
+
+
+async def test_task_without_a_capability_fails_where_there_are_two_handlers(hub: LocalHub) -> None:
+    async with working(hub, plain, nothing) as me:
+        (found,) = await me.discover("plain")
+        code, text = await failure_of(me.delegate(None, {"x": 1}, agent_id=found.agent_id))
+    assert (code, text) == ("no_handler", "this agent has plain, nothing")
+
+
+async def test_handler_sees_its_task(hub: LocalHub) -> None:
+    seen: list[Task] = []
+
+    async def work(task: Task) -> None:
+        assert 59 < task.remaining_s <= 60
+        seen.append(task)
+
+    async with working(hub, work) as me:
+        await soon(me.delegate("work", [1], ttl=60, priority=7, task_id="this"))
+        (task,) = seen
+        assert (task.task_id, task.input, task.requester) == ("this", [1], me.agent_id)
+        assert (task.capability, task.attempt, task.priority, task.parent_id) == ("work", 1, 7, None)
+        assert not task.cancelled
+
+
+# Handlers run side by side.
+
+
+async def test_async_handlers_run_side_by_side(hub: LocalHub) -> None:
+    together = asyncio.Barrier(3)
+
+    async def work() -> None:
+        await together.wait()
+
+    async with working(hub, work) as me:
+        await soon(asyncio.gather(*(me.delegate("work") for _ in range(3))))
+
+
+async def test_plain_handlers_run_side_by_side_in_threads(hub: LocalHub) -> None:
+    together = threading.Barrier(3)
+
+    def work() -> bool:
+        together.wait(WAIT_S)
+        return threading.current_thread() is not threading.main_thread()
+
+    async with working(hub, work) as me:
+        assert await soon(asyncio.gather(*(me.delegate("work") for _ in range(3)))) == [True] * 3
+
+
+async def test_no_more_than_max_tasks_run_at_once(hub: LocalHub) -> None:
+    now, most = 0, 0
+
+    async def work() -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+
+    async with working(hub, work, max_tasks=2) as me:
+        await soon(asyncio.gather(*(me.delegate("work") for _ in range(8))))
+    assert most == 2
+
+
+async def test_plain_handler_sees_the_context_variables_of_its_agent(hub: LocalHub) -> None:
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="unset")
+
+    def work() -> str:
+        found = request.get()
+        request.set("changed by a handler")
+        return found
+
+    request.set("set before the start")
+    async with working(hub, work) as me:
+        assert [await soon(me.delegate("work")) for _ in range(2)] == ["set before the start"] * 2
+
+
+async def test_blocking_plain_handler_does_not_hold_up_heartbeats(kind: Callable[..., LocalHub]) -> None:
+    let_go = threading.Event()
+
+    def work() -> str:
+        let_go.wait(WAIT_S)
+        return "done"
+
+    async with kind(HubSettings(heartbeat_s=0.05)) as hub, working(hub, work) as me:
+        handle = await me.submit("work")
+        await asyncio.sleep(0.4)  # Past three intervals, twice.
+        assert (online(hub), away(hub)) == (2, 0)
+        let_go.set()
+        assert await soon(handle.result()) == "done"
+
+
+# How a handler fails.
+
+
+async def test_exception_fails_the_task_with_its_text(hub: LocalHub, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        raise LookupError("no such \x1b[31mthing")
+
+    async with working(hub, work) as me:
+        assert await failure_of(me.delegate("work")) == ("failed", "no such \x1b[31mthing")
+    (record,) = [record for record in caplog.records if record.name == "agenthub.agent" and record.exc_info]
+    assert "LookupError" in caplog.text
+    assert record.levelname == "ERROR"
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("wrong"), ("failed", "wrong")),
+        (ValueError(), ("failed", "ValueError")),
+        (KeyError("a"), ("failed", "KeyError('a')")),
+        (TimeoutError("of the handler's own"), ("failed", "of the handler's own")),
+        (StopIteration(1), ("failed", None)),
+        (StopAsyncIteration(1), ("failed", None)),
+        (TaskFailed("not today", code="closed"), ("closed", "not today")),
+        (TaskFailed("x" * 100_000), ("failed", "x" * 65_536)),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), ("failed", None)),
+        (ValueError("\udc80"), ("failed", None)),
+        (asyncio.CancelledError(), ("failed", None)),
+        (TaskFailed("x", code=""), ("failed", None)),
+        (TaskFailed("x", code="x" * 129), ("failed", None)),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+async def test_any_exception_fails_its_task_alone(is_async: bool, error: BaseException, expected: Any) -> None:
+    def fail() -> None:
+        raise error
+
+    async def fail_async() -> None:
+        raise error
+
+    async with LocalHub() as hub, working(hub, fail, fail_async, nothing) as me:
+        code, text = await failure_of(me.delegate("fail_async" if is_async else "fail", ttl=3))
+        assert code == (expected[0] or code)
+        assert text == (expected[1] or text)
+        assert await soon(me.delegate("nothing")) == "nothing"
+
+
+def test_plain_handler_that_exits_fails_its_task_alone() -> None:
+    def work() -> None:
+        sys.exit("wrong usage")
+
+    async def once() -> None:
+        async with LocalHub() as hub, working(hub, work, nothing) as me:
+            code, _ = await failure_of(me.delegate("work", ttl=3))
+            assert code == "failed"
+            assert await soon(me.delegate("nothing")) == "nothing"
+
+    try:
+        asyncio.run(once())
+    except SystemExit:
+        pytest.fail("the handler has ended the whole program")
+
+
+class Circle(list[Any]):
+    """A list that holds itself."""
+
+    def __init__(self) -> None:
+        super().__init__([self])
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {1, 2},
+        float("nan"),
+        {"deep": [float("inf")]},
+        datetime.datetime.min,
+        b"bytes",
+        object(),
+        Circle(),
+        "\udc80",
+        {"\udc80": 1},
+        10**5000,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_output_that_is_not_json_fails_its_task_alone(hub: LocalHub, output: Any) -> None:
+    async def work() -> Any:
+        return output
+
+    async with working(hub, work, nothing) as me:
+        code, _ = await failure_of(me.delegate("work", ttl=3))
+        assert code == "failed"
+        assert await soon(me.delegate("nothing")) == "nothing"
+        assert online(hub) == 2
+
+
+@pytest.mark.parametrize("output", [None, False, 0, 1.5, "", "é\n\x00", [], {"a": [None]}, (1, 2), 2**70, 10**400])
+async def test_output_arrives_as_it_was(hub: LocalHub, output: Any) -> None:
+    async def work() -> Any:
+        return output
+
+    async with working(hub, work) as me:
+        assert await soon(me.delegate("work")) == (list(output) if isinstance(output, tuple) else output)
+
+
+async def test_too_large_output_fails_its_task_alone(hub: LocalHub) -> None:
+    async def work() -> str:
+        return "x" * 2_000_000
+
+    async with working(hub, work, nothing) as me:
+        code, text = await failure_of(me.delegate("work"))
+        assert code == "too_large"
+        assert "1048576" in text
+        assert await soon(me.delegate("nothing")) == "nothing"
+
+
+async def test_error_text_too_large_for_the_hub_still_fails_the_task(kind: Callable[..., LocalHub]) -> None:
+    async def work() -> None:
+        raise ValueError("x" * 50_000)
+
+    async with kind(HubSettings(message_bytes_max=10_000)) as hub, working(hub, work) as me:
+        await failure_of(me.delegate("work"))
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_too_large_progress_is_told_to_the_handler(hub: LocalHub, is_async: bool) -> None:
+    raised: list[BaseException] = []
+
+    def report(task: Task) -> None:
+        try:
+            task.progress(0.5, "x" * 2_000_000)
+        except Refused as refusal:
+            raised.append(refusal)
+
+    async def report_async(task: Task) -> None:
+        report(task)
+
+    async with working(hub, report, report_async) as me:
+        await soon(me.delegate("report_async" if is_async else "report"))
+    assert [getattr(error, "code", None) for error in raised] == ["too_large"]
+
+
+@pytest.mark.parametrize(("progress", "detail"), [(1.5, None), (float("nan"), None), (None, {1}), (0.5, "\udc80")])
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_wrong_progress_is_told_to_the_handler(is_async: bool, progress: Any, detail: Any) -> None:
+    def report(task: Task) -> str:
+        try:
+            task.progress(progress, detail)
+        except ValueError:
+            return "told"
+        return "not told"
+
+    async def report_async(task: Task) -> str:
+        return report(task)
+
+    async with LocalHub() as hub, working(hub, report, report_async) as me:
+        assert await soon(me.delegate("report_async" if is_async else "report", ttl=3)) == "told"
+
+
+# Asking: refusals and limits.
+
+
+@pytest.mark.parametrize("given", [{1, 2}, float("nan"), [[float("inf")]], datetime.date.min, b"", "\udc80"])
+async def test_input_that_is_not_json_is_a_value_error(hub: LocalHub, given: Any) -> None:
+    async with working(hub, nothing) as me:
+        with pytest.raises(ValueError, match=r"."):
+            await me.submit("nothing", given)
+        assert await soon(me.delegate("nothing")) == "nothing"
+        assert tasks_of(hub) == {"completed": 1}
+
+
+@pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), 604_801])
+async def test_ttl_out_of_range_is_refused_and_not_a_timeout(hub: LocalHub, ttl: float) -> None:
+    async with working(hub, nothing) as me:
+        with pytest.raises((ValueError, Refused)):
+            await soon(me.submit("nothing", ttl=ttl))
+        assert tasks_of(hub) == {}
+
+
+async def test_too_large_input_is_refused(hub: LocalHub) -> None:
+    async with working(hub, nothing) as me:
+        with pytest.raises(Refused) as caught:
+            await me.submit("nothing", "x" * 2_000_000)
+        assert caught.value.code == "too_large"
+        assert await soon(me.delegate("nothing")) == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"capability": "no-such-thing"}, "no_agent"),
+        ({"agent_id": "nobody"}, "unknown_agent"),
+        ({}, "invalid_message"),
+        ({"capability": "nothing", "priority": 1000}, "invalid_message"),
+        ({"capability": "nothing", "parent_id": "no-task"}, "not_assigned"),
+    ],
+)
+async def test_what_the_hub_refuses_is_raised_with_its_code(hub: LocalHub, options: Any, code: str) -> None:
+    async with working(hub, nothing) as me:
+        with pytest.raises(Refused) as caught:
+            await soon(me.delegate(**options))
+        assert caught.value.code == code
+
+
+async def test_wait_accepts_that_nobody_is_there_yet(hub: LocalHub) -> None:
+    async with Agent("requester", **at(hub)) as me:
+        handle = await soon(me.submit("nothing", wait=True))
+        async with working(hub, nothing):
+            assert await soon(handle.result()) == "nothing"
+
+
+async def test_task_id_of_an_open_task_is_a_value_error(hub: LocalHub) -> None:
+    async with Agent("requester", **at(hub)) as me:
+        await me.submit("nothing", wait=True, task_id="mine")
+        with pytest.raises(ValueError, match="mine"):
+            await me.submit("nothing", wait=True, task_id="mine")
+
+
+async def test_task_id_of_another_agent_is_a_duplicate(hub: LocalHub) -> None:
+    async with Agent("one", **at(hub)) as one, Agent("other", **at(hub)) as other:
+        await one.submit("nothing", wait=True, task_id="mine")
+        with pytest.raises(Refused) as caught:
+            await other.submit("nothing", wait=True, task_id="mine")
+        assert caught.value.code == "duplicate_task"
+
+
+async def test_agent_that_is_not_started_is_disconnected(hub: LocalHub) -> None:
+    for asking in (Agent("me", **at(hub)).delegate("nothing"), Agent("me", **at(hub)).discover()):
+        with pytest.raises(Disconnected):
+            await asking
+
+
+async def test_agent_does_not_get_its_own_tasks(hub: LocalHub) -> None:
+    me = Agent("me", **at(hub))
+    me.capability(nothing)
+    async with me:
+        with pytest.raises(Refused) as caught:
+            await me.delegate("nothing")
+        assert caught.value.code == "no_agent"
+
+
+async def test_many_large_inputs_at_once_arrive() -> None:
+    """All of them are more than the backlog of one connection."""
+    async with HubServer(port=0) as hub, working(hub, optional, max_tasks=4) as me:
+        given = "x" * 600_000
+        outputs = await soon(asyncio.gather(*(me.delegate("optional", given, ttl=8) for _ in range(30))))
+        assert outputs == [given] * 30
+
+
+async def test_many_large_outputs_at_once_arrive() -> None:
+    let_go = asyncio.Event()
+
+    async def work() -> str:
+        await let_go.wait()
+        return "x" * 600_000
+
+    async with HubServer(port=0) as hub, working(hub, work, max_tasks=30) as me:
+        handles = [await me.submit("work") for _ in range(30)]
+        let_go.set()
+        assert {len(await soon(handle.result())) for handle in handles} == {600_000}
+
+
+async def test_many_large_tasks_that_waited_for_an_agent_reach_it() -> None:
+    async with HubServer(port=0) as hub, Agent("requester", **at(hub)) as me:
+        handles = [await soon(me.submit("optional", "x" * 600_000, wait=True)) for _ in range(30)]
+        async with working(hub, optional, max_tasks=30):
+            assert {len(await soon(handle.result())) for handle in handles} == {600_000}
+
+
+# A task's end from outside: cancelled, expired.
+
+
+class Slow:
+    """Handlers that do not end on their own, and what has become of them."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+        self.seen: list[str] = []
+
+    async def slow(self) -> None:
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.seen.append("cancelled")
+            raise
+
+    def slow_plain(self, task: Task) -> None:
+        self.loop.call_soon_threadsafe(self.begun.set)
+        while not task.cancelled:
+            threading.Event().wait(0.002)
+        self.seen.append("cancelled")
+
+
+@pytest.fixture
+async def slow() -> Slow:
+    return Slow()
+
+
+@pytest.mark.parametrize("name", ["slow", "slow_plain"])
+async def test_cancelled_task_stops_its_handler(hub: LocalHub, slow: Slow, name: str) -> None:
+    async with working(hub, getattr(slow, name)) as me:
+        handle = await me.submit(name)
+        await soon(slow.begun.wait())
+        await handle.cancel("never mind")
+        assert await failure_of(handle.result()) == ("cancelled", "never mind")
+        await eventually(lambda: slow.seen == ["cancelled"])
+        await handle.cancel()  # Once more does no harm.
+
+
+@pytest.mark.parametrize("name", ["slow", "slow_plain"])
+async def test_expired_task_stops_its_handler(hub: LocalHub, slow: Slow, name: str) -> None:
+    async with working(hub, getattr(slow, name)) as me:
+        with pytest.raises(TaskTimeout) as caught:
+            await soon(me.delegate(name, ttl=0.1))
+        assert caught.value.code == "timeout"
+        await eventually(lambda: slow.seen == ["cancelled"])
+
+
+@pytest.mark.parametrize("name", ["slow", "slow_plain"])
+async def test_stopped_agent_stops_its_handlers(hub: LocalHub, slow: Slow, name: str) -> None:
+    async with Agent("requester", **at(hub)) as me:
+        async with working(hub, getattr(slow, name)):
+            handle = await me.submit(name)
+            await soon(slow.begun.wait())
+        code, _ = await failure_of(handle.result())
+        assert code == "agent_lost"
+        await eventually(lambda: slow.seen == ["cancelled"])
+
+
+@pytest.mark.parametrize("name", ["slow", "slow_plain"])
+async def test_cancelled_delegate_cancels_the_task(hub: LocalHub, slow: Slow, name: str) -> None:
+    async with working(hub, getattr(slow, name)) as me:
+        asking = asyncio.create_task(me.delegate(name))
+        await soon(slow.begun.wait())
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await eventually(lambda: slow.seen == ["cancelled"])
+        await eventually(lambda: tasks_of(hub) == {"failed": 1})
+
+
+@pytest.mark.parametrize("ends", ["expired", "cancelled"])
+async def test_clean_up_of_a_handler_is_not_cut_short(hub: LocalHub, ends: str) -> None:
+    """The hub's word of the end and the agent's own clock come at nearly the same time: one of them cancels."""
+    cleaned = asyncio.Event()
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.3)
+            cleaned.set()
+
+    async with working(hub, work) as me:
+        handle = await me.submit("work", ttl=0.2)
+        await soon(begun.wait())
+        if ends == "cancelled":
+            await handle.cancel()
+        with pytest.raises(TaskFailed):
+            await soon(handle.result())
+        await asyncio.wait_for(cleaned.wait(), 2)
+
+
+async def test_handler_that_ignores_its_cancellation_changes_nothing(hub: LocalHub, slow: Slow) -> None:
+    async def stubborn() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await slow.slow()
+        return "too late"
+
+    async with working(hub, stubborn, nothing) as me:
+        handle = await me.submit("stubborn")
+        await soon(slow.begun.wait())
+        await handle.cancel()
+        assert (await failure_of(handle.result()))[0] == "cancelled"
+        assert await soon(me.delegate("nothing")) == "nothing"
+
+
+async def test_plain_handler_that_ignores_its_end_keeps_its_thread_only(hub: LocalHub) -> None:
+    let_go = threading.Event()
+
+    def stubborn() -> None:
+        let_go.wait(WAIT_S)
+
+    async with working(hub, stubborn, nothing, max_tasks=2) as me:
+        with pytest.raises(TaskTimeout):
+            await soon(me.delegate("stubborn", ttl=0.1))
+        assert await soon(me.delegate("nothing")) == "nothing"
+        let_go.set()
+
+
+# The handle of a task.
+
+
+async def test_handle_gives_the_result_to_all_who_wait(hub: LocalHub) -> None:
+    let_go = asyncio.Event()
+
+    async def work() -> int:
+        await let_go.wait()
+        return 7
+
+    async with working(hub, work) as me:
+        handle = await me.submit("work")
+        waiting = [asyncio.create_task(handle.result()) for _ in range(3)]
+        with pytest.raises(TimeoutError):
+            await handle.result(timeout_s=0.02)
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        assert not handle.done
+        let_go.set()
+        assert await soon(asyncio.gather(*waiting[1:])) == [7, 7]
+        assert handle.done
+        assert await handle.result() == 7
+
+
+async def test_handle_raises_the_failure_to_all_who_wait(hub: LocalHub) -> None:
+    async def work() -> None:
+        raise ValueError("wrong")
+
+    async with working(hub, work) as me:
+        handle = await me.submit("work")
+        ends = await soon(asyncio.gather(*(handle.result() for _ in range(3)), return_exceptions=True))
+        assert [str(end) for end in ends] == ["wrong"] * 3
+        assert [end.task_id for end in ends] == [handle.task_id] * 3
+
+
+async def test_failure_that_nobody_fetches_makes_no_noise(hub: LocalHub) -> None:
+    async def work() -> None:
+        raise TaskFailed("wrong")
+
+    async with working(hub, work) as me:
+        handle = await me.submit("work")
+        await eventually(lambda handle=handle: handle.done)
+        del handle
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_progress_comes_in_order_and_ends_with_the_task(hub: LocalHub, is_async: bool) -> None:
+    def count(task: Task) -> str:
+        for index in range(5):
+            task.progress(index / 4, {"index": index})
+        task.progress(detail="nearly")
+        return "done"
+
+    async def count_async(task: Task) -> str:
+        return count(task)
+
+    async with working(hub, count, count_async) as me:
+        handle = await me.submit("count_async" if is_async else "count")
+        updates = await soon(_collected(handle))
+        assert [update.seq for update in updates] == [1, 2, 3, 4, 5, 6]
+        assert [update.progress for update in updates] == [0, 0.25, 0.5, 0.75, 1, None]
+        assert updates[4].detail == {"index": 4}
+        assert await handle.result() == "done"
+        assert await soon(_collected(handle)) == []  # It was told once.
+
+
+async def _collected(handle: agenthub.TaskHandle) -> list[agenthub.Progress]:
+    return [update async for update in handle]
+
+
+async def test_progress_is_seen_while_the_task_runs(hub: LocalHub) -> None:
+    seen = asyncio.Event()
+
+    async def work(task: Task) -> None:
+        task.progress(0.5)
+        await seen.wait()
+
+    async with working(hub, work) as me:
+        handle = await me.submit("work")
+        async with asyncio.timeout(WAIT_S):
+            async for _ in handle:
+                seen.set()
+        await handle.result()
+
+
+async def test_progress_of_an_ended_task_goes_nowhere(hub: LocalHub) -> None:
+    kept: list[Task] = []
+
+    async def work(task: Task) -> None:
+        kept.append(task)
+
+    async with working(hub, work, nothing) as me:
+        await soon(me.delegate("work"))
+        kept[0].progress(0.5)
+        assert await soon(me.delegate("nothing")) == "nothing"
+
+
+async def test_two_iterators_of_one_handle_both_end(hub: LocalHub) -> None:
+    async def work(task: Task) -> None:
+        for _ in range(10):
+            task.progress(0.5)
+            await asyncio.sleep(0)
+
+    async with working(hub, work) as me:
+        handle = await me.submit("work")
+        one, other = await soon(asyncio.gather(_collected(handle), _collected(handle)))
+        assert len(one) + len(other) == 10
+
+
+# Others, and the hub.
+
+
+async def test_discover_finds_what_others_can_do(hub: LocalHub) -> None:
+    async with working(hub, plain, nothing, metadata={"version": 2}, max_tasks=3) as me:
+        (found,) = await me.discover("plain")
+        assert (found.name, found.running, found.max_tasks, found.metadata) == ("worker", 0, 3, {"version": 2})
+        assert [one.name for one in await me.discover()] == ["requester", "worker"]
+        assert len(await me.discover(limit=1)) == 1
+        assert await me.discover("no-such-thing") == []
+        with pytest.raises(Refused):
+            await me.discover(limit=0)
+
+
+async def test_status_tells_of_the_hub_and_of_a_task(hub: LocalHub) -> None:
+    async with working(hub, nothing) as me:
+        await soon(me.delegate("nothing", task_id="mine"))
+        assert ((await me.status()).hub or {})["tasks"]["completed"] == 1
+        report = await me.status("mine")
+        assert (report.state, report.output, report.requester) == ("completed", "nothing", me.agent_id)
+        with pytest.raises(Refused) as caught:
+            await me.status("no-such-task")
+        assert caught.value.code == "unknown_task"
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_broadcast_reaches_the_handlers_of_both_styles(hub: LocalHub, is_async: bool) -> None:
+    heard: list[Any] = []
+
+    def hear(message: Any, sender: str) -> None:
+        heard.append((message, sender))
+
+    async def hear_async(message: Any, sender: str) -> None:
+        heard.append((message, sender))
+
+    class Listener(Agent):
+        @on_broadcast
+        async def on_news(self, message: Any, sender: str) -> None:
+            heard.append((message, sender))
+
+    listener = Agent("listener", **at(hub))
+    listener.on_broadcast(hear_async if is_async else hear)
+    async with listener, Listener(**at(hub)), Agent("deaf", **at(hub)), Agent("sender", **at(hub)) as me:
+        assert await soon(me.broadcast({"deploy": "v2"})) == 3
+        await eventually(lambda: heard == [({"deploy": "v2"}, me.agent_id)] * 2)
+
+
+async def test_broadcast_goes_to_those_with_a_capability(hub: LocalHub) -> None:
+    async with working(hub, nothing) as me:
+        assert await me.broadcast("x", capability="nothing") == 1
+        assert await me.broadcast("x", capability="no-such-thing") == 0
+        with pytest.raises(ValueError, match="JSON"):
+            await me.broadcast({1, 2})
+
+
+async def test_slow_broadcast_handler_holds_up_nothing_and_keeps_the_order(hub: LocalHub) -> None:
+    heard: list[int] = []
+    let_go = asyncio.Event()
+    worker = Agent("worker", **at(hub))
+    worker.capability(nothing)
+
+    @worker.on_broadcast
+    async def hear(message: int, sender: str) -> None:
+        await let_go.wait()
+        if message == 3:
+            raise ValueError("one that fails does not keep the next one away")
+        heard.append(message)
+
+    async with worker, Agent("requester", **at(hub)) as me:
+        for number in range(10):
+            await me.broadcast(number)
+        assert await soon(me.delegate("nothing")) == "nothing"
+        let_go.set()
+        await eventually(lambda: len(heard) == 9)
+        assert heard == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+async def test_oldest_broadcasts_go_when_the_handler_is_too_slow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(agenthub, "UPDATES_MAX", 3)
+    heard: list[int] = []
+    let_go = asyncio.Event()
+    async with LocalHub() as hub:
+        worker = Agent("worker", hub=hub)
+
+        @worker.on_broadcast
+        async def hear(message: int, sender: str) -> None:
+            heard.append(message)
+            await let_go.wait()
+
+        async with worker, Agent("requester", hub=hub) as me:
+            for number in range(8):
+                await me.broadcast(number)
+            await eventually(lambda: heard == [0])
+            let_go.set()
+            await eventually(lambda: heard == [0, 5, 6, 7])
+    assert "too slow" in caplog.text
+
+
+# Children.
+
+
+async def test_handler_delegates_to_others(hub: LocalHub) -> None:
+    async def outer(task: Task, x: int) -> Any:
+        handle = await task.submit("inner", {"x": x})
+        return [await handle.result(), await task.delegate("inner", {"x": 2 * x})]
+
+    async def inner(task: Task, x: int) -> Any:
+        return [x, task.parent_id]
+
+    async with working(hub, outer), working(hub, inner) as me:
+        assert await soon(me.delegate("outer", {"x": 1}, task_id="t")) == [[1, "t"], [2, "t"]]
+
+
+async def test_plain_handler_delegates_to_others(hub: LocalHub) -> None:
+    def outer(task: Task, x: int) -> Any:
+        return task.run(task.delegate("plain", {"x": x}))
+
+    async with working(hub, outer), working(hub, plain) as me:
+        assert await soon(me.delegate("outer", {"x": 1})) == [1, 2]
+
+
+async def test_async_handler_is_told_to_await_instead_of_run(hub: LocalHub) -> None:
+    async def work(task: Task) -> Any:
+        return task.run(task.delegate("plain", {"x": 1}))
+
+    async with working(hub, work) as me:
+        assert await failure_of(me.delegate("work")) == ("failed", "an async handler awaits instead")
+
+
+@pytest.mark.parametrize("name", ["outer", "outer_plain"])
+async def test_child_ends_with_its_parent(hub: LocalHub, slow: Slow, name: str) -> None:
+    async def outer(task: Task) -> Any:
+        return await task.delegate("slow")
+
+    def outer_plain(task: Task) -> Any:
+        return task.run(task.delegate("slow"))
+
+    async with working(hub, outer, outer_plain), working(hub, slow.slow) as me:
+        handle = await me.submit(name)
+        await soon(slow.begun.wait())
+        await handle.cancel()
+        await eventually(lambda: slow.seen == ["cancelled"])
+        await eventually(lambda: tasks_of(hub) == {"failed": 2})
+
+
+async def test_failure_of_a_child_is_a_failure_like_any_other(hub: LocalHub) -> None:
+    async def outer(task: Task) -> Any:
+        return await task.delegate("inner")
+
+    async def inner() -> None:
+        raise TaskFailed("no", code="of-its-own")
+
+    async with working(hub, outer), working(hub, inner) as me:
+        assert await failure_of(me.delegate("outer")) == ("failed", "no")
+
+
+async def test_stopping_ends_a_plain_handler_that_waits_for_a_child(hub: LocalHub, slow: Slow) -> None:
+    ended = threading.Event()
+
+    def outer(task: Task) -> Any:
+        try:
+            return task.run(task.delegate("slow"))
+        finally:
+            ended.set()
+
+    async with working(hub, slow.slow), Agent("requester", **at(hub)) as me:
+        async with working(hub, outer):
+            await me.submit("outer")
+            await soon(slow.begun.wait())
+        await eventually(ended.is_set)
+
+
+# Capabilities that come later; agents that are used twice.
+
+
+async def test_capability_added_while_running_is_announced(hub: LocalHub) -> None:
+    worker = Agent("worker", **at(hub))
+    async with worker, Agent("requester", **at(hub)) as me:
+        worker.capability(nothing)
+        handle = await me.submit("nothing", wait=True)
+        assert await soon(handle.result()) == "nothing"
+        assert len(await me.discover("nothing")) == 1
+
+
+async def test_capability_added_during_the_registration_is_announced(hub: LocalHub, wire: Wire) -> None:
+    worker = Agent("worker", hub=wire)
+
+    def lets_through(message: Any) -> bool:
+        if message.type == "register" and not worker._handlers:
+            worker.capability(nothing)  # The hub has read the registration, its agent has not heard of it.
+        return True
+
+    wire.lets_through = lets_through
+    async with worker, Agent("requester", **at(hub)) as me:
+        handle = await me.submit("nothing", wait=True)
+        assert await asyncio.wait_for(handle.result(), 3) == "nothing"
+
+
+async def test_agent_is_used_twice(hub: LocalHub) -> None:
+    worker = Agent("worker", **at(hub))
+    worker.capability(nothing)
+    async with Agent("requester", **at(hub)) as me:
+        for _ in range(3):
+            async with worker:
+                assert await soon(me.delegate("nothing")) == "nothing"
+            assert await me.discover("nothing") == []
+
+
+async def test_agent_cannot_be_started_while_it_runs(hub: LocalHub) -> None:
+    async with Agent("me", **at(hub)) as me:
+        with pytest.raises(RuntimeError, match="running already"):
+            await me.start()
+        assert len(await me.discover()) == 1
+
+
+async def test_stop_twice_and_before_the_start_does_no_harm(hub: LocalHub) -> None:
+    me = Agent("me", **at(hub))
+    await me.stop()
+    async with me:
+        await asyncio.gather(me.stop(), me.stop())
+    await me.stop()
+    assert online(hub) == 0
+
+
+def test_agent_is_used_on_two_loops() -> None:
+    agent = Agent("worker", max_tasks=2)
+    agent.capability(nothing)
+
+    async def once() -> Any:
+        async with LocalHub() as hub:
+            agent._connector = hub.connect
+            async with agent, Agent("requester", hub=hub) as me:
+                return await soon(asyncio.gather(*(me.delegate("nothing") for _ in range(8))))
+
+    assert [asyncio.run(once()) for _ in range(2)] == [["nothing"] * 8] * 2
+
+
+def test_agent_whose_threads_hung_works_on_the_next_loop() -> None:
+    let_go = threading.Event()
+    agent = Agent("worker", max_tasks=1)
+
+    @agent.capability
+    def work(is_to_hang: bool) -> None:
+        if is_to_hang:
+            let_go.wait(WAIT_S)
+
+    async def once(is_to_hang: bool) -> None:
+        async with LocalHub() as hub:
+            agent._connector = hub.connect
+            async with agent, Agent("requester", hub=hub) as me:
+                with contextlib.suppress(TaskTimeout):
+                    await me.delegate("work", is_to_hang, ttl=0.2)
+                if is_to_hang:  # One more waits for the thread: now the lock belongs to this loop.
+                    with contextlib.suppress(TaskTimeout):
+                        await me.delegate("work", False, ttl=0.2)
+                else:
+                    await soon(me.delegate("work", False, ttl=2))
+
+    asyncio.run(once(True))
+    asyncio.run(once(False))
+    let_go.set()
+
+
+# A lost connection.
+
+
+async def test_result_is_kept_and_sent_after_a_reconnect(hub: LocalHub, wire: Wire) -> None:
+    let_go = asyncio.Event()
+    begun = asyncio.Event()
+    worker = Agent("worker", hub=wire)
+
+    @worker.capability
+    async def work() -> str:
+        begun.set()
+        await let_go.wait()
+        return "kept"
+
+    async with worker, Agent("requester", **at(hub)) as me:
+        handle = await me.submit("work")
+        await soon(begun.wait())
+        wire.cut()
+        await eventually(lambda: away(hub) == 1)
+        let_go.set()
+        await eventually(lambda: worker._results)
+        assert not handle.done
+        wire.mend()
+        assert await soon(handle.result()) == "kept"
+        assert (await me.status(handle.task_id)).attempt == 1
+
+
+async def test_handler_goes_on_over_a_reconnect(hub: LocalHub, wire: Wire) -> None:
+    let_go = threading.Event()
+    begun = threading.Event()
+    worker = Agent("worker", hub=wire)
+
+    @worker.capability
+    def work(task: Task) -> Any:
+        begun.set()
+        let_go.wait(WAIT_S)
+        task.progress(0.5)
+        return task.attempt
+
+    async with worker, Agent("requester", **at(hub)) as me:
+        handle = await me.submit("work", max_retries=3)
+        await eventually(begun.is_set)
+        first_id = worker.agent_id
+        for _ in range(3):
+            count = wire.opened_count
+            wire.cut(for_now=True)
+            await eventually(lambda count=count: wire.opened_count > count and online(hub) == 2)
+        let_go.set()
+        assert len(await soon(_collected(handle))) == 1
+        assert await soon(handle.result()) == 1
+        assert worker.agent_id == first_id
+
+
+async def test_result_that_the_hub_has_but_did_not_confirm_is_not_sent_for_ever(hub: LocalHub, wire: Wire) -> None:
+    worker = Agent("worker", hub=wire)
+    worker.capability(nothing)
+
+    def cut_before_the_confirmation(message: Any) -> bool:
+        if message.type == "status" and message.reply_to is not None:
+            wire.cut(for_now=True)
+            wire.lets_through = lambda message: True
+            return False
+        return True
+
+    wire.lets_through = cut_before_the_confirmation
+    async with worker, Agent("requester", **at(hub)) as me:
+        assert await soon(me.delegate("nothing")) == "nothing"
+        await eventually(lambda: wire.opened_count == 2 and not worker._results)
+        assert await soon(me.delegate("nothing")) == "nothing"
+
+
+async def test_result_arrives_that_came_while_the_requester_was_away(hub: LocalHub, wire: Wire) -> None:
+    let_go = asyncio.Event()
+
+    async def work() -> str:
+        await let_go.wait()
+        return "done"
+
+    async with working(hub, work), Agent("me", hub=wire) as me:
+        handle = await me.submit("work")
+        wire.cut()
+        await eventually(lambda: away(hub) == 1)
+        let_go.set()
+        await eventually(lambda: tasks_of(hub) == {"completed": 1})
+        assert not handle.done
+        wire.mend()
+        assert await soon(handle.result()) == "done"
+
+
+async def test_result_lost_on_the_wire_arrives_after_the_reconnect(hub: LocalHub, wire: Wire) -> None:
+    async with working(hub, nothing), Agent("me", hub=wire) as me:
+        wire.lets_through = lambda message: message.type != "result"
+        handle = await me.submit("nothing")
+        await eventually(lambda: tasks_of(hub) == {"completed": 1})
+        wire.cut(for_now=True)
+        wire.lets_through = lambda message: True
+        assert await soon(handle.result()) == "nothing"
+
+
+async def test_result_lost_on_the_wire_is_not_taken_for_none_after_the_grace_time(
+    kind: Callable[..., LocalHub],
+) -> None:
+    async with kind(HubSettings(grace_s=0.05)) as hub, working(hub, nothing):
+        wire = Wire(hub)
+        async with Agent("me", hub=wire) as me:
+            wire.lets_through = lambda message: message.type != "result"
+            handle = await me.submit("nothing")
+            await eventually(lambda: tasks_of(hub) == {"completed": 1})
+            wire.cut()
+            await asyncio.sleep(0.2)
+            wire.lets_through = lambda message: True
+            wire.mend()
+            (end,) = await soon(asyncio.gather(handle.result(), return_exceptions=True))
+            assert getattr(end, "code", end) in ("nothing", "hub_lost")
+
+
+async def test_task_cancelled_while_its_agent_was_away_stops_there_on_its_return(
+    hub: LocalHub, wire: Wire, slow: Slow
+) -> None:
+    worker = Agent("worker", hub=wire)
+    worker.capability(slow.slow)
+    async with worker, Agent("requester", **at(hub)) as me:
+        handle = await me.submit("slow")
+        await soon(slow.begun.wait())
+        wire.cut()
+        await eventually(lambda: away(hub) == 1)
+        await handle.cancel()
+        assert slow.seen == []
+        wire.mend()
+        await eventually(lambda: slow.seen == ["cancelled"])
+
+
+async def test_delegate_cancelled_while_away_calls_the_task_off_later(hub: LocalHub, wire: Wire, slow: Slow) -> None:
+    async with working(hub, slow.slow), Agent("me", hub=wire) as me:
+        asking = asyncio.create_task(me.delegate("slow"))
+        await soon(slow.begun.wait())
+        wire.cut()
+        await eventually(lambda: away(hub) == 1 and me._session is None)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        wire.mend()
+        async with asyncio.timeout(3):
+            while slow.seen != ["cancelled"]:
+                await asyncio.sleep(0.01)
+
+
+async def test_requests_without_a_connection_wait_for_one(hub: LocalHub, wire: Wire) -> None:
+    async with working(hub, nothing), Agent("me", hub=wire) as me:
+        wire.cut()
+        await eventually(lambda: away(hub) == 1)
+        asking = [asyncio.create_task(one) for one in (me.delegate("nothing"), me.discover("nothing"), me.status())]
+        await asyncio.sleep(0.01)
+        wire.mend()
+        output, found, _ = await soon(asyncio.gather(*asking))
+        assert (output, len(found)) == ("nothing", 1)
+
+
+async def test_delegate_without_a_connection_ends_with_its_ttl(hub: LocalHub, wire: Wire) -> None:
+    async with Agent("me", hub=wire) as me:
+        wire.cut()
+        await eventually(lambda: away(hub) == 1)
+        with pytest.raises(TaskTimeout):
+            await soon(me.delegate("nothing", ttl=0.05))
+
+
+async def test_delegate_whose_acknowledgement_was_lost_is_done_once(hub: LocalHub, wire: Wire) -> None:
+    count = 0
+
+    async def work() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    def cut_before_the_acknowledgement(message: Any) -> bool:
+        if message.type == "status" and message.reply_to is not None:
+            wire.cut(for_now=True)
+            wire.lets_through = lambda message: True
+            return False
+        return True
+
+    async with working(hub, work), Agent("me", hub=wire) as me:
+        wire.lets_through = cut_before_the_acknowledgement
+        assert await soon(me.delegate("work")) == 1
+    assert (count, wire.opened_count) == (1, 2)
+
+
+@pytest.mark.parametrize(("max_retries", "expected"), [(0, "agent_lost"), (1, 2)])
+async def test_delegate_lost_on_the_wire_is_reported_by_its_agent(
+    hub: LocalHub, wire: Wire, max_retries: int, expected: Any
+) -> None:
+    worker = Agent("worker", hub=wire)
+
+    @worker.capability
+    async def work(task: Task) -> int:
+        return task.attempt
+
+    def cut_before_the_task(message: Any) -> bool:
+        if message.type == "delegate":
+            wire.cut(for_now=True)
+            wire.lets_through = lambda message: True
+            return False
+        return True
+
+    wire.lets_through = cut_before_the_task
+    async with worker, Agent("requester", **at(hub)) as me:
+        handle = await me.submit("work", max_retries=max_retries)
+        if max_retries:
+            assert await soon(handle.result()) == expected
+        else:
+            assert (await failure_of(handle.result()))[0] == expected
+
+
+async def test_lost_agent_has_its_task_done_by_another(kind: Callable[..., LocalHub], slow: Slow) -> None:
+    async def other(task: Task) -> int:
+        return task.attempt
+
+    async with kind(HubSettings(grace_s=0.05)) as hub, Agent("requester", **at(hub)) as me:
+        wire = Wire(hub)
+        lost, second = Agent("lost", hub=wire), Agent("second", **at(hub))
+        lost.capability("work")(slow.slow)
+        second.capability("work")(other)
+        async with lost:
+            handle = await me.submit("work", max_retries=1)
+            await soon(slow.begun.wait())
+            async with second:
+                wire.cut()
+                assert await soon(handle.result()) == 2
+                wire.mend()
+                await eventually(lambda: slow.seen == ["cancelled"])
+
+
+async def test_silent_hub_is_left_and_tried_again(kind: Callable[..., LocalHub]) -> None:
+    async with kind(HubSettings(heartbeat_s=0.05)) as hub:
+        wire = Wire(hub)
+        async with Agent("me", hub=wire) as me:
+            wire.lets_through = lambda message: wire.opened_count > 1
+            await eventually(lambda: wire.opened_count == 2)
+            assert len(await soon(me.discover())) == 1
+
+
+async def test_stale_agent_comes_back_as_the_one_it_was(kind: Callable[..., LocalHub]) -> None:
+    async with kind(HubSettings(heartbeat_s=0.05)) as hub, Agent("me", **at(hub)) as me:
+        first_id = me.agent_id
+        assert me._session is not None
+        me._session.heartbeat_s = 60  # It forgets its heartbeats: the hub closes with 4001.
+        await eventually(lambda: away(hub) == 1)
+        await eventually(lambda: online(hub) == 1)
+        assert me.agent_id == first_id
+
+
+async def test_hub_that_comes_later_is_waited_for() -> None:
+    hub = HubServer(port=0)
+    await hub.start()
+    await hub.stop()
+    me = Agent("me", url=hub.url)
+    starting = asyncio.create_task(me.start())
+    await asyncio.sleep(0.05)
+    assert not starting.done()
+    async with HubServer(port=hub.port) as hub:
+        await soon(starting)
+        assert online(hub) == 1
+        await me.stop()
+
+
+async def test_start_that_is_cancelled_leaves_nothing() -> None:
+    me = Agent("me", url="ws://127.0.0.1:9")
+    starting = asyncio.create_task(me.start())
+    await asyncio.sleep(0.05)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"no HTTP\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n", b"HTTP/1.1 101 X\r\n\r\n"]
+)
+async def test_what_is_no_hub_is_given_up(answer: bytes) -> None:
+    async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(on_connection, "127.0.0.1", 0)
+    url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    with pytest.raises(Disconnected, match="no hub at ws://"):
+        await soon(Agent("me", url=url, give_up_after_s=0.05).start())
+    server.close()
+
+
+@pytest.mark.parametrize("give_up_after_s", [0, 0.1])
+async def test_hub_that_never_comes_is_given_up(give_up_after_s: float) -> None:
+    with pytest.raises(Disconnected, match="no hub at"):
+        async with asyncio.timeout(WAIT_S), Agent("me", url="ws://127.0.0.1:9", give_up_after_s=give_up_after_s):
+            pytest.fail("there is no hub")
+
+
+async def test_hub_that_does_not_come_back_is_given_up(hub: LocalHub, wire: Wire) -> None:
+    async with Agent("me", hub=wire, give_up_after_s=0.1) as me:
+        handle = await me.submit("nothing", wait=True)
+        wire.cut()
+        with pytest.raises(Disconnected):
+            await soon(handle.result())
+        for asking in (me.delegate("nothing"), me.discover(), me.broadcast("x")):
+            with pytest.raises(Disconnected):
+                await soon(asking)
+
+
+async def test_newer_connection_ends_the_older_agent(hub: LocalHub) -> None:
+    async with Agent("older", **at(hub)) as older:
+        newer = Agent("newer", **at(hub))
+        newer.agent_id, newer._resume = older.agent_id, older._resume
+        handle = await older.submit("nothing", wait=True)
+        async with newer:
+            with pytest.raises(Disconnected) as caught:
+                await soon(handle.result())
+            with pytest.raises(Disconnected) as caught:
+                await soon(older.discover())
+            assert caught.value.close_code == 4000
+            assert newer.agent_id == older.agent_id
+            assert len(await newer.discover()) == 1
+
+
+async def test_wrong_secret_is_refused(hub: LocalHub) -> None:
+    async with Agent("one", **at(hub)) as one:
+        other = Agent("other", **at(hub))
+        other.agent_id, other._resume = one.agent_id, "wrong"
+        with pytest.raises(Refused) as caught:
+            await soon(other.start())
+        assert caught.value.code == "unauthorized"
+
+
+# A hub that restarts without memory.
+
+
+@contextlib.asynccontextmanager
+async def forgetful(kind: Callable[..., LocalHub]) -> AsyncIterator[tuple[Wire, Callable[[], Any]]]:
+    """Yield a wire to a hub, and a coroutine function that puts a new hub in its place."""
+    wire = Wire(kind())
+    await wire.hub.start()
+
+    async def restart() -> None:
+        wire.is_up = False
+        await wire.hub.stop()
+        wire.hub = kind()
+        await wire.hub.start()
+        wire.mend()
+
+    try:
+        yield wire, restart
+    finally:
+        await wire.hub.stop()
+
+
+async def test_open_task_of_a_hub_without_memory_is_lost(kind: Callable[..., LocalHub]) -> None:
+    async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
+        handle = await me.submit("nothing", wait=True)
+        first_id = me.agent_id
+        await restart()
+        assert (await failure_of(handle.result()))[0] == "hub_lost"
+        assert me.agent_id != first_id
+
+
+async def test_open_task_of_a_hub_without_memory_is_sent_again_if_it_may_be(kind: Callable[..., LocalHub]) -> None:
+    async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
+        handle = await me.submit("nothing", wait=True, max_retries=1, ttl=60)
+        await restart()
+        await eventually(lambda: tasks_of(wire.hub) == {"pending": 1})
+        report = await me.status(handle.task_id)
+        assert (report.max_retries, report.ttl or 0) == (0, pytest.approx(60, abs=WAIT_S))
+        async with working(wire.hub, nothing):
+            assert await soon(handle.result()) == "nothing"
+
+
+async def test_sending_again_uses_up_the_retries(kind: Callable[..., LocalHub]) -> None:
+    async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
+        handle = await me.submit("nothing", wait=True, max_retries=1)
+        await restart()
+        await eventually(lambda: tasks_of(wire.hub) == {"pending": 1})
+        await restart()
+        assert (await failure_of(handle.result()))[0] == "hub_lost"
+
+
+async def test_connection_lost_while_a_task_is_sent_again_costs_no_second_retry(kind: Callable[..., LocalHub]) -> None:
+    async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
+        handle = await me.submit("nothing", wait=True, max_retries=1)
+
+        def cut_instead_of_the_word_that_it_is_unknown(message: Any) -> bool:
+            if message.type == "error":
+                wire.lets_through = lambda message: True
+                asyncio.get_running_loop().call_soon(lambda: wire.cut(for_now=True))
+            return True
+
+        wire.lets_through = cut_instead_of_the_word_that_it_is_unknown
+        await restart()
+        async with working(wire.hub, nothing):
+            assert await soon(handle.result()) == "nothing"
+
+
+@pytest.mark.parametrize("how", ["by its handle", "by its delegate"])
+async def test_task_called_off_while_its_hub_lost_its_memory_is_not_sent_again(
+    kind: Callable[..., LocalHub], how: str
+) -> None:
+    async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
+        asking = asyncio.create_task(me.delegate("nothing", wait=True, max_retries=1, task_id="this"))
+        await eventually(lambda: "this" in me._open and me._open["this"]._is_accepted)
+        handle = me._open["this"]
+        wire.cut()
+        await eventually(lambda: me._session is None)
+        calling_off = asyncio.create_task(handle.cancel())
+        if how == "by its delegate":
+            calling_off.cancel()
+            asking.cancel()
+        await restart()
+        await asyncio.wait({asking}, timeout=3)
+        states = tasks_of(wire.hub)
+        await me.stop()
+        await soon(asyncio.gather(asking, calling_off, return_exceptions=True))
+        assert handle.done
+        assert "pending" not in states
+
+
+async def test_new_attempt_lost_on_the_wire_is_reported_though_the_old_one_still_cleans_up(
+    kind: Callable[..., LocalHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "BACKOFF_MAX_S", 0.02)
+    async with kind(HubSettings(grace_s=0.3)) as hub, Agent("requester", **at(hub)) as me:
+        wire = Wire(hub)
+        begun, let_go = asyncio.Event(), asyncio.Event()
+        worker = Agent("worker", hub=wire)
+
+        @worker.capability
+        async def work(task: Task) -> int:
+            if task.attempt == 1:
+                begun.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await let_go.wait()
+            return task.attempt
+
+        def cut_before_the_task(message: Any) -> bool:
+            if message.type != "delegate":
+                return True
+            wire.lets_through = lambda message: True
+            wire.cut(for_now=True)
+            return False
+
+        async with worker:
+            await worker.submit("other", wait=True)  # What the hub knows it by, when its grace time is over.
+            handle = await me.submit("work", max_retries=9, wait=True, agent_id=worker.agent_id)
+            await soon(begun.wait())
+            wire.lets_through = cut_before_the_task
+            wire.cut()
+            await eventually(lambda: tasks_of(hub) == {"pending": 2})
+            wire.mend()
+            assert await soon(handle.result(timeout_s=3)) > 2
+            let_go.set()
+
+
+async def test_handler_of_a_hub_without_memory_is_stopped(kind: Callable[..., LocalHub], slow: Slow) -> None:
+    async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
+        other = Wire(wire.hub)
+        worker = Agent("worker", hub=other)
+        worker.capability(slow.slow)
+        async with worker:
+            handle = await me.submit("slow")
+            await soon(slow.begun.wait())
+            other.is_up = False
+            await restart()
+            other.hub = wire.hub
+            other.mend()
+            await eventually(lambda: slow.seen == ["cancelled"])
+            assert (await failure_of(handle.result()))[0] == "hub_lost"
+
+
+async def test_hub_restarts_on_the_same_port() -> None:
+    first = HubServer(port=0)
+    await first.start()
+    worker = Agent("worker", url=first.url)
+    worker.capability(nothing)
+    async with worker, Agent("me", url=first.url) as me:
+        await first.stop()
+        async with HubServer(port=first.port) as second:
+            await eventually(lambda: online(second) == 2)
+            assert await soon(me.delegate("nothing")) == "nothing"
+
+
+async def test_task_does_not_outlast_its_deadline_by_much_without_a_hub(
+    hub: LocalHub, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "LATE_S", 0.05)
+    async with Agent("me", hub=wire) as me:
+        handle = await me.submit("nothing", wait=True, ttl=0.1)
+        wire.cut()
+        assert (await failure_of(handle.result()))[0] in ("hub_lost", "timeout")
+
+
+# Connections that are cut at random.
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_every_task_ends_once_however_the_connections_are_cut(kind: Callable[..., LocalHub], seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def work(task: Task, x: int) -> int:
+        task.progress(0.5)
+        await asyncio.sleep(chance.uniform(0, 0.02))
+        return 2 * x
+
+    async with kind(HubSettings(grace_s=WAIT_S)) as hub, contextlib.AsyncExitStack() as stack:
+        wires = [Wire(hub) for _ in range(4)]
+        workers = [Agent("worker", hub=wire, max_tasks=3) for wire in wires[:2]]
+        for worker in workers:
+            worker.capability(work)
+        requesters = [Agent("requester", hub=wire) for wire in wires[2:]]
+        for agent in (*workers, *requesters):
+            await stack.enter_async_context(agent)
+
+        async def cutting() -> None:
+            while True:
+                await asyncio.sleep(chance.uniform(0, 0.05))
+                chance.choice(wires).cut(for_now=True)
+
+        cutter = asyncio.create_task(cutting())
+        numbers = range(20)
+        async with asyncio.timeout(WAIT_S):
+            outputs = await asyncio.gather(
+                *(one.delegate("work", x, max_retries=100, ttl=60) for one in requesters for x in numbers)
+            )
+        cutter.cancel()
+        assert outputs == [2 * x for x in numbers] * 2
+        await eventually(lambda: tasks_of(hub) == {"completed": 40})
+        await eventually(lambda: online(hub) == 4)
+        await eventually(lambda: not any(agent._results or agent._running or agent._open for agent in workers))
+        assert not any(agent._open for agent in requesters)
+
+
+# Backoff.
+
+
+def test_backoff_has_full_jitter_under_a_bound_that_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    bounds: list[float] = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: bounds.append(high) or low)
+    backoff = agenthub.Backoff()
+    assert {backoff.next_s() for _ in range(9)} == {0}
+    assert bounds == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_backoff_starts_over_after_a_connection_that_lasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    bounds: list[float] = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: bounds.append(high) or low)
+    backoff = agenthub.Backoff()
+    for connection_s in (0, 0.1, 1, 1.9, 9):
+        backoff.lasted(connection_s)
+        backoff.next_s()
+    assert bounds == [0.5, 1, 2, 4, 0.5]
+
+
+# Stopping.
+
+
+async def test_stop_settles_what_is_open(hub: LocalHub, slow: Slow) -> None:
+    async with working(hub, slow.slow):
+        me = Agent("me", **at(hub))
+        await me.start()
+        handle = await me.submit("slow")
+        waiting = [asyncio.create_task(one) for one in (handle.result(), me.delegate("slow"), _collected(handle))]
+        await soon(slow.begun.wait())
+        await me.stop()
+        first, second, updates = await soon(asyncio.gather(*waiting, return_exceptions=True))
+        assert isinstance(first, Disconnected)
+        assert isinstance(second, Disconnected)
+        assert updates == []
+        assert online(hub) == 2
+
+
+async def test_stop_ends_requests_that_wait_for_a_connection(hub: LocalHub, wire: Wire) -> None:
+    me = Agent("me", hub=wire)
+    await me.start()
+    wire.cut()
+    await eventually(lambda: away(hub) == 1)
+    waiting = [asyncio.create_task(one) for one in (me.delegate("nothing"), me.discover(), me.broadcast("x"))]
+    await asyncio.sleep(0.01)
+    await me.stop()
+    ends = await soon(asyncio.gather(*waiting, return_exceptions=True))
+    assert [type(end) for end in ends] == [Disconnected] * 3
+
+
+async def test_stop_in_the_moment_of_the_registration_leaves_nobody_waiting(hub: LocalHub, wire: Wire) -> None:
+    me = Agent("me", hub=wire)
+    await me.start()
+    wire.cut()
+    await eventually(lambda: away(hub) == 1)
+    waiting = asyncio.create_task(me.discover())
+    stopping: list[asyncio.Task[None]] = []
+
+    def stop_now(message: Any) -> bool:
+        if message.type == "register":
+            assert me._connection is not None
+            stopping.append(asyncio.create_task(me.stop()))
+            me._connection.cancel()
+        return True
+
+    wire.lets_through = stop_now
+    wire.mend()
+    await eventually(lambda: stopping)
+    await soon(stopping[0])
+    with pytest.raises(Disconnected):
+        await asyncio.wait_for(waiting, 5)
+
+
+@pytest.mark.parametrize("name", ["work", "work_plain"])
+async def test_stop_with_a_drain_waits_for_what_runs(hub: LocalHub, name: str) -> None:
+    begun = threading.Event()
+
+    async def work() -> str:
+        begun.set()
+        await asyncio.sleep(0.1)
+        return "done"
+
+    def work_plain() -> str:
+        begun.set()
+        threading.Event().wait(0.1)
+        return "done"
+
+    worker = Agent("worker", **at(hub))
+    worker.capability(work)
+    worker.capability(work_plain)
+    async with Agent("requester", **at(hub)) as me:
+        await worker.start()
+        handle = await me.submit(name)
+        await eventually(begun.is_set)
+        stopping = asyncio.create_task(worker.stop(drain_s=WAIT_S))
+        await eventually(lambda: not stopping.done() and hub.hub.summary()["tasks"]["in_progress"] == 1)
+        await asyncio.sleep(0.02)
+        with pytest.raises(Refused) as caught:
+            await me.delegate(name)
+        assert caught.value.code == "no_agent"
+        assert await soon(handle.result()) == "done"
+        await soon(stopping)
+        assert online(hub) == 1
+
+
+async def test_drain_ends_at_its_bound(hub: LocalHub, slow: Slow) -> None:
+    worker = Agent("worker", **at(hub))
+    worker.capability(slow.slow)
+    async with Agent("requester", **at(hub)) as me:
+        await worker.start()
+        handle = await me.submit("slow")
+        await soon(slow.begun.wait())
+        await asyncio.wait_for(worker.stop(drain_s=0.05), 5)
+        assert slow.seen == ["cancelled"]
+        assert (await failure_of(handle.result()))[0] == "agent_lost"
+
+
+async def test_drain_outlives_a_lost_connection(hub: LocalHub, wire: Wire) -> None:
+    let_go = asyncio.Event()
+    begun = asyncio.Event()
+    worker = Agent("worker", hub=wire)
+
+    @worker.capability
+    async def work() -> str:
+        begun.set()
+        await let_go.wait()
+        return "done"
+
+    async with Agent("requester", **at(hub)) as me:
+        await worker.start()
+        handle = await me.submit("work")
+        await soon(begun.wait())
+        stopping = asyncio.create_task(worker.stop(drain_s=WAIT_S))
+        await asyncio.sleep(0.02)
+        wire.cut(for_now=True)
+        await asyncio.sleep(0.05)
+        let_go.set()
+        assert await asyncio.wait_for(handle.result(), 3) == "done"
+        await soon(stopping)
+
+
+async def test_serve_raises_what_ends_the_connection_for_good() -> None:
+    with pytest.raises(Disconnected, match="no hub at"):
+        await soon(agenthub.serve(Agent("me", url="ws://127.0.0.1:9", give_up_after_s=0)))
+
+
+async def test_stop_from_within_a_handler_ends(hub: LocalHub) -> None:
+    worker = Agent("worker", **at(hub))
+    stopped = asyncio.Event()
+
+    @worker.capability
+    async def quit() -> None:
+        await worker.stop()
+        stopped.set()
+
+    async with Agent("requester", **at(hub)) as me:
+        await worker.start()
+        await failure_of(me.delegate("quit"))
+        await asyncio.wait_for(stopped.wait(), 5)
+        assert online(hub) == 1
+
+
+# Signals.
+
+PROGRAM = """
+import asyncio, time
+from agenthub import Agent, Task, serve
+
+agent = Agent("worker")
+
+@agent.capability
+async def work(seconds: float) -> str:
+    print("begun", flush=True)
+    await asyncio.sleep(seconds)
+    return "done"
+
+@agent.capability
+def plain(seconds: float) -> str:
+    print("begun", flush=True)
+    time.sleep(seconds)
+    return "done"
+"""
+RUN = PROGRAM + "agent.run()\nprint('left')\n"
+SERVE = PROGRAM + "asyncio.run(serve(agent, Agent('second'), drain_s=0.3))\nprint('left')\n"
+
+
+@contextlib.asynccontextmanager
+async def program(hub: HubServer, folder: Path, source: str) -> AsyncIterator[Any]:
+    """Run a program of an agent in a process of its own, against a hub in this one."""
+    path = folder / "program.py"
+    path.write_text(source)
+    with running("-W", "error", str(path), env={"AGENTHUB_URL": hub.url}) as process:
+        yield process
+
+
+@posix_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["work", "plain"])
+async def test_signal_drains_a_running_agent(tmp_path: Path, number: signal.Signals, name: str) -> None:
+    async with HubServer(port=0) as hub, Agent("me", url=hub.url) as me, program(hub, tmp_path, RUN) as process:
+        handle = await soon(me.submit(name, 0.4, wait=True))
+        assert await asyncio.to_thread(process.stdout.readline) == "begun\n"
+        process.send_signal(number)
+        assert await soon(handle.result()) == "done"
+        output, complaint = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
+        assert (process.returncode, output, complaint) == (0, "left\n", "")
+
+
+@posix_only
+async def test_serve_gives_up_draining_at_its_bound(tmp_path: Path) -> None:
+    async with HubServer(port=0) as hub, Agent("me", url=hub.url) as me, program(hub, tmp_path, SERVE) as process:
+        await eventually(lambda: online(hub) == 3)
+        handle = await soon(me.submit("work", 60, wait=True))
+        assert await asyncio.to_thread(process.stdout.readline) == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert (await failure_of(handle.result()))[0] == "agent_lost"
+        output, _ = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
+        assert (process.returncode, output) == (0, "left\n")
+
+
+@posix_only
+@pytest.mark.parametrize("name", ["work", "plain"])
+async def test_second_signal_ends_it_at_once_and_quietly(tmp_path: Path, name: str) -> None:
+    async with HubServer(port=0) as hub, Agent("me", url=hub.url) as me, program(hub, tmp_path, RUN) as process:
+        await soon(me.submit(name, 60, wait=True))
+        assert await asyncio.to_thread(process.stdout.readline) == "begun\n"
+        process.send_signal(signal.SIGINT)
+        await eventually(lambda: any(agent.leaving for agent in hub.hub._agents.values()))
+        process.send_signal(signal.SIGINT)
+        output, complaint = await asyncio.to_thread(process.communicate, timeout=5)
+        assert (output, complaint) == ("left\n", "")
+
+
+@posix_only
+async def test_signal_ends_an_agent_that_waits_for_its_hub(tmp_path: Path) -> None:
+    async with HubServer(port=0) as hub, program(hub, tmp_path, RUN) as process:
+        await eventually(lambda: online(hub) == 1)
+        await hub.stop()
+        process.send_signal(signal.SIGTERM)
+        output, _ = await asyncio.to_thread(process.communicate, timeout=5)
+        assert (process.returncode, output) == (0, "left\n")
+
+
+LEAVE = """
+import asyncio, logging, sys
+from agenthub import Agent
+
+async def main() -> None:
+    async with Agent("me") as me:
+        print(len(await me.discover()))
+
+asyncio.run(main())
+"""
+
+
+async def test_program_that_ends_leaves_nothing_open(tmp_path: Path) -> None:
+    """What is still open when the loop ends makes Python complain."""
+    async with HubServer(port=0) as hub, program(hub, tmp_path, LEAVE) as process:
+        output, complaint = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
+        assert (process.returncode, output, complaint) == (0, "1\n", "")
+
+
+async def test_stopped_agent_has_closed_its_socket(wire: Wire) -> None:
+    async with Agent("me", hub=wire):
+        transport = getattr(wire.link, "_transport", None)
+    if transport is not None:
+        assert transport.get_extra_info("socket").fileno() == -1
+
+
+def test_logger_of_the_agent_is_quiet_by_default() -> None:
+    assert logging.getLogger("agenthub.agent").level == logging.NOTSET

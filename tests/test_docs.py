@@ -1,0 +1,172 @@
+"""What the pages say is what the code does: their examples are run, their tables compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from agenthub import (
+    FINAL_STATES,
+    TRANSITIONS,
+    Code,
+    HubSettings,
+    TaskState,
+    argument_parser,
+    decoder_from_agent,
+    decoder_from_hub,
+    encode,
+    json_schema,
+)
+from tests.support import ROOT, WAIT_S, hub_process, running
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the fenced blocks of a page with that info string."""
+    return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def table_after(page: str, heading: str) -> dict[str, str]:
+    """Return the first two columns of the tables under a heading."""
+    section = page.partition(f"\n{heading}\n")[2]
+    section = re.split(r"\n#+ ", section)[0]
+    rows = re.findall(r"^\| *(.+?) *\| *(.*?) *(?:\|.*)?\|?$", section, re.MULTILINE)
+    return {name: value for name, value in rows if not name.startswith("--")}
+
+
+@pytest.mark.parametrize("example", blocks(PROTOCOL, "json agent"))
+def test_each_example_from_an_agent_is_a_message(example: str) -> None:
+    document = json.loads(example)
+    message = decoder_from_agent()(example.encode())
+    written = json.loads(encode(message))
+    assert {name: written[name] for name in document if name != "capabilities"} == {
+        name: value for name, value in document.items() if name != "capabilities"
+    }
+
+
+@pytest.mark.parametrize("example", blocks(PROTOCOL, "json hub"))
+def test_each_example_from_the_hub_is_written_as_the_hub_writes_it(example: str) -> None:
+    assert json.loads(encode(decoder_from_hub()(example.encode()))) == json.loads(example)
+
+
+def test_the_protocol_page_shows_every_message_in_each_direction() -> None:
+    definitions = json_schema()["$defs"]
+    schema_types = {one["properties"]["type"]["const"] for one in definitions.values() if "type" in one["properties"]}
+    shown = {json.loads(example)["type"] for example in blocks(PROTOCOL, "json agent") + blocks(PROTOCOL, "json hub")}
+    assert shown == schema_types
+    assert len(shown) == 10
+
+
+def test_the_protocol_page_names_every_code() -> None:
+    assert {code.value for code in Code} <= set(re.findall(r"`([a-z_]+)`", PROTOCOL))
+
+
+def number_in(text: str) -> float:
+    return float(re.sub(r"[^0-9.]", "", text))
+
+
+def test_the_limits_on_the_protocol_page_are_those_of_the_hub() -> None:
+    limits = table_after(PROTOCOL, "## Limits")
+    settings = HubSettings()
+    assert number_in(limits["open tasks of one requester"]) == settings.open_tasks_max
+    assert number_in(limits["tasks waiting at the hub"]) == settings.pending_tasks_max
+    assert number_in(limits["agents"]) == settings.agents_max
+    properties = json_schema()["$defs"]["Register"]["properties"]
+    assert number_in(limits["`capabilities`"]) == properties["capabilities"]["maxItems"]
+    assert number_in(limits["`description`"]) == properties["description"]["maxLength"]
+
+
+def diagram() -> str:
+    """Return the diagram of the table of task states."""
+    steps = [f"    {state} --> {after}: {event}" for state, row in TRANSITIONS.items() for event, after in row.items()]
+    ends = [f"    {state} --> [*]" for state in TaskState if state in FINAL_STATES]
+    return "\n".join(["stateDiagram-v2", f"    [*] --> {TaskState.PENDING}", *steps, *ends]) + "\n"
+
+
+def test_the_diagram_in_the_readme_is_the_table_of_task_states() -> None:
+    assert blocks(README, "mermaid") == [diagram()]
+
+
+def test_the_readme_example_greets_ada(tmp_path: Any) -> None:
+    greeter, asker, *_ = blocks(README, "python")
+    (tmp_path / "greeter.py").write_text(greeter)
+    (tmp_path / "ask.py").write_text(asker)
+    with hub_process() as (url, _):
+        environment = {"AGENTHUB_URL": url}
+        with running(str(tmp_path / "greeter.py"), env=environment) as agent:
+            assert agent.stderr is not None
+            wait_for_capability(url, "greet")
+            call = ["-m", "agenthub", "call", "greet", '{"name": "Ada"}']
+            assert output_of(*call, env=environment) == '"Hello, Ada!"\n'
+            assert output_of(str(tmp_path / "ask.py"), env=environment) == "Hello, ADA!\n"
+
+
+def output_of(*args: str, env: dict[str, str]) -> str:
+    with running(*args, env=env) as process:
+        output, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, errors
+    return output
+
+
+def wait_for_capability(url: str, capability: str) -> None:
+    """Delegate with `wait` is the way to wait for an agent; here its mere presence is wanted."""
+    program = (
+        "import asyncio, agenthub\n"
+        "async def main():\n"
+        f"    async with agenthub.Agent('probe', url={url!r}) as me:\n"
+        f"        while not await me.discover({capability!r}):\n"
+        "            await asyncio.sleep(0.02)\n"
+        "asyncio.run(main())\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=WAIT_S)
+
+
+def test_the_other_python_of_the_readme_runs() -> None:
+    for block in blocks(README, "python")[2:]:
+        subprocess.run([sys.executable, "-c", block], check=True, cwd=ROOT, timeout=WAIT_S)
+
+
+def test_each_command_of_the_readme_is_understood() -> None:
+    lines = re.findall(r"^(?:python -m )?agenthub (\w.*)$", "\n".join(blocks(README, "sh")), re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        argument_parser().parse_args(shlex.split(line))
+
+
+def test_the_readme_names_every_command_and_option() -> None:
+    (commands,) = (action.choices for action in argument_parser()._actions if action.choices)
+    for name, parser in commands.items():
+        assert f"`agenthub {name}" in README
+        for action in parser._actions:
+            for option in action.option_strings:
+                assert option in ("-h", "--help") or option in README, option
+
+
+def test_the_first_two_commands_of_the_readme_set_everything_up() -> None:
+    first, second = blocks(README, "sh")[:2]
+    assert first == (
+        "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/python -m examples.review_folder .\n"
+    )
+    assert second == "python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox\n"
+
+
+def test_every_link_within_the_project_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "protocol.md", ROOT / "examples" / "README.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_map_in_the_module_names_its_sections() -> None:
+    source = (ROOT / "agenthub.py").read_text(encoding="utf-8")
+    banners = re.findall(r"^# =+\n# (\d) (.+)$", source, re.MULTILINE)
+    assert banners
+    for number, name in banners:
+        assert re.search(rf"^    {number} {name} ", source, re.MULTILINE), name

@@ -1,0 +1,68 @@
+"""Section 1, Errors: one base, told apart by whose fault it is, with stable codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import agenthub
+from agenthub import AgentHubError, Code
+
+CODES_OF_ERRORS = """
+    invalid_message unsupported_type unauthorized not_registered unknown_agent no_agent unknown_task duplicate_task
+    not_assigned stale_attempt task_over too_large too_deep overloaded shutting_down internal
+"""
+CODES_OF_RESULTS = "failed cancelled agent_lost timeout no_handler invalid_input hub_lost"
+
+# Each error, made as its users make it, and the code that it carries.
+ERRORS: list[tuple[AgentHubError, str]] = [
+    (AgentHubError("what happened"), "internal"),
+    (agenthub.InvalidMessage("name: Field required", reply_to="1"), "invalid_message"),
+    (agenthub.Refused("no such task", code=Code.UNKNOWN_TASK, task_id="t"), "unknown_task"),
+    (agenthub.Disconnected("the hub is gone", close_code=1001), "hub_lost"),
+    (agenthub.TaskFailed("no such file", task_id="t"), "failed"),
+    (agenthub.TaskTimeout("its time is over", task_id="t"), "timeout"),
+    (agenthub.PackageMissing("pydantic", "Reading a message"), "internal"),
+    (agenthub.IllegalTransition("a task that is over cannot begin"), "internal"),
+]
+
+
+def test_codes_are_those_of_the_protocol() -> None:
+    assert [code.value for code in Code] == CODES_OF_ERRORS.split() + CODES_OF_RESULTS.split()
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS)
+def test_every_error_has_a_text_and_a_code(error: AgentHubError, code: str) -> None:
+    assert str(error) == error.message
+    assert error.code == code
+    assert type(error.code) is str
+
+
+def test_every_class_of_errors_is_in_the_table_above() -> None:
+    def classes(base: type[AgentHubError]) -> set[type[AgentHubError]]:
+        own = (one for one in base.__subclasses__() if one.__module__ == agenthub.__name__)
+        return {base}.union(*map(classes, own))
+
+    assert classes(AgentHubError) == {type(error) for error, _ in ERRORS}
+
+
+def test_errors_carry_what_they_are_about() -> None:
+    facts: dict[str, Any] = {}
+    for error, _ in ERRORS:
+        facts |= {name: value for name, value in vars(error).items() if name not in ("message", "code")}
+    assert facts == {"reply_to": "1", "task_id": "t", "close_code": 1001}
+
+
+def test_timeout_is_a_failure_of_the_task() -> None:
+    assert issubclass(agenthub.TaskTimeout, agenthub.TaskFailed)
+
+
+def test_failure_may_carry_a_code_of_the_handlers_choice() -> None:
+    assert agenthub.TaskFailed("out of paper", code="out_of_paper").code == "out_of_paper"
+
+
+def test_missing_package_is_an_import_error_that_says_what_to_install() -> None:
+    error = agenthub.PackageMissing("websockets", "Speaking over the network")
+    assert isinstance(error, ImportError)
+    assert str(error) == "Speaking over the network needs the package websockets: pip install websockets"

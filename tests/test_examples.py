@@ -1,0 +1,554 @@
+"""The examples, run as a user runs them: each command in a docstring prints what stands below it there."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agenthub import Agent, HubServer
+from examples import review_folder
+from tests.support import ROOT, WAIT_S, hub_process, running
+
+FOLDER = ROOT / "examples"
+EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "__init__.py")
+LINES_MAX = 39
+# These go on until they are stopped: what they are for is seen in what the other commands print.
+SERVING = ("python -m agenthub hub", "python -m agenthub agent", "python examples/02_greeter.py")
+
+
+# What is shared.
+
+
+def transcript(example: str) -> dict[str, str]:
+    """Return the commands of an example's docstring, each with what it prints: the lines from there to an empty one."""
+    shown: dict[str, str] = {}
+    docstring = (FOLDER / example).read_text(encoding="utf-8").split('"""')[1]
+    for paragraph in docstring.split("\n\n"):
+        for entry in re.split(r"^\$ ", paragraph, flags=re.MULTILINE)[1:]:
+            command, _, printed = entry.partition("\n")
+            shown[command] = printed if printed.endswith("\n") or not printed else f"{printed}\n"
+    return shown
+
+
+def environment(url: str = "") -> dict[str, str]:
+    """Return what makes `python` this Python, and the hub that of the test."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {"PATH": path, **({"AGENTHUB_URL": url} if url else {})}
+
+
+def finished(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGS` to its end."""
+    with running(*args, **options) as process:
+        stdout, stderr = process.communicate(timeout=WAIT_S)
+        return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+
+def play(example: str, command: str, url: str = "") -> None:
+    """Run a command of an example, and compare what it prints with what the example says."""
+    python, *args = shlex.split(command)
+    assert python == "python"
+    outcome = finished(*args, env=environment(url))
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, transcript(example)[command], "")
+
+
+def play_all(example: str, url: str) -> None:
+    """Play all commands of an example that end by themselves."""
+    commands = [command for command in transcript(example) if not command.startswith(SERVING)]
+    assert commands
+    for command in commands:
+        play(example, command, url)
+
+
+def arguments(example: str, start: str) -> list[str]:
+    """Return the arguments of an example's one command that begins like this."""
+    [command] = [command for command in transcript(example) if command.startswith(start)]
+    return shlex.split(command)[1:]
+
+
+def wait_for_lines(process: subprocess.Popen[str], *texts: str) -> None:
+    """Read a process's stderr until each text has been seen in a line of it."""
+    assert process.stderr is not None
+    watchdog = threading.Timer(WAIT_S, process.kill)
+    watchdog.start()
+    missing = set(texts)
+    for line in process.stderr:
+        missing -= {text for text in missing if text in line}
+        if not missing:
+            break
+    watchdog.cancel()
+    assert not missing
+
+
+# The numbered examples.
+
+
+@pytest.mark.parametrize("example", ["01_hello.py", "04_pipeline.py", "05_progress_and_cancel.py", "06_shell_agent.py"])
+def test_example_of_one_program_prints_what_it_says(example: str) -> None:
+    play(example, f"python examples/{example}")
+
+
+def test_two_agents_in_two_processes() -> None:
+    with hub_process() as (url, _), running("examples/02_greeter.py", env=environment(url)):
+        play_all("02_caller.py", url)
+
+
+def test_requester_may_come_before_the_agent() -> None:
+    with (
+        hub_process() as (url, _),
+        running("examples/02_caller.py", env=environment(url)) as caller,
+        running("examples/02_greeter.py", env=environment(url)),
+    ):
+        printed = transcript("02_caller.py")["python examples/02_caller.py"]
+        assert caller.communicate(timeout=WAIT_S) == (printed, "")
+
+
+def test_class_style_within_the_hub() -> None:
+    options = arguments("03_class_style.py", "python -m agenthub hub")[3:]
+    with hub_process(*options, stderr=subprocess.PIPE) as (url, hub):
+        wait_for_lines(hub, "joined agent=editor", "joined agent=reader")
+        play_all("03_class_style.py", url)
+
+
+def test_class_style_beside_the_hub() -> None:
+    command = "python -m agenthub agent examples/03_class_style.py"
+    assert command in (FOLDER / "03_class_style.py").read_text(encoding="utf-8")
+    with hub_process() as (url, _), running(*shlex.split(command)[1:], env=environment(url)) as agents:
+        wait_for_lines(agents, "joined agent=editor", "joined agent=reader")
+        play_all("03_class_style.py", url)
+
+
+def test_shell_agent_by_hand() -> None:
+    args = arguments("06_shell_agent.py", "python -m agenthub agent")
+    [call] = [command for command in transcript("06_shell_agent.py") if "agenthub call" in command]
+    with hub_process() as (url, _), running(*args, env=environment(url)) as agent:
+        wait_for_lines(agent, "joined agent=sorter")
+        play("06_shell_agent.py", call, url)
+
+
+@pytest.mark.parametrize("example", [name for name in EXAMPLES if name[0].isdigit()])
+def test_numbered_example_is_short(example: str) -> None:
+    assert len((FOLDER / example).read_text(encoding="utf-8").splitlines()) <= LINES_MAX
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_is_in_the_list_and_in_a_test(example: str) -> None:
+    [line] = [line for line in (FOLDER / "README.md").read_text("utf-8").splitlines() if f"]({example})" in line]
+    assert re.findall(r"`(python [^`]*)`", line)[-1] in transcript(example)
+    assert re.search(rf"\b{Path(example).stem}\b", Path(__file__).read_text(encoding="utf-8"))
+
+
+# review_folder.py: its checks.
+
+ALL_CHECKS = {**review_folder.BUGS, **review_folder.STYLE}
+
+# One file for each check, with all that is to be found in it.
+WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
+    "assert-on-tuple": (
+        """\
+        def check(total):
+            assert (total > 0, "nothing there")
+        """,
+        [(2, "a tuple is always true")],
+    ),
+    "bare-except": (
+        """\
+        try:
+            answer = 1 / 0
+        except:
+            answer = None
+        """,
+        [(3, "catches KeyboardInterrupt and SystemExit too")],
+    ),
+    "duplicate-key": (
+        """\
+        PORTS = {
+            "http": 80,
+            "https": 443,
+            "http": 8080,
+        }
+        """,
+        [(4, "'http' is a key of this dict already")],
+    ),
+    "empty-f-string": (
+        """\
+        print(f"no placeholders here")
+        """,
+        [(1, "an f-string without placeholders")],
+    ),
+    "mutable-default": (
+        """\
+        import collections
+
+
+        def collect(item, into=[], *, counts=collections.Counter()):
+            into.append(item)
+            counts[item] += 1
+
+
+        first = lambda items={}: items
+        """,
+        [
+            (4, "one counts is shared by all calls"),
+            (4, "one into is shared by all calls"),
+            (9, "one items is shared by all calls"),
+        ],
+    ),
+    "none-comparison": (
+        """\
+        def known(value):
+            if value == None or None != value:
+                return False
+            return True
+        """,
+        [(2, "use `is None`"), (2, "use `is not None`")],
+    ),
+    "shadowed-builtin": (
+        """\
+        from dataclasses import dataclass
+
+
+        def filter(items, id=None):
+            list = [item for item in items if item is not id]
+            list = list[:]
+            return list
+
+
+        @dataclass
+        class Row:
+            type: str
+
+            def format(self):
+                return self.type
+        """,
+        [
+            (4, "filter is the name of a built-in"),
+            (4, "id is the name of a built-in"),
+            (5, "list is the name of a built-in"),
+        ],
+    ),
+    "swallowed-exception": (
+        """\
+        import json
+
+
+        def load(text):
+            try:
+                return json.loads(text)
+            except (ValueError, Exception):
+                pass
+        """,
+        [(7, "Exception is caught, and nobody is told")],
+    ),
+    "unreachable-code": (
+        """\
+        def first(items):
+            for item in items:
+                if not item:
+                    continue
+                    print("never")
+                return item
+                break
+            raise LookupError
+            return None
+        """,
+        [
+            (5, "never runs, after the continue above it"),
+            (7, "never runs, after the return above it"),
+            (9, "never runs, after the raise above it"),
+        ],
+    ),
+    "unused-import": (
+        """\
+        import json
+        import os.path
+        from collections.abc import (
+            Iterable,
+            Mapping as Map,
+        )
+
+
+        def size(items: Iterable[int]) -> int:
+            return sum(items)
+        """,
+        [
+            (1, "json is imported and never used"),
+            (2, "os is imported and never used"),
+            (5, "Map is imported and never used"),
+        ],
+    ),
+    "unused-variable": (
+        """\
+        def read(path):
+            size: int = 0
+            text = path.read_text()
+            try:
+                return path.read_bytes()
+            except OSError as error:
+                return b""
+        """,
+        [
+            (2, "size is assigned and never used"),
+            (3, "text is assigned and never used"),
+            (6, "error is never used"),
+        ],
+    ),
+}
+
+# What looks like a finding, and is none.
+RIGHT = {
+    "the tuple of an assertion's own": "def check(pair):\n    assert pair == (1, 2), 'no'\n    assert ()\n",
+    "a bare except that raises again": "try:\n    run = 1\nexcept:\n    run = 2\n    raise\n",
+    "a narrow exception is passed over": "try:\n    run = 1\nexcept (KeyError, OSError):\n    pass\n",
+    "a broad exception is seen to": "try:\n    run = 1\nexcept Exception:\n    print('no')\n",
+    "keys of different types": "TABLE = {1: 'a', '1': 'b', True: 'c', **{1: 'd'}}\n",
+    "keys that are computed": "def table(a, b):\n    return {a: 1, b: 2, a + b: 3}\n",
+    "a format within an f-string": "def show(number, width):\n    return f'{number:>10} {number:>{width}}'\n",
+    "an f-string in parts": "def show(name):\n    return f'hello ' f'{name}'\n",
+    "an immutable default": "def call(a=(), b=None, c=frozenset(), *, d='x'):\n    return a, b, c, d\n",
+    "compared with is": "def known(value):\n    return value is None or value == 0\n",
+    "an empty generator": "def nothing():\n    return\n    yield\n",
+    "an abstract generator": "def nothing():\n    raise NotImplementedError\n    yield from ()\n",
+    "after a branch that returns": "def sign(n):\n    if n < 0:\n        return -1\n    return 1\n",
+    "a class's own names": "class Row:\n    id = 1\n    type: str\n\n    def filter(self):\n        return self.id\n",
+    "a given signature": (
+        "import typing\n\n\n"
+        "class Lock:\n"
+        "    def __exit__(self, type, value, traceback):\n        print(type)\n\n"
+        "    @typing.override\n    def open(self, dir):\n        print(dir)\n"
+    ),
+    "an attribute with the name of a built-in": "def fill(row):\n    row.id = 1\n    row['max'] = 2\n",
+    "from the future": "from __future__ import annotations\n",
+    "for others, by name": "from json import loads as loads\nimport os as os\n",
+    "for others, by list": "from json import dumps, loads\n\n__all__ = ['dumps']\n__all__ += ['loads']\n",
+    "for others, by a list that grows": "from json import dumps\n\n__all__ = []\n__all__.append('dumps')\n",
+    "in a quoted annotation": "import decimal\n\n\ndef pay(sum_due: 'list[decimal.Decimal]'):\n    return sum_due\n",
+    "in quotes within quotes": "import decimal\n\n\ndef pay() -> \"list['decimal.Decimal']\": ...\n",
+    "in a quoted variable annotation": "import decimal\n\nprice: 'decimal.Decimal'\n",
+    "for type checkers only": (
+        "import typing\n\nif typing.TYPE_CHECKING:\n    from decimal import Decimal\n\n"
+        "Prices = typing.List['Decimal']\nprice = typing.cast('Decimal', 1)\n"
+    ),
+    "one of two ways, by failure": "try:\n    import ujson as json\nexcept ImportError:\n    import json\n",
+    "one of two ways, by condition": (
+        "import sys\n\nif sys.version_info >= (3, 12):\n    from typing import override\n"
+        "else:\n    from typing_extensions import override\n"
+    ),
+    "an attribute of a class": "class Message:\n    from email.iterators import walk\n",
+    "everything": "from json import *\n",
+    "used as part of a package": "import os.path\n\nprint(os.getcwd())\n",
+    "used in a decorator only": "import functools\n\n\n@functools.cache\ndef one():\n    return 1\n",
+    "removed": "import json\n\ndel json\n",
+    "set for another function": "count = 0\n\n\ndef add():\n    global count\n    count = 1\n",
+    "used by an inner function": "def outer():\n    n = 1\n\n    def inner():\n        return n\n\n    return inner\n",
+    "set for an outer function": (
+        "def outer():\n    n = 1\n\n    def inner():\n        nonlocal n\n        n = 2\n\n    return inner\n"
+    ),
+    "added to": "def add():\n    n = 1\n    n += 1\n",
+    "one of a pair": "def head(text):\n    first, rest = text.split(',', 1)\n    return first\n",
+    "unused on purpose": "def call(run):\n    _ = run()\n    _answer = run()\n",
+    "used by way of locals": "def show(text):\n    name = 'x'\n    return text.format(**locals())\n",
+    "an exception that is used": "try:\n    run = 1\nexcept OSError as error:\n    print(error)\n",
+    "a marked line": "import json  # noqa: F401\nfrom os import (  # noqa\n    path,\n)\n",
+    "a marked file": "# ruff: noqa\nimport json\n",
+    "nothing at all": "",
+}
+
+
+def found_in(source: str) -> list[tuple[str, int, str]]:
+    findings = review_folder.review("a.py", textwrap.dedent(source), ALL_CHECKS)
+    return sorted((finding.check, finding.line, finding.message) for finding in findings)
+
+
+def test_each_check_has_a_file_of_its_own() -> None:
+    assert sorted(WRONG) == sorted(ALL_CHECKS)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_check_finds_what_is_wrong_and_nothing_else(name: str) -> None:
+    source, expected = WRONG[name]
+    assert found_in(source) == [(name, line, message) for line, message in expected]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_checks_find_nothing_wrong_with(name: str) -> None:
+    assert found_in(RIGHT[name]) == []
+
+
+@pytest.mark.parametrize("source", ["x = = 1\n", "def f():\nreturn 1\n", "x = '\0'\n", "(" * 300])
+def test_what_cannot_be_parsed_is_one_finding(source: str) -> None:
+    [(check, line, _)] = found_in(source)
+    assert (check, line) == ("syntax-error", 2 if "def" in source else 1)
+
+
+def test_imports_of_a_package_are_for_others() -> None:
+    checker = review_folder.StyleChecker()
+    source = "from json import loads\nlist = []\n"
+    assert [finding["check"] for finding in checker.check_style("a/__init__.py", source)] == ["shadowed-builtin"]
+    assert len(checker.check_style("a/b.py", source)) == 2
+
+
+# review_folder.py: a folder.
+
+
+def fill(folder: Path) -> None:
+    """Make a folder with a file for each check, and others."""
+    files = {f"{name.replace('-', '_')}.py": textwrap.dedent(source) for name, (source, _) in WRONG.items()}
+    files |= {
+        "clean.py": '"""Nothing is wrong here."""\n',
+        "deep/er/syntax.py": "x = 1\nx = = 2\n",
+        "package/__init__.py": "from json import loads\n",
+        "notes.txt": "import json\n",
+        ".hidden/a.py": "import json\n",
+        "venv/a.py": "import json\n",
+        "an_environment/pyvenv.cfg": "",
+        "an_environment/a.py": "import json\n",
+        "node_modules/a.py": "import json\n",
+        "__pycache__/a.py": "import json\n",
+        "build/a.py": "import json\n",
+        "large.py": "#" * 500_001,
+    }
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    (folder / "latin.py").write_bytes("# coding: latin-1\nimport json  # für später\n".encode("latin-1"))
+    (folder / "not_utf8.py").write_bytes(b"name = '\xff'\n")
+    (folder / "odd_encoding.py").write_bytes(b"# coding: no-such-encoding\n")
+    (folder / "folder.py").mkdir()
+
+
+EXPECTED = sorted(
+    [
+        *(
+            (f"{name.replace('-', '_')}.py", line, name, message)
+            for name, (_, found) in WRONG.items()
+            for line, message in found
+        ),
+        ("deep/er/syntax.py", 2, "syntax-error", "invalid syntax"),
+        ("latin.py", 2, "unused-import", "json is imported and never used"),
+        ("not_utf8.py", 1, "encoding", "is not UTF-8, or not in the encoding that it declares"),
+        ("odd_encoding.py", 1, "encoding", "is not UTF-8, or not in the encoding that it declares"),
+    ]
+)
+SKIPPED = "large.py: has more than 500000 bytes"
+
+
+def test_review_of_a_folder_prints_a_table(tmp_path: Path) -> None:
+    fill(tmp_path)
+    [command] = transcript("review_folder.py")
+    outcome = finished(*shlex.split(command.replace("FOLDER", "."))[1:], cwd=tmp_path)
+    where_width = max(len(f"{path}:{line}") for path, line, _, _ in EXPECTED)
+    check_width = max(len(check) for _, _, check, _ in EXPECTED)
+    table = [
+        f"{f'{path}:{line}'.ljust(where_width)}  {check.ljust(check_width)}  {message}"
+        for path, line, check, message in EXPECTED
+    ]
+    assert outcome.stdout.splitlines() == [*table, "", f"{len(EXPECTED)} findings in 15 of 18 files, 1 skipped"]
+    [hub, *progress, skipped] = outcome.stderr.splitlines()
+    assert re.fullmatch(r"the hub is at ws://127\.0\.0\.1:\d+", hub)
+    assert progress == [f"reviewed {done} of 18 files" for done in (5, 9, 14, 18)]
+    assert skipped == f"skipped {SKIPPED}"
+    assert outcome.returncode == 0
+
+
+def test_review_of_a_folder_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path)
+    assert review_folder.main(["--json", str(tmp_path)]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    root = tmp_path.as_posix()
+    assert outcome == {
+        "files": 18,
+        "findings": [
+            {"path": f"{root}/{path}", "line": line, "check": check, "message": message}
+            for path, line, check, message in EXPECTED
+        ],
+        "skipped": [f"{root}/{SKIPPED}"],
+    }
+
+
+def test_review_of_a_clean_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clean.py").write_text("x = 1\n")
+    assert review_folder.main([str(tmp_path), "--fail"]) == 0
+    assert capsys.readouterr().out == "0 findings in 0 of 1 file\n"
+
+
+def test_review_of_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert review_folder.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "0 findings in 0 of 0 files\n"
+
+
+def test_review_fails_only_if_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wrong.py").write_text("import json\n")
+    assert review_folder.main([str(tmp_path)]) == 0
+    assert review_folder.main([str(tmp_path), "--fail"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 finding in 1 of 1 file"
+
+
+def test_review_of_no_folder_is_a_usage_error(tmp_path: Path) -> None:
+    outcome = finished("-m", "examples.review_folder", str(tmp_path / "none"))
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert outcome.stderr.splitlines()[-1] == f"review_folder: error: no such folder: {tmp_path / 'none'}"
+
+
+def test_review_goes_on_when_a_file_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("import json\n")
+    outcome = asyncio.run(review_folder.review_files([tmp_path / "gone.py", tmp_path / "wrong.py"]))
+    assert [finding.check for finding in outcome.findings] == ["unused-import"]
+    assert outcome.skipped == [f"{(tmp_path / 'gone.py').as_posix()}: {os.strerror(2)}"]
+
+
+def test_review_goes_on_when_an_agent_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(tree: object) -> Iterator[tuple[int, str]]:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setitem(review_folder.BUGS, "broken", broken)
+    (tmp_path / "a.py").write_text("import json\n")
+    assert review_folder.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "0 findings in 0 of 1 file, 1 skipped\n"
+    assert printed.err.splitlines()[-1] == f"skipped {tmp_path.as_posix()}/a.py: out of order"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_one_line_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "31")
+    with review_folder.ProgressLine(2) as progress:
+        progress.step("a.py")
+        progress.step("some/where/b.py")
+    lines = ["reviewed 1 of 2 files: a.py   ", "reviewed 2 of 2 files: some/wh", " " * 30, ""]
+    assert terminal.getvalue() == "".join(f"\r{line}" for line in lines)
+
+
+async def test_the_agents_of_a_review_say_what_they_do() -> None:
+    async with (
+        HubServer(port=0) as hub,
+        review_folder.bug_hunter(hub.url),
+        review_folder.StyleChecker(url=hub.url),
+        Agent("me", url=hub.url) as me,
+    ):
+        found = {agent.name: agent for agent in await me.discover("python")}
+    assert {name: [one.name for one in agent.capabilities] for name, agent in found.items()} == {
+        "bug-hunter": ["find-bugs"],
+        "stylechecker": ["check-style"],
+    }

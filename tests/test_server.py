@@ -1,0 +1,356 @@
+"""The hub as a process, from outside: its limits, its sense of who is alive, its health page, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+from tests.support import WAIT_S, RawClient, hub_process, raw_client, running
+
+posix_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent to a process as on POSIX")
+linux_memory = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+STATUS_TEXT = json.dumps({"type": "status", "id": "1"})
+
+
+def padded(bytes_count: int, **message: Any) -> str:
+    """Return a message of exactly this many bytes, made longer by a field that no hub knows."""
+    text = json.dumps({**message, "padding": ""}, separators=(",", ":"))
+    return text[:-2] + "x" * (bytes_count - len(text)) + '"}'
+
+
+@contextlib.asynccontextmanager
+async def deaf_client(url: str) -> AsyncIterator[RawClient]:
+    """Open a connection with the smallest of buffers, for one that does not read."""
+    address = urlsplit(url)
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.connect((address.hostname, address.port))
+    plain.setblocking(False)
+    async with raw_client(url, sock=plain, max_queue=1, max_size=None) as client:
+        try:
+            yield client
+        finally:
+            client.connection.transport.abort()  # A polite end would wait for what nobody reads.
+
+
+async def http(url: str, request: str) -> str:
+    """Send an HTTP request to the hub's port; return all that it answers."""
+    address = urlsplit(url)
+    async with asyncio.timeout(WAIT_S):
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(request.encode())
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    return answer.decode()
+
+
+def resident_mb(process: subprocess.Popen[str]) -> float:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+
+
+async def exit_code(process: subprocess.Popen[str], bound_s: float = WAIT_S) -> int:
+    return await asyncio.to_thread(process.wait, bound_s)
+
+
+# Limits.
+
+
+async def test_message_over_the_limit_closes_with_1009_and_harms_nobody_else() -> None:
+    with hub_process("--max-bytes", "5000") as (url, _):
+        async with raw_client(url) as whole, raw_client(url) as pieces, raw_client(url) as other:
+            assert (await whole.register("ann", "big"))["max_bytes"] == 5000
+            await pieces.register("bob")
+            for client in (whole, pieces):
+                await client.connection.send(padded(5000, type="status", id="fits"))
+                assert (await client.receive())["reply_to"] == "fits"
+            await whole.connection.send(padded(5001, type="status", id="too big"))
+            assert await whole.closed() == 1009
+            text = padded(5001, type="status", id="too big")
+            await pieces.connection.send([text[:3000], text[3000:4000], text[4000:]])
+            assert await pieces.closed() == 1009
+            assert (await other.request(type="status"))["hub"]["agents"] == 0
+
+
+async def test_who_was_closed_with_1009_may_come_back() -> None:
+    with hub_process("--max-bytes", "5000") as (url, _):
+        async with raw_client(url) as client, raw_client(url) as returned:
+            joined = await client.register("ann")
+            await client.connection.send("x" * 5001)
+            assert await client.closed() == 1009
+            again = await returned.register("ann", agent_id=joined["agent_id"], resume=joined["resume"])
+            assert again["agent_id"] == joined["agent_id"]
+
+
+async def test_hub_sends_no_message_over_its_own_limit() -> None:
+    limit = 5000
+    with hub_process("--max-bytes", str(limit)) as (url, _):
+        async with raw_client(url, max_size=limit) as requester, raw_client(url, max_size=limit) as worker:
+            await requester.register("requester", metadata={"a": "x" * 4000})
+            await worker.register("worker", "work", max_tasks=100, metadata={"a": "x" * 4000})
+            base = len(
+                json.dumps({"type": "delegate", "task_id": "1234", "capability": "work", "input": "", "id": "1"})
+            )
+            for spare in (0, 50, 100, 150, 200, 250, 300):  # What fits on the way in may not on the way out.
+                reply = await requester.delegate(
+                    f"i{spare:03}", capability="work", input="x" * (limit - base - spare), id="1"
+                )
+                assert reply.get("code") == "too_large" or reply["state"] == "in_progress"
+                reply = await requester.request(type="broadcast", message="x" * (limit - 60 - spare), id="1")
+                assert reply.get("code") == "too_large" or reply["recipients"] == 1
+            reply = await requester.delegate("output", capability="work", input="x" * 3000)
+            assert reply["state"] == "in_progress"
+            for spare in (60, 100, 150, 200):
+                reply = await worker.request(type="status", task_id="output", detail="x" * (limit - 80 - spare), id="1")
+                assert reply.get("code") == "too_large" or reply["type"] == "status"
+            reply = await worker.request(type="result", task_id="output", success=True, output="x" * 3000)
+            assert reply["state"] == "completed"
+            assert (await requester.message("result", task_id="output"))["state"] == "completed"
+            for number in range(60):
+                await requester.delegate(f"task-{number}", capability="work")
+            for message in ({"type": "discover"}, {"type": "status", "tasks": True}, {"task_id": "output"}):
+                reply = await requester.request(**{"type": "status", **message})
+                assert reply["type"] in ("discover", "status", "error")
+            assert (await worker.request(type="status"))["hub"]["agents"] == 2
+
+
+@linux_memory
+async def test_connections_that_do_not_read_are_closed_while_others_go_on() -> None:
+    with hub_process("--backlog", "300000") as (url, process):
+        async with (
+            raw_client(url) as sender,
+            raw_client(url) as reader,
+            deaf_client(url) as one,
+            deaf_client(url) as two,
+        ):
+            await sender.register("sender")
+            await reader.register("reader", "all-ears")
+            await one.register("one", "deaf")
+            await two.register("two", "deaf")
+            before_mb = resident_mb(process)
+            sent = 0
+            while sent < 1000 and (await sender.request(type="discover", capability="deaf"))["total"]:
+                await sender.request(type="broadcast", message={"number": sent, "filling": "x" * 50_000})
+                assert (await reader.message("broadcast"))["message"]["number"] == sent
+                sent += 1
+            assert sent < 1000
+            for number in range(300):
+                await sender.request(type="broadcast", message={"number": number, "filling": "x" * 50_000})
+                await reader.message("broadcast")
+            assert resident_mb(process) - before_mb < 20
+            for client in (one, two):
+                assert await client.closed() in (4002, 1006)
+
+
+@linux_memory
+async def test_who_asks_and_does_not_read_the_answers_is_closed_or_held_up() -> None:
+    with hub_process("--backlog", "300000") as (url, process):
+        async with raw_client(url) as other, deaf_client(url) as deaf:
+            await deaf.register("deaf", "something")
+            await other.register("other")
+            await deaf.delegate("big", capability="nobody", wait=True, input="x" * 500_000)
+            before_mb = resident_mb(process)
+            with contextlib.suppress(ConnectionClosed, TimeoutError):
+                async with asyncio.timeout(1):
+                    for _ in range(2000):
+                        await deaf.send(type="status", task_id="big")
+                        await asyncio.sleep(0)
+            assert (await other.request(type="status"))["type"] == "status"
+            assert resident_mb(process) - before_mb < 30
+
+
+async def test_requester_of_a_deaf_worker_still_learns_how_its_tasks_end() -> None:
+    with hub_process("--backlog", "300000", "--grace", "0.2") as (url, _):
+        async with raw_client(url) as requester, deaf_client(url) as worker:
+            await requester.register("requester")
+            await worker.register("worker", "work", max_tasks=500)
+            accepted = 0
+            while accepted < 200:
+                reply = await requester.delegate(f"task-{accepted}", capability="work", input="x" * 100_000)
+                if reply["type"] == "error" or reply["state"] != "in_progress":
+                    break
+                accepted += 1
+            assert 0 < accepted < 200
+            for number in range(accepted):
+                result = await requester.message("result", task_id=f"task-{number}")
+                assert result["error"]["code"] == "agent_lost"
+
+
+async def test_place_of_a_connection_that_hung_up_without_reading_is_taken_up_again() -> None:
+    with hub_process() as (url, _):
+        async with raw_client(url) as sender, deaf_client(url) as deaf, raw_client(url) as returned:
+            await sender.register("sender")
+            joined = await deaf.register("deaf", "work")
+            for _ in range(60):  # Less than the backlog allows, more than the socket holds.
+                await sender.request(type="broadcast", message="x" * 100_000)
+            deaf.connection.transport.write_eof()
+            await sender.request(type="status")
+            again = await returned.register("deaf", "work", agent_id=joined["agent_id"], resume=joined["resume"])
+            assert again["agent_id"] == joined["agent_id"]
+            assert (await sender.delegate("task", capability="work"))["state"] == "in_progress"
+            await returned.message("delegate", task_id="task")
+
+
+async def test_silence_of_a_connection_that_hung_up_without_reading_stops_no_clock() -> None:
+    with hub_process("--heartbeat", "0.5") as (url, _):
+        async with raw_client(url) as sender, deaf_client(url) as deaf:
+            await sender.register("sender")
+            await deaf.register("deaf")
+            for _ in range(60):
+                await sender.request(type="broadcast", message="x" * 100_000)
+            deaf.connection.transport.write_eof()
+            await asyncio.sleep(0.5)
+            await sender.delegate("task", capability="nobody", wait=True, ttl=1.1)
+            # The other's three intervals end first, then the task, then our own.
+            async with asyncio.timeout(5):
+                assert (await sender.message("result", task_id="task"))["state"] == "timeout"
+
+
+# Signs of life.
+
+
+async def test_silent_agent_is_closed_with_4001_and_its_grace_time_runs() -> None:
+    with hub_process("--heartbeat", "0.2", "--grace", "10") as (url, _):
+        async with raw_client(url) as silent, raw_client(url) as other:
+            joined = await silent.register("silent", "quiet")
+            assert joined["heartbeat_s"] == 0.2
+            began = time.monotonic()
+            await other.register("other", "loud")
+            await other.delegate("task", capability="quiet")
+            closing = asyncio.create_task(silent.closed())
+            while not closing.done():
+                await other.send(type="heartbeat")
+                await asyncio.sleep(0.05)
+            assert await closing == 4001
+            assert time.monotonic() - began > 0.55
+            found = (await other.request(type="discover"))["agents"]
+            assert [agent["name"] for agent in found] == ["other"]
+            assert (await other.request(type="status", task_id="task"))["state"] == "in_progress"
+            async with raw_client(url) as returned:
+                again = await returned.register("silent", "quiet", agent_id=joined["agent_id"], resume=joined["resume"])
+                assert again["tasks"] == [{"task_id": "task", "attempt": 1}]
+
+
+async def test_any_message_is_a_sign_of_life() -> None:
+    texts = ['{"type": "heartbeat"}', '{"type": "discover"}', "nonsense", ""]
+    with hub_process("--heartbeat", "0.2") as (url, _):
+        async with contextlib.AsyncExitStack() as stack:
+            agents = [await stack.enter_async_context(raw_client(url)) for _ in texts]
+            for agent in agents:
+                await agent.register("agent")
+            for _ in range(8):
+                for agent, text in zip(agents, texts, strict=True):
+                    await agent.connection.send(text)
+                await asyncio.sleep(0.1)
+            assert (await agents[0].request(type="status"))["hub"]["agents"] == len(texts)
+
+
+async def test_being_written_to_is_no_sign_of_life() -> None:
+    with hub_process("--heartbeat", "0.15") as (url, _):
+        async with raw_client(url) as silent, raw_client(url) as other:
+            await silent.register("silent")
+            await other.register("other")
+            closing = asyncio.create_task(silent.closed())
+            async with asyncio.timeout(WAIT_S):
+                while not closing.done():
+                    await other.request(type="broadcast", message=1)
+                    await asyncio.sleep(0.05)
+            assert await closing == 4001
+
+
+# The port.
+
+
+async def test_healthz_answers_200_on_the_same_port() -> None:
+    with hub_process() as (url, _):
+        async with raw_client(url) as client:
+            answer = await http(url, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert answer.startswith("HTTP/1.1 200 ")
+            assert (await client.request(type="status"))["type"] == "status"
+        for request in ("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "nonsense\r\n\r\n"):
+            assert not (await http(url, request)).startswith("HTTP/1.1 200 ")
+        assert (await http(url, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")).startswith("HTTP/1.1 200 ")
+
+
+async def test_taken_port_is_one_line_and_exit_1() -> None:
+    with hub_process() as (url, _):
+        port = urlsplit(url).port
+        with running("-m", "agenthub", "hub", "--port", str(port)) as process:
+            stdout, stderr = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
+            assert process.returncode == 1
+            assert stdout == ""
+            assert len(stderr.splitlines()) == 1
+            assert str(port) in stderr
+
+
+# The end.
+
+
+@posix_signals
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+async def test_signal_closes_with_1001_and_exits_0(number: str) -> None:
+    with hub_process("--log-level", "warning", stderr=subprocess.PIPE) as (url, process):
+        async with raw_client(url) as agent, raw_client(url) as observer:
+            await agent.register("agent", "work")
+            await observer.request(type="status")
+            process.send_signal(signal.Signals[number])
+            assert await agent.closed() == 1001
+            assert await observer.closed() == 1001
+            assert await exit_code(process, 5) == 0
+        _, stderr = process.communicate(timeout=WAIT_S)
+        assert stderr == ""
+
+
+@posix_signals
+async def test_hub_that_ends_takes_no_new_task_and_still_passes_results_on() -> None:
+    with hub_process() as (url, process):
+        async with raw_client(url) as requester, raw_client(url) as worker:
+            await requester.register("requester")
+            await worker.register("worker", "work")
+            await requester.delegate("old", capability="work")
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(WAIT_S):
+                for number in range(100_000):
+                    reply = await requester.delegate(f"new-{number}", capability="work", wait=True)
+                    if reply["type"] == "error":
+                        break
+                    await worker.request(type="result", task_id=f"new-{number}", success=True)
+            assert reply["code"] == "shutting_down"
+            assert (await worker.request(type="result", task_id="old", success=True))["state"] == "completed"
+            assert (await requester.message("result", task_id="old"))["state"] == "completed"
+            assert await requester.closed() == 1001
+            assert await worker.closed() == 1001
+            assert await exit_code(process) == 0
+            assert time.monotonic() - began < 5
+
+
+@posix_signals
+async def test_hub_ends_in_time_though_tasks_run_and_connections_do_not_read() -> None:
+    with hub_process() as (url, process):
+        async with raw_client(url) as requester, raw_client(url) as worker, deaf_client(url) as deaf:
+            await requester.register("requester")
+            await worker.register("worker", "work")
+            await deaf.register("deaf", "deaf")
+            await requester.delegate("endless", capability="work")
+            for _ in range(60):  # Less than the backlog allows, more than the socket holds.
+                await requester.request(type="broadcast", message="x" * 100_000, capability="deaf")
+            process.send_signal(signal.SIGTERM)
+            assert await exit_code(process, 5) == 0
+            assert await requester.closed() == 1001

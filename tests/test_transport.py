@@ -1,0 +1,485 @@
+"""Section 6, transport: bytes to messages and back, over a socket that the tests play, and in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from websockets.client import ClientProtocol
+from websockets.frames import Close, Frame, Opcode
+from websockets.uri import parse_uri
+
+import agenthub
+from agenthub import Disconnected, HubServer, InvalidMessage
+from tests.support import WAIT_S
+
+HEARTBEAT = b'{"type":"heartbeat"}'
+MAX_BYTES = 5000
+
+
+class Owner:
+    """Writes down what it is told about a link."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+        self.sizes: list[int] = []
+        self.opened_count = 0
+        self.ends: list[tuple[int, str]] = []
+        self.on_message: Callable[[agenthub.Link], None] = lambda link: None
+
+    def opened(self, link: agenthub.Link) -> None:
+        self.opened_count += 1
+
+    def received(self, link: agenthub.Link, message: Any, message_bytes: int) -> None:
+        assert not self.ends
+        self.messages.append(message)
+        self.sizes.append(message_bytes)
+        self.on_message(link)
+
+    def closed(self, link: agenthub.Link, code: int, reason: str) -> None:
+        self.ends.append((code, reason))
+
+
+class Socket(asyncio.Transport):
+    """A transport that keeps what is written to it."""
+
+    def __init__(self, protocol: asyncio.Protocol) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self.writes: list[bytes] = []
+        self.backlog_bytes = 0
+        self.is_ended = False
+        self.is_aborted = False
+
+    def write(self, data: Any) -> None:
+        assert not self.is_ended
+        self.writes.append(bytes(data))
+
+    def get_write_buffer_size(self) -> int:
+        return self.backlog_bytes
+
+    def is_closing(self) -> bool:
+        return self.is_ended
+
+    def close(self) -> None:
+        if not self.is_ended:
+            self.is_ended = True
+            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+
+    def abort(self) -> None:
+        self.is_aborted = True
+        self.close()
+
+
+class Pair:
+    """The hub's link, and a `websockets` client that talks to it without a socket."""
+
+    def __init__(self, answer: Any = lambda request: None) -> None:
+        self.owner = Owner()
+        self.link = agenthub.ServerLink(self.owner, answer, message_bytes_max=MAX_BYTES, backlog_bytes_max=100_000)
+        self.socket = Socket(self.link)
+        self.client = ClientProtocol(parse_uri("ws://hub/"), max_size=None)
+        self.link.connection_made(self.socket)
+        self.client.send_request(self.client.connect())
+
+    def say(self) -> None:
+        """Give the link what the client has to say."""
+        self.link.data_received(b"".join(self.client.data_to_send()))
+
+    async def heard(self) -> list[Any]:
+        """Return what the client hears, when the link has written it."""
+        await asyncio.sleep(0)
+        for written in self.socket.writes:
+            self.client.receive_data(written)
+        self.socket.writes.clear()
+        return self.client.events_received()
+
+    def text(self, raw: bytes) -> bytes:
+        """Return the bytes of a text message from the client."""
+        self.client.send_text(raw)
+        return b"".join(self.client.data_to_send())
+
+
+@pytest.fixture
+async def pair() -> Pair:
+    """A link that is open."""
+    pair = Pair()
+    pair.say()
+    (response,) = await pair.heard()
+    assert response.status_code == 101
+    assert pair.owner.opened_count == 1
+    return pair
+
+
+async def ended(pair: Pair) -> None:
+    """Wait until the link's socket is closed and its owner has been told of it."""
+    async with asyncio.timeout(WAIT_S):
+        while not (pair.owner.ends and pair.socket.is_ended):
+            await asyncio.sleep(0.002)
+
+
+# Reading.
+
+
+async def test_message_arrives_with_its_size(pair: Pair) -> None:
+    pair.link.data_received(pair.text(HEARTBEAT))
+    assert pair.owner.messages == [agenthub.Heartbeat()]
+    assert pair.owner.sizes == [len(HEARTBEAT)]
+
+
+async def test_messages_of_one_chunk_arrive_in_order(pair: Pair) -> None:
+    chunk = b"".join(pair.text(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(10))
+    pair.link.data_received(chunk)
+    assert [message.id for message in pair.owner.messages] == [str(number) for number in range(10)]
+
+
+async def test_it_does_not_matter_how_bytes_are_cut_into_chunks(pair: Pair) -> None:
+    raw = pair.text(b'{"type":"heartbeat","id":"a"}') + pair.text(b'{"type":"heartbeat","id":"b"}')
+    for index in range(len(raw)):
+        pair.link.data_received(raw[index : index + 1])
+    assert [message.id for message in pair.owner.messages] == ["a", "b"]
+
+
+async def test_handshake_and_messages_may_come_in_one_chunk() -> None:
+    pair = Pair()
+    request = b"".join(pair.client.data_to_send())
+    frame = Frame(Opcode.TEXT, HEARTBEAT).serialize(mask=True)
+    pair.link.data_received(request + frame)
+    assert pair.owner.messages == [agenthub.Heartbeat()]
+
+
+async def test_message_in_fragments_is_put_together(pair: Pair) -> None:
+    pair.client.send_text(HEARTBEAT[:5], fin=False)
+    pair.client.send_continuation(b"", fin=False)
+    pair.client.send_ping(b"in between")
+    pair.client.send_continuation(HEARTBEAT[5:], fin=True)
+    pair.say()
+    assert pair.owner.messages == [agenthub.Heartbeat()]
+    assert pair.owner.sizes == [len(HEARTBEAT)]
+    (pong,) = await pair.heard()
+    assert (pong.opcode, pong.data) == (Opcode.PONG, b"in between")
+
+
+@pytest.mark.parametrize("is_fragmented", [False, True])
+async def test_binary_message_is_refused_and_the_link_lives_on(pair: Pair, is_fragmented: bool) -> None:
+    pair.client.send_binary(HEARTBEAT, fin=not is_fragmented)
+    if is_fragmented:
+        pair.client.send_continuation(b"", fin=True)
+    pair.client.send_text(HEARTBEAT)
+    pair.say()
+    refused, message = pair.owner.messages
+    assert isinstance(refused, InvalidMessage)
+    assert "binary" in refused.message
+    assert message == agenthub.Heartbeat()
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"[" * 3000])
+async def test_what_is_no_message_is_refused_and_the_link_lives_on(pair: Pair, raw: bytes) -> None:
+    pair.link.data_received(pair.text(raw) + pair.text(HEARTBEAT))
+    refused, message = pair.owner.messages
+    assert isinstance(refused, InvalidMessage)
+    assert message == agenthub.Heartbeat()
+
+
+@pytest.mark.parametrize("is_fragmented", [False, True])
+async def test_text_that_is_not_utf8_ends_the_link(pair: Pair, is_fragmented: bool) -> None:
+    pair.client.send_text(b'{"type":"\xff', fin=not is_fragmented)
+    if is_fragmented:
+        pair.client.send_continuation(b'"}', fin=True)
+    pair.say()
+    await pair.heard()
+    assert pair.client.close_rcvd == Close(1007, "not UTF-8")
+    await ended(pair)
+    assert pair.owner.ends == [(1007, "not UTF-8")]
+
+
+@pytest.mark.parametrize("is_fragmented", [False, True])
+async def test_message_over_the_limit_ends_the_link(pair: Pair, is_fragmented: bool) -> None:
+    if is_fragmented:
+        for _ in range(6):
+            pair.client.send_text(b" " * 1000, fin=False) if _ == 0 else pair.client.send_continuation(
+                b" " * 1000, False
+            )
+    else:
+        pair.client.send_text(b" " * (MAX_BYTES + 1))
+    pair.say()
+    await pair.heard()
+    assert pair.client.close_rcvd is not None
+    assert pair.client.close_rcvd.code == 1009
+    await ended(pair)
+    assert [code for code, _ in pair.owner.ends] == [1009]
+    assert pair.owner.messages == []
+
+
+async def test_message_at_the_limit_is_read(pair: Pair) -> None:
+    pair.link.data_received(pair.text(HEARTBEAT + b" " * (MAX_BYTES - len(HEARTBEAT))))
+    assert pair.owner.messages == [agenthub.Heartbeat()]
+
+
+async def test_frame_that_is_not_masked_ends_the_link(pair: Pair) -> None:
+    pair.link.data_received(Frame(Opcode.TEXT, HEARTBEAT).serialize(mask=False))
+    await ended(pair)
+    assert [code for code, _ in pair.owner.ends] == [1002]
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 65_535, 65_536, 70_000])
+async def test_frame_of_any_length_is_read_by_a_client(pair: Pair, length: int) -> None:
+    pair.link.send(b"x" * length)
+    (frame,) = await pair.heard()
+    assert (frame.opcode, frame.fin, len(frame.data)) == (Opcode.TEXT, True, length)
+
+
+async def test_all_that_is_sent_in_one_turn_is_written_at_once(pair: Pair) -> None:
+    pair.owner.on_message = lambda link: [link.send(b"1"), link.send(b"2")]
+    pair.link.data_received(pair.text(HEARTBEAT) + pair.text(HEARTBEAT))
+    assert pair.socket.writes == []
+    await asyncio.sleep(0)
+    assert len(pair.socket.writes) == 1
+    assert [frame.data for frame in await pair.heard()] == [b"1", b"2", b"1", b"2"]
+
+
+async def test_peer_that_does_not_read_is_closed_and_then_cut(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "CLOSING_S", 0.05)
+    pair.socket.backlog_bytes = 100_001
+    pair.link.send(b"x")
+    await asyncio.sleep(0)
+    assert pair.owner.ends == [(4002, "does not read")]
+    await ended(pair)
+    assert pair.socket.is_aborted
+
+
+async def test_backlog_within_its_bound_is_no_reason_to_close(pair: Pair) -> None:
+    pair.socket.backlog_bytes = 100_000
+    pair.link.send(b"x")
+    await asyncio.sleep(0)
+    assert pair.owner.ends == []
+
+
+# The end.
+
+
+async def test_peer_that_closes_is_answered(pair: Pair) -> None:
+    pair.client.send_close(1000, "enough")
+    pair.say()
+    assert pair.owner.ends == [(1000, "enough")]
+    await pair.heard()
+    assert pair.client.close_rcvd is not None
+    await ended(pair)
+    assert not pair.socket.is_aborted
+
+
+async def test_close_comes_after_what_was_sent_and_nothing_is_read_after_it(pair: Pair) -> None:
+    pair.link.send(b"last")
+    pair.link.close(1001, "going")
+    pair.link.send(b"too late")
+    pair.link.close(1000, "again")
+    pair.link.data_received(pair.text(HEARTBEAT))
+    events = await pair.heard()
+    assert [event.data for event in events if event.opcode == Opcode.TEXT] == [b"last"]
+    assert pair.client.close_rcvd == Close(1001, "going")
+    assert pair.owner.messages == []
+    assert pair.owner.ends == []
+    pair.say()
+    await ended(pair)
+    assert [code for code, _ in pair.owner.ends] == [1001]
+
+
+async def test_close_that_is_not_answered_is_a_cut(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "CLOSING_S", 0.05)
+    pair.link.close(1001, "going")
+    await ended(pair)
+    assert pair.socket.is_aborted
+    assert len(pair.owner.ends) == 1
+
+
+@pytest.mark.parametrize("how", ["cut", "end of file", "abort"])
+async def test_lost_connection_is_told_once(pair: Pair, how: str) -> None:
+    if how == "cut":
+        pair.link.connection_lost(ConnectionResetError())
+    elif how == "end of file":
+        pair.link.eof_received()
+        await ended(pair)
+    else:
+        pair.link.abort()
+        pair.link.abort()
+        await ended(pair)
+    assert [code for code, _ in pair.owner.ends] == [1006]
+
+
+async def test_socket_that_never_becomes_a_websocket_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.05)
+    pair = Pair()
+    pair.link.data_received(b"GET / HTTP/1.1\r\n")
+    async with asyncio.timeout(WAIT_S):
+        while not pair.socket.is_ended:
+            await asyncio.sleep(0.002)
+    assert (pair.owner.opened_count, pair.owner.ends) == (0, [])
+
+
+async def test_plain_request_is_answered_and_the_socket_closed() -> None:
+    pair = Pair(lambda request: (200, f"asked for {request.path}\n"))
+    pair.say()
+    await asyncio.sleep(0)
+    head, _, body = b"".join(pair.socket.writes).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert body == b"asked for /\n"
+    async with asyncio.timeout(WAIT_S):
+        while not pair.socket.is_ended:
+            await asyncio.sleep(0.002)
+    assert (pair.owner.opened_count, pair.owner.ends) == (0, [])
+
+
+async def test_what_is_no_http_is_cut() -> None:
+    pair = Pair()
+    pair.link.data_received(b"\x16\x03\x01\x00garbage\r\n\r\n")
+    async with asyncio.timeout(WAIT_S):
+        while not pair.socket.is_ended:
+            await asyncio.sleep(0.002)
+    assert pair.owner.opened_count == 0
+
+
+async def test_random_bytes_do_no_harm(pair: Pair) -> None:
+    for _ in range(200):
+        pair.link.data_received(os.urandom(50))
+    await ended(pair)
+    assert len(pair.owner.ends) == 1
+
+
+# In memory.
+
+
+@pytest.fixture
+async def memory() -> tuple[Owner, Owner, agenthub.Link, agenthub.Link]:
+    hub_side, agent_side = Owner(), Owner()
+    near, far = agenthub.MemoryLink.pair(
+        (agent_side, agenthub.decoder_from_hub()), (hub_side, agenthub.decoder_from_agent())
+    )
+    return hub_side, agent_side, near, far
+
+
+Memory = tuple[Owner, Owner, agenthub.Link, agenthub.Link]
+
+
+async def test_message_in_memory_is_encoded_and_decoded(memory: Memory) -> None:
+    hub_side, agent_side, near, far = memory
+    near.send(agenthub.encode(agenthub.Heartbeat(id="1")))
+    far.send(agenthub.encode(agenthub.HeartbeatAck(reply_to="1")))
+    assert hub_side.messages == []  # Nobody is called from within his own call.
+    await asyncio.sleep(0)
+    assert hub_side.messages == [agenthub.Heartbeat(id="1")]
+    assert agent_side.messages == [agenthub.HeartbeatAck(reply_to="1")]
+    assert hub_side.sizes == [len(agenthub.encode(agenthub.Heartbeat(id="1")))]
+
+
+async def test_message_in_memory_that_is_none_is_told_as_such(memory: Memory) -> None:
+    hub_side, _, near, _ = memory
+    near.send(b'{"type": "heartbeat", "id": 1}')
+    near.send(HEARTBEAT)
+    await asyncio.sleep(0)
+    refused, message = hub_side.messages
+    assert isinstance(refused, InvalidMessage)
+    assert message == agenthub.Heartbeat()
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_link_in_memory_closes_at_both_ends_once(memory: Memory, how: str) -> None:
+    hub_side, agent_side, near, far = memory
+    near.send(HEARTBEAT)
+    far.send(b'{"type": "heartbeat_ack"}')
+    if how == "close":
+        near.close(1001, "going")
+    else:
+        near.abort()
+    near.close(1000, "again")
+    near.send(HEARTBEAT)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    far.close(1000, "late")
+    far.send(b'{"type": "heartbeat_ack"}')
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert hub_side.messages == [agenthub.Heartbeat()]  # What was sent before the close arrives.
+    assert agent_side.messages == []
+    expected = [(1001, "going")] if how == "close" else [(1006, "cut")]
+    assert (hub_side.ends, agent_side.ends) == (expected, expected)
+
+
+# An agent's way to a hub.
+
+
+@pytest.mark.parametrize(
+    "url", ["", "hub", "http://hub", "ws://", "ws://hub/#part", "ws://ho st", "ws:///path", "wss://hub?query", "ws:hub"]
+)
+def test_what_is_no_url_of_a_hub_is_a_value_error(url: str) -> None:
+    with pytest.raises(ValueError, match="a hub's URL looks like"):
+        agenthub.check_url(url)
+
+
+@pytest.mark.parametrize("url", ["ws://hub", "wss://hub:1/", "ws://[::1]:8765", "ws://hub/path?query=1"])
+def test_url_of_a_hub_is_returned(url: str) -> None:
+    assert agenthub.check_url(url) == url
+
+
+@pytest.mark.parametrize("url", ["ws://hub:port", "ws://hub:99999", "ws://[::1"])
+async def test_url_that_cannot_be_read_is_a_value_error(url: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        await agenthub.connect_websocket(url, Owner())
+
+
+async def test_nobody_there_is_disconnected() -> None:
+    with pytest.raises(Disconnected, match=r"no hub at ws://127.0.0.1:9: "):
+        await agenthub.connect_websocket("ws://127.0.0.1:9", Owner())
+
+
+async def test_unknown_host_is_disconnected() -> None:
+    with pytest.raises(Disconnected, match=r"no hub at ws://no-such-host.invalid"):
+        await agenthub.connect_websocket("ws://no-such-host.invalid", Owner())
+
+
+async def test_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.1)
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
+    url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    with pytest.raises(Disconnected, match="no hub"):
+        await agenthub.connect_websocket(url, Owner())
+    server.close()
+
+
+async def test_connecting_can_be_cancelled_at_any_moment(caplog: pytest.LogCaptureFixture) -> None:
+    import gc
+
+    async with HubServer(port=0) as hub:
+        for steps in range(25):
+            connecting = asyncio.create_task(agenthub.connect_websocket(hub.url, Owner()))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if connecting.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await connecting
+            else:
+                (await connecting).abort()
+            await asyncio.sleep(0.01)
+            gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+async def test_agent_reads_what_the_hub_answers() -> None:
+    owner = Owner()
+    async with HubServer(port=0) as hub:
+        link = await agenthub.connect_websocket(hub.url, owner)
+        link.send(json.dumps({"type": "status", "id": "1"}).encode())
+        async with asyncio.timeout(WAIT_S):
+            while not owner.messages:
+                await asyncio.sleep(0.002)
+            assert owner.messages[0].reply_to == "1"
+            link.close(1000, "done")
+            while not owner.ends:
+                await asyncio.sleep(0.002)
+    assert owner.ends == [(1000, "done")]
