@@ -1862,6 +1862,18 @@ def test_detail_of_an_attempt_that_was_lost_is_counted_no_more() -> None:
     assert world.hub._records_bytes < before + 1000
 
 
+def test_requester_that_may_have_missed_its_result_can_fetch_it_long_after_its_grace_time() -> None:
+    world, worker, requester = couple(grace_s=60, retention_s=3600)
+    requester.delegate("t", "greet")
+    worker.succeed("t", "hello")
+    agent_id = requester.agent_id
+    requester.lose_connection()
+    world.pass_time(1000)
+    back = requester.come_back()
+    assert back.agent_id == agent_id
+    assert back.ask(Status(task_id="t")).output == "hello"
+
+
 # Settings
 
 
