@@ -25,7 +25,7 @@ The sections, top to bottom; each uses only those above it:
     6 Transport      links: WebSocket and in memory
     7 Server         the hub on an event loop, with sockets and timers
     8 Agent          the SDK: both styles over one registry and one connection loop
-    9 Command line   hub, agent, status, call, schema
+    9 Command line   hub, agent, status, call, bridge, schema
 
 What a deployer may tune stands in `HubSettings` (section 4). The wire is described in
 docs/protocol.md.
@@ -88,6 +88,7 @@ __all__ = [
     "CloseCode",
     "ErrorInfo",
     "Reported",
+    "Settled",
     "TaskInfo",
     # 3 Task states
     "FINAL_STATES",
@@ -2345,13 +2346,18 @@ class ServerLink(WebSocketLink):
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
-    def __init__(self, protocol: Any, owner: LinkOwner) -> None:
+    def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None:
         super().__init__(protocol, owner, decoder_from_hub(), is_server=False, backlog_bytes_max=None)
         self.ready: asyncio.Future[None] = self._loop.create_future()
+        self._token = token
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._protocol.send_request(self._protocol.connect())
+        request = self._protocol.connect()
+        if self._token is not None:
+            request.headers.pop("Authorization", None)  # A user in the URL makes one too; to assign would add to it.
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        self._protocol.send_request(request)
         self._pump()
 
     def _on_handshake(self, response: Any) -> None:
@@ -2367,7 +2373,10 @@ class ClientLink(WebSocketLink):
 
 
 async def connect_websocket(url: str, owner: LinkOwner) -> Link:
-    """Open a WebSocket to the hub at `url`. Raises Disconnected if that fails, ValueError if it is no such URL."""
+    """Open a WebSocket to the hub at `url`, with AGENTHUB_TOKEN of the environment as bearer token if there is one.
+
+    Raises Disconnected if that fails, ValueError if it is no such URL or token.
+    """
     require_websockets()
     from websockets.client import ClientProtocol
     from websockets.exceptions import InvalidHandshake, InvalidURI
@@ -2378,11 +2387,12 @@ async def connect_websocket(url: str, owner: LinkOwner) -> Link:
     except InvalidURI as error:
         raise ValueError(str(error)) from error
     protocol = ClientProtocol(uri, max_size=CLIENT_MESSAGE_BYTES_MAX, logger=WIRE_LOGGER)
+    token = bearer_token()
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(HANDSHAKE_S):
             _, link = await loop.create_connection(
-                lambda: ClientLink(protocol, owner), uri.host, uri.port, ssl=uri.secure or None
+                lambda: ClientLink(protocol, owner, token), uri.host, uri.port, ssl=uri.secure or None
             )
             try:
                 await link.ready
@@ -2402,6 +2412,14 @@ def require_websockets() -> None:
     """Raise PackageMissing, which says what to install, where there is no `websockets`."""
     if importlib.util.find_spec("websockets") is None:
         raise PackageMissing("websockets", "Speaking over the network")
+
+
+def bearer_token() -> str | None:
+    """Return the token to connect with, from AGENTHUB_TOKEN; raise ValueError if it is none that can be sent."""
+    token = os.environ.get("AGENTHUB_TOKEN") or None
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("AGENTHUB_TOKEN: must be printable ASCII without spaces")
+    return token
 
 
 def check_url(url: str) -> str:
@@ -2643,6 +2661,7 @@ LATE_S = 5.0  # After a task's deadline, for the word of its end to arrive.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
 DRAIN_S = 30.0  # For running tasks to end when an agent is asked to stop.
 LATE_CODES = (Code.TASK_OVER, Code.NOT_ASSIGNED, Code.STALE_ATTEMPT)  # Something ended meanwhile: nobody's fault.
+REASON_MAX = 4096  # Characters of why a task is cancelled.
 UPDATES_MAX = 1000  # Progress reports, and broadcasts, kept for a reader who is slow; then the oldest go.
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -2759,11 +2778,23 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What the decorators `capability` and `on_broadcast` say of a function; None: the function says it itself."""
+
+    name: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    output_schema: dict[str, Any] | None = None
+    is_broadcast: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Handler:
     """A function that does the tasks of one capability."""
 
     function: Callable[..., Any]
     capability: Capability
+    schema: dict[str, Any] | None  # Of the arguments that the function takes; None if it takes none but the Task.
     task_parameter: str | None  # The one that takes the Task.
     bare_parameter: (
         str | None
@@ -2771,8 +2802,10 @@ class Handler:
     is_async: bool
 
     @classmethod
-    def of(cls, function: Callable[..., Any], name: str | None, description: str | None) -> Handler:
-        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments."""
+    def of(cls, function: Callable[..., Any], mark: Mark) -> Handler:
+        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments, or for a schema
+        that is no JSON.
+        """
         hints = hints_of(function)
         task_parameter = None
         properties: dict[str, Any] = {}
@@ -2797,24 +2830,30 @@ class Handler:
         }
         if task_parameter is not None and not properties and not is_open:
             schema = None  # It reads whatever it wants from the task.
-        description = description or (inspect.getdoc(function) or "").partition("\n")[0]
-        output_schema = schema_of(hints.get("return")) or None
-        offered = Capability(name or function.__name__, description[:4096], schema, output_schema)
+        for given in (mark.input_schema, mark.output_schema):
+            if given is not None and not isinstance(check_json(given), dict):
+                raise ValueError(f"{function.__name__}: a schema is a JSON object")
+        description = mark.description or (inspect.getdoc(function) or "").partition("\n")[0]
+        offered = Capability(
+            mark.name or function.__name__,
+            description[:4096],
+            schema if mark.input_schema is None else mark.input_schema,
+            schema_of(hints.get("return")) or None if mark.output_schema is None else mark.output_schema,
+        )
         alone = required or list(properties)
         bare_parameter = alone[0] if len(alone) == 1 else None
-        return cls(function, offered, task_parameter, bare_parameter, inspect.iscoroutinefunction(function))
+        return cls(function, offered, schema, task_parameter, bare_parameter, inspect.iscoroutinefunction(function))
 
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
-        schema = self.capability.input_schema
         given: Any = {}
-        if schema is not None:
+        if self.schema is not None:
             given = task.input
             if given is None:
                 given = {}
             elif not isinstance(given, dict) and self.bare_parameter is not None:
                 given = {self.bare_parameter: given}
-            problem = schema_problem(given, schema, "input")
+            problem = schema_problem(given, self.schema, "input")
             if problem is not None:
                 raise TaskFailed(problem, code=Code.INVALID_INPUT)
         return given if self.task_parameter is None else {**given, self.task_parameter: task}
@@ -2921,27 +2960,31 @@ def is_of_type(value: Any, kind: str) -> bool:
     return any(isinstance(value, python) for python, name in JSON_TYPES.items() if name == kind)
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """What `capability` and `on_broadcast` leave on a method of an Agent's subclass."""
-
-    name: str | None = None
-    description: str | None = None
-    is_broadcast: bool = False
-
-
 @typing.overload
 def capability(name: Function) -> Function: ...
 @typing.overload
-def capability(name: str | None = None, *, description: str | None = None) -> Callable[[Function], Function]: ...
-def capability(name: str | Callable[..., Any] | None = None, *, description: str | None = None) -> Any:
-    """Make a method of an Agent's subclass the handler of a capability, named like the method by default."""
+def capability(
+    name: str | None = None,
+    *,
+    description: str | None = None,
+    input_schema: dict[str, Any] | None = None,
+    output_schema: dict[str, Any] | None = None,
+) -> Callable[[Function], Function]: ...
+def capability(
+    name: str | Callable[..., Any] | None = None,
+    *,
+    description: str | None = None,
+    input_schema: dict[str, Any] | None = None,
+    output_schema: dict[str, Any] | None = None,
+) -> Any:
+    """Make a method of an Agent's subclass the handler of a capability, as `Agent.capability` does a function."""
 
-    def mark(function: Function) -> Function:
-        function.__agenthub__ = Mark(name if isinstance(name, str) else None, description)  # type: ignore[attr-defined]  # functions take attributes
+    def leave_mark(function: Function) -> Function:
+        mark = Mark(name if isinstance(name, str) else None, description, input_schema, output_schema)
+        function.__agenthub__ = mark  # type: ignore[attr-defined]  # functions take attributes
         return function
 
-    return mark(name) if callable(name) else mark
+    return leave_mark(name) if callable(name) else leave_mark
 
 
 def on_broadcast(function: Function) -> Function:
@@ -3083,16 +3126,42 @@ class TaskHandle:
             raise TaskTimeout(error.message, task_id=self.task_id)
         raise TaskFailed(error.message, code=error.code, task_id=self.task_id)
 
+    @property
+    def settled(self) -> Settled | None:
+        """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
+        end = self._end.result() if self.done else None
+        if end is None or isinstance(end, Settled):
+            return end
+        if isinstance(end, Disconnected):
+            return None
+        return Settled(  # The hub has forgotten it, could not be asked, or did not take it again.
+            task_id=self.task_id,
+            sender=None,
+            success=False,
+            state=TaskState.TIMEOUT if isinstance(end, TaskTimeout) else TaskState.FAILED,
+            output=None,
+            error=ErrorInfo(end.code, end.message),
+            attempt=0,
+        )
+
     async def cancel(self, reason: str = "") -> None:
         """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
         if not self.done:
             with contextlib.suppress(Refused):  # It has ended just now, and that is told anyway.
                 await self._agent._request(self._cancellation(reason), Reported)
 
-    def _cancellation(self, reason: str = "its requester stopped waiting") -> Result:
+    def cancel_soon(self, reason: str = "its requester stopped waiting") -> None:
+        """Call the task off without waiting for it, where nothing can be awaited: in an `except CancelledError`.
+
+        It is done at once if there is a connection, else when there is one.
+        """
+        if not self.done:
+            self._agent._call_off(self, reason)
+
+    def _cancellation(self, reason: str) -> Result:
         """Call it off on this side, and return the message that does so at the hub."""
         self._is_called_off = True
-        return Result(task_id=self.task_id, success=False, error=ErrorInfo(Code.CANCELLED, reason))
+        return Result(task_id=self.task_id, success=False, error=ErrorInfo(Code.CANCELLED, reason[:REASON_MAX]))
 
     def __aiter__(self) -> AsyncIterator[Progress]:
         return self._follow()
@@ -3191,6 +3260,9 @@ class Agent:
         self._broadcasts: collections.deque[Announced] = collections.deque(maxlen=UPDATES_MAX)
         self._taking: asyncio.Task[None] | None = None
         self._threads = asyncio.Semaphore(max_tasks)
+        self._impatience = asyncio.Event()  # Somebody does not want to wait out the pause between two tries.
+        self._last_failure = ""  # Of a try to connect.
+        self._ended_by: Exception | None = None  # What made another try pointless.
         self._background: set[asyncio.Task[Any]] = set()
         for function_name, function in inspect.getmembers(type(self), inspect.isfunction):
             mark = getattr(function, "__agenthub__", None)
@@ -3207,17 +3279,31 @@ class Agent:
     def capability(self, name: Function) -> Function: ...
     @typing.overload
     def capability(
-        self, name: str | None = None, *, description: str | None = None
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        input_schema: dict[str, Any] | None = None,
+        output_schema: dict[str, Any] | None = None,
     ) -> Callable[[Function], Function]: ...
-    def capability(self, name: str | Callable[..., Any] | None = None, *, description: str | None = None) -> Any:
+    def capability(
+        self,
+        name: str | Callable[..., Any] | None = None,
+        *,
+        description: str | None = None,
+        input_schema: dict[str, Any] | None = None,
+        output_schema: dict[str, Any] | None = None,
+    ) -> Any:
         """Make a function the handler of a capability, named like the function by default. A decorator.
 
         It may be async, or plain: then it runs in a thread. An object as input becomes its keyword arguments, checked
-        against its annotations. Raises ValueError if the capability has a handler already.
+        against its annotations. The JSON Schemas come from the annotations too; those given here are announced instead,
+        and are not what the input is checked against. Raises ValueError if the capability has a handler already.
         """
 
         def add(function: Function) -> Function:
-            self._add_handler(Handler.of(function, name if isinstance(name, str) else None, description))
+            mark = Mark(name if isinstance(name, str) else None, description, input_schema, output_schema)
+            self._add_handler(Handler.of(function, mark))
             return function
 
         return add(name) if callable(name) else add
@@ -3233,7 +3319,7 @@ class Agent:
         if mark.is_broadcast:
             self._broadcast_handler = method
         else:
-            self._add_handler(Handler.of(method, mark.name, mark.description))
+            self._add_handler(Handler.of(method, mark))
 
     def _add_handler(self, handler: Handler) -> None:
         name = handler.capability.name
@@ -3330,6 +3416,9 @@ class Agent:
             raise RuntimeError("this agent is running already")
         self._next_session = asyncio.get_running_loop().create_future()
         self._threads = asyncio.Semaphore(self.max_tasks)
+        self._impatience = asyncio.Event()
+        self._last_failure = ""
+        self._ended_by = None
         self._connection = asyncio.create_task(self._stay_connected())
         return self._connection
 
@@ -3366,10 +3455,24 @@ class Agent:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
+    async def connected(self, within_s: float | None = None) -> None:
+        """Return when there is a connection, and try to get one now rather than after the pause that is due.
+
+        Raises Disconnected if there is none after `within_s` seconds (None: wait for ever), or what ended the
+        connection for good.
+        """
+        if self._session is None:
+            self._impatience.set()
+        try:
+            async with asyncio.timeout(within_s):
+                await self._connected()
+        except TimeoutError as error:
+            raise Disconnected(self._last_failure or f"no hub answers at {self.url}") from error
+
     async def _connected(self) -> Session:
         """Return the session, waiting for one. Raises what ended the connection for good."""
         if self._connection is None or self._next_session is None:
-            raise Disconnected("this agent is not started")
+            raise self._ended_by or Disconnected("this agent is not started")
         return await asyncio.shield(self._next_session)
 
     async def _stay_connected(self) -> None:
@@ -3382,6 +3485,7 @@ class Agent:
                 joined = None
                 try:
                     session = await self._join()
+                    self._impatience.clear()
                     joined = loop.time()
                     await self._attend(session)
                 except Disconnected as error:
@@ -3389,10 +3493,15 @@ class Agent:
                         last_seen = loop.time()
                         backoff.lasted(last_seen - joined)
                     self._give_up_if_due(error, loop.time() - last_seen)
+                    self._last_failure = error.message
                     delay_s = backoff.next_s()
                     log_agent.warning("%s; next try in %.1f s", printable(error.message), delay_s)
-                    await asyncio.sleep(delay_s)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(delay_s):
+                            await self._impatience.wait()
+                    self._impatience.clear()
         except (AgentHubError, ValueError) as error:
+            self._ended_by = error
             self._fail(error)
             raise
 
@@ -3700,7 +3809,7 @@ class Agent:
         try:
             return await handle.result()
         except asyncio.CancelledError:
-            self._call_off(handle)
+            handle.cancel_soon()
             raise
 
     async def submit(
@@ -3746,26 +3855,25 @@ class Agent:
         except BaseException as error:
             self._open.pop(message.task_id, None)
             if isinstance(error, asyncio.CancelledError | TaskTimeout):  # It may have been accepted all the same.
-                self._call_off(handle)
+                handle.cancel_soon()
             raise
         return handle
 
-    def _call_off(self, handle: TaskHandle) -> None:
-        """Cancel a task that nobody waits for any more: at once if there is a connection, else when there is one."""
-        handle._is_called_off = True
+    def _call_off(self, handle: TaskHandle, reason: str) -> None:
+        cancellation = handle._cancellation(reason)
         if self._session is None:
-            self._spawn(self._call_off_later(handle))
+            self._call_off_later(handle, cancellation, Disconnected("there is no connection just now"))
         else:
-            self._session.ask(handle._cancellation(), functools.partial(self._on_called_off, handle))
+            self._session.ask(cancellation, functools.partial(self._call_off_later, handle, cancellation))
 
-    def _on_called_off(self, handle: TaskHandle, reply: HubMessage | AgentHubError) -> None:
+    def _call_off_later(self, handle: TaskHandle, cancellation: Result, reply: HubMessage | AgentHubError) -> None:
         if isinstance(reply, Disconnected) and self._connection is not None:
-            self._spawn(self._call_off_later(handle))
+            self._spawn(self._insist(handle, cancellation))
 
-    async def _call_off_later(self, handle: TaskHandle) -> None:
+    async def _insist(self, handle: TaskHandle, cancellation: Result) -> None:
         with contextlib.suppress(AgentHubError, TimeoutError):  # It has ended, or will at its deadline.
             async with asyncio.timeout(handle._message.ttl):
-                await self._request(handle._cancellation(), Reported)
+                await self._request(cancellation, Reported)
 
     async def _get_accepted(self, handle: TaskHandle) -> None:
         """Send a task until the hub has acknowledged it: to send the same one twice is safe."""
@@ -3978,6 +4086,15 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     _add_status(_command(commands, "status", _run_status, "show the agents and tasks of a hub"))
     _add_call(_command(commands, "call", _run_call, "delegate a task, and print its output"))
+    _add_bridge(
+        _command(
+            commands,
+            "bridge",
+            _run_bridge,
+            "give the hub to an MCP client as tools, or an MCP server to the hub",
+            log_level="info",
+        )
+    )
     _command(commands, "schema", _run_schema, "print the JSON Schema of all messages")
     return parser
 
@@ -4089,6 +4206,20 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agent", metavar="ID", help="the agent that is to do it, by its agent_id")
     parser.add_argument("--ttl", type=float, default=300.0, metavar="S", help="seconds until it is given up")
     parser.add_argument("--no-wait", action="store_true", help="print the task's id instead of waiting for its output")
+    _add_url(parser)
+
+
+def _add_bridge(parser: argparse.ArgumentParser) -> None:
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--http", type=int, metavar="PORT", help="speak Streamable HTTP on this port of 127.0.0.1 instead of stdio"
+    )
+    way.add_argument(
+        "--serve", dest="command", metavar="COMMAND", help="start this MCP server, and put its tools on the hub"
+    )
+    parser.add_argument("--name", help="the name of the bridge's agent on the hub")
+    parser.add_argument("--prefix", default="", help="what the names of the capabilities begin with, with --serve")
+    parser.add_argument("--max-tasks", type=int, default=4, metavar="N", help="how many run at once, with --serve")
     _add_url(parser)
 
 
@@ -4423,7 +4554,7 @@ async def _delegated(args: argparse.Namespace, given: Any) -> str:
         try:
             return json_text(await handle.result())
         except asyncio.CancelledError:
-            agent._call_off(handle)
+            handle.cancel_soon()
             raise
         finally:
             showing.cancel()
@@ -4444,6 +4575,22 @@ async def _show_progress(handle: TaskHandle) -> None:
         percent = f"{update.progress:4.0%}" if update.progress is not None else "    "
         detail = printable(shown(update.detail)) if update.detail is not None else ""
         print(f"{percent} {detail}"[: shutil.get_terminal_size().columns], file=sys.stderr)
+
+
+# bridge
+
+
+def _run_bridge(args: argparse.Namespace) -> int:
+    """Run agenthub_mcp, the module that stands beside this one."""
+    name = f"{__name__.rpartition('.')[0]}.agenthub_mcp".lstrip(".")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise CommandFailed("the bridge is a file of its own: put agenthub_mcp.py beside agenthub.py") from error
+    code: int = module.run(args)
+    return code
 
 
 # schema

@@ -38,6 +38,7 @@ __all__ = [
     "ErrorInfo",
     "AgentInfo",
     "TaskInfo",
+    "Settled",
     "Reported",
     "TaskState",
     "TaskEvent",
@@ -700,7 +701,7 @@ class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
     ready: asyncio.Future[None]
-    def __init__(self, protocol: Any, owner: LinkOwner) -> None: ...
+    def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
 
 class LocalHub:
@@ -784,32 +785,43 @@ class Session:
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What the decorators `capability` and `on_broadcast` say of a function; None: the function says it itself."""
+
+    name: str | None = ...
+    description: str | None = ...
+    input_schema: dict[str, Any] | None = ...
+    output_schema: dict[str, Any] | None = ...
+    is_broadcast: bool = ...
+
+@dataclass(frozen=True, slots=True)
 class Handler:
     """A function that does the tasks of one capability."""
 
     function: Callable[..., Any]
     capability: Capability
+    schema: dict[str, Any] | None
     task_parameter: str | None
     bare_parameter: str | None
     is_async: bool
     @classmethod
-    def of(cls, function: Callable[..., Any], name: str | None, description: str | None) -> Handler:
-        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments."""
+    def of(cls, function: Callable[..., Any], mark: Mark) -> Handler:
+        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments, or for a schema
+        that is no JSON.
+        """
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """What `capability` and `on_broadcast` leave on a method of an Agent's subclass."""
-
-    name: str | None = ...
-    description: str | None = ...
-    is_broadcast: bool = ...
 
 @typing.overload
 def capability(name: Function) -> Function: ...
 @typing.overload
-def capability(name: str | None = None, *, description: str | None = None) -> Callable[[Function], Function]: ...
+def capability(
+    name: str | None = None,
+    *,
+    description: str | None = None,
+    input_schema: dict[str, Any] | None = None,
+    output_schema: dict[str, Any] | None = None,
+) -> Callable[[Function], Function]: ...
 def on_broadcast(function: Function) -> Function:
     """Make a method of an Agent's subclass the one that takes broadcasts: `(message, sender)`."""
 
@@ -869,8 +881,16 @@ class TaskHandle:
         Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if
         its time to live was over, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
         """
+    @property
+    def settled(self) -> Settled | None:
+        """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
     async def cancel(self, reason: str = "") -> None:
         """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
+    def cancel_soon(self, reason: str = "its requester stopped waiting") -> None:
+        """Call the task off without waiting for it, where nothing can be awaited: in an `except CancelledError`.
+
+        It is done at once if there is a connection, else when there is one.
+        """
     def __aiter__(self) -> AsyncIterator[Progress]: ...
 
 class Backoff:
@@ -916,7 +936,12 @@ class Agent:
     def capability(self, name: Function) -> Function: ...
     @typing.overload
     def capability(
-        self, name: str | None = None, *, description: str | None = None
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        input_schema: dict[str, Any] | None = None,
+        output_schema: dict[str, Any] | None = None,
     ) -> Callable[[Function], Function]: ...
     def on_broadcast(self, function: Function) -> Function:
         """Make a function the one that takes broadcasts, one after the other: `(message, sender)`. A decorator."""
@@ -935,6 +960,12 @@ class Agent:
         """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. What is open is settled."""
     async def serve(self, stopped: asyncio.Event, drain_s: float = ...) -> None:
         """Run until `stopped` is set, then drain; leave at once when cancelled. Raises what ends the connection."""
+    async def connected(self, within_s: float | None = None) -> None:
+        """Return when there is a connection, and try to get one now rather than after the pause that is due.
+
+        Raises Disconnected if there is none after `within_s` seconds (None: wait for ever), or what ended the
+        connection for good.
+        """
     async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
         """Have a task done, and return its output. The options are those of `submit`.
 

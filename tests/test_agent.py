@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import typing
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -36,7 +36,7 @@ from agenthub import (
 )
 from tests.support import WAIT_S, running
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("garbage_is_collected_fast")]
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends signals that Windows does not have")
 
 
@@ -57,15 +57,6 @@ async def soon(awaitable: Any) -> Any:
 def at(hub: Any) -> dict[str, Any]:
     """Return the argument that leads an Agent to `hub`: a URL to a HubServer, else the hub itself."""
     return {"url": hub.url} if isinstance(hub, HubServer) else {"hub": hub}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _garbage_is_collected_fast() -> Iterator[None]:
-    """What was there before these tests is not looked at again by each of them."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +109,12 @@ class Wire:
         self.is_up = True
         self.link: agenthub.Link | None = None
         self.owner: agenthub.LinkOwner | None = None
+        self.tried_count = 0
         self.opened_count = 0
         self.lets_through: Callable[[Any], bool] = lambda message: True
 
     async def connect(self, owner: agenthub.LinkOwner) -> agenthub.Link:
+        self.tried_count += 1
         if not self.is_up:
             raise Disconnected("the wire is cut")
         self.owner = owner
@@ -283,7 +276,7 @@ def test_handler_with_positional_parameters_is_a_value_error() -> None:
 
 
 def offered(function: Callable[..., Any]) -> agenthub.Capability:
-    return agenthub.Handler.of(function, None, None).capability
+    return agenthub.Handler.of(function, agenthub.Mark()).capability
 
 
 def test_signature_and_docstring_become_the_capability() -> None:
@@ -366,6 +359,105 @@ async def test_schema_is_found_by_others(hub: LocalHub) -> None:
     async with working(hub, double) as me:
         (found,) = await me.discover("double")
     assert found.capabilities == [offered(double)]
+
+
+# Schemas of one's own.
+
+INPUT_SCHEMA = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 5}}, "title": "A number"}
+OUTPUT_SCHEMA = {"type": "integer", "maximum": 10}
+
+
+def calculator(style: str, **said: Any) -> Agent:
+    """Return an agent that says this of both its capabilities, in one style or the other."""
+    if style == "functions":
+        agent = Agent("calculator")
+
+        @agent.capability("double", **said)
+        async def double(x: int) -> int:
+            return 2 * x
+
+        @agent.capability("repeat", **said)
+        async def repeat(task: Task) -> Any:
+            return task.input
+
+        return agent
+
+    class Calculator(Agent):
+        @capability("double", **said)
+        async def double(self, x: int) -> int:
+            return 2 * x
+
+        @capability("repeat", **said)
+        async def repeat(self, task: Task) -> Any:
+            return task.input
+
+    return Calculator()
+
+
+both_styles = pytest.mark.parametrize("style", ["functions", "class"])
+
+
+async def schemas_at(hub: LocalHub, agent: Agent) -> dict[str, Any]:
+    """Return what others see of an agent's capabilities: the name of each, with its two schemas."""
+    agent.use_hub(hub)
+    async with agent, Agent("requester", hub=hub) as me:
+        (found,) = await me.discover("double")
+    return {one.name: (one.input_schema, one.output_schema) for one in found.capabilities}
+
+
+@both_styles
+async def test_given_schemas_are_announced_as_they_are(style: str) -> None:
+    async with LocalHub() as hub:
+        seen = await schemas_at(hub, calculator(style, input_schema=INPUT_SCHEMA, output_schema=OUTPUT_SCHEMA))
+    assert seen == dict.fromkeys(("double", "repeat"), (INPUT_SCHEMA, OUTPUT_SCHEMA))
+
+
+@both_styles
+@pytest.mark.parametrize("given", [{"input_schema": INPUT_SCHEMA}, {"output_schema": OUTPUT_SCHEMA}])
+async def test_schema_that_is_not_given_comes_from_the_annotations(style: str, given: dict[str, Any]) -> None:
+    async with LocalHub() as hub:
+        seen = await schemas_at(hub, calculator(style, **given))
+        derived = await schemas_at(hub, calculator(style))
+    input_schema, output_schema = derived["double"]
+    assert (input_schema["required"], output_schema) == (["x"], {"type": "integer"})
+    assert seen["double"] == (given.get("input_schema", input_schema), given.get("output_schema", output_schema))
+
+
+@both_styles
+async def test_given_schema_may_be_the_one_that_takes_anything(style: str) -> None:
+    async with LocalHub() as hub:
+        seen = await schemas_at(hub, calculator(style, input_schema={}, output_schema={}))
+    assert seen == dict.fromkeys(("double", "repeat"), ({}, {}))
+
+
+@both_styles
+async def test_input_is_checked_against_the_signature_and_not_the_given_schema(style: str) -> None:
+    other = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x", "y"]}
+    agent = calculator(style, input_schema=other, output_schema={"type": "string"})
+    async with LocalHub() as hub:
+        agent.use_hub(hub)
+        async with agent, Agent("requester", hub=hub) as me:
+            assert await soon(me.delegate("double", {"x": 1})) == 2
+            assert await soon(me.delegate("double", 1)) == 2
+            text = "input.x: must be of type integer"
+            assert await failure_of(me.delegate("double", {"x": "1"})) == ("invalid_input", text)
+
+
+@both_styles
+@pytest.mark.parametrize("given", [None, "text", [1], {"x": "no number"}, {"y": {}}])
+async def test_handler_of_the_task_alone_takes_any_input_whatever_its_schema(style: str, given: Any) -> None:
+    agent = calculator(style, input_schema=INPUT_SCHEMA)
+    async with LocalHub() as hub:
+        agent.use_hub(hub)
+        async with agent, Agent("requester", hub=hub) as me:
+            assert await soon(me.delegate("repeat", given)) == given
+
+
+@both_styles
+@pytest.mark.parametrize("typo", ["input_shema", "outputschema", "schema", "is_broadcast"])
+def test_keyword_that_there_is_not_is_a_type_error(style: str, typo: str) -> None:
+    with pytest.raises(TypeError, match=typo):
+        calculator(style, **{typo: {}})
 
 
 # Arguments, from the input.
@@ -1882,6 +1974,263 @@ async def test_every_task_ends_once_however_the_connections_are_cut(kind: Callab
         assert not any(agent._open for agent in requesters)
 
 
+# Asking for the connection.
+
+
+class Pauses:
+    """How often an agent has paused before its next try; each pause lasts until it is cut short."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        monkeypatch.setattr(agenthub.Backoff, "next_s", self.next_s)
+
+    def next_s(self) -> float:
+        self.count += 1
+        assert self.count < 100, "the pauses end at once"
+        return 3600.0
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
+    return Pauses(monkeypatch)
+
+
+@contextlib.asynccontextmanager
+async def starting(agent: Agent) -> AsyncIterator[asyncio.Task[None]]:
+    """Start an agent without waiting for a hub; stop it when the block ends."""
+    start = asyncio.create_task(agent.start())
+    await asyncio.sleep(0)
+    try:
+        yield start
+    finally:
+        start.cancel()
+        await asyncio.wait({start})
+        await agent.stop()
+
+
+@contextlib.asynccontextmanager
+async def silent_server() -> AsyncIterator[str]:
+    """Yield the URL of a server that accepts connections and says nothing."""
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
+    try:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("within_s", [None, 0, 3])
+async def test_connected_returns_at_once_when_there_is_a_connection(hub: LocalHub, within_s: float | None) -> None:
+    async with Agent("me", **at(hub)) as me:
+        asking = asyncio.create_task(me.connected(within_s))
+        await asyncio.sleep(0)
+        assert asking.done()
+        await asking
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_connected_cuts_the_pause_between_two_tries_short(
+    hub: LocalHub, wire: Wire, pauses: Pauses, count: int
+) -> None:
+    async with Agent("me", hub=wire) as me:
+        wire.cut()
+        await eventually(lambda: pauses.count == 1)
+        wire.mend()
+        await soon(asyncio.gather(*(me.connected() for _ in range(count))))
+        assert (online(hub), wire.tried_count, pauses.count) == (1, 2, 1)
+
+
+async def test_connected_finds_a_hub_that_comes_while_the_agent_starts(pauses: Pauses) -> None:
+    hub = HubServer(port=0)
+    await hub.start()
+    await hub.stop()
+    me = Agent("me", url=hub.url)
+    async with starting(me) as start:
+        await eventually(lambda: pauses.count == 1)
+        async with HubServer(port=hub.port) as hub:
+            await soon(me.connected())
+            await soon(start)
+            assert online(hub) == 1
+            await me.stop()
+
+
+async def test_connected_does_not_shorten_the_pause_after_a_later_loss(
+    hub: LocalHub, wire: Wire, pauses: Pauses
+) -> None:
+    async with Agent("me", hub=wire) as me:
+        wire.cut()
+        await eventually(lambda: pauses.count == 1)
+        wire.mend()
+        await soon(asyncio.gather(me.connected(), me.connected(WAIT_S)))
+        await soon(me.connected())  # With a connection it asks for nothing.
+        wire.cut(for_now=True)
+        await eventually(lambda: pauses.count == 2)
+        assert wire.tried_count == 2  # An end of the pause would have been a try in the same step.
+        await soon(me.connected())
+        assert wire.tried_count == 3
+
+
+async def test_connected_while_a_try_is_under_way_does_not_shorten_a_later_pause(
+    hub: LocalHub, wire: Wire, pauses: Pauses
+) -> None:
+    me = Agent("me", hub=wire)
+    async with starting(me) as start:
+        assert me._session is None
+        await soon(asyncio.gather(start, me.connected()))
+        wire.cut()
+        await eventually(lambda: pauses.count == 1)
+        assert wire.tried_count == 1
+
+
+async def test_connected_without_a_hub_tries_once_and_then_pauses_again(
+    hub: LocalHub, wire: Wire, pauses: Pauses
+) -> None:
+    async with Agent("me", hub=wire) as me:
+        wire.cut()
+        await eventually(lambda: pauses.count == 1)
+        for count in (1, 2, 3):
+            with pytest.raises(Disconnected, match=r"^the wire is cut$"):
+                await soon(me.connected(0.05))
+            assert (wire.tried_count, pauses.count) == (1 + count, 1 + count)
+
+
+async def test_connected_says_what_the_last_try_met() -> None:
+    me = Agent("me", url="ws://127.0.0.1:9")
+    async with starting(me):
+        await eventually(lambda: me._last_failure)
+        with pytest.raises(Disconnected, match=r"^no hub at ws://127.0.0.1:9: ") as caught:
+            await soon(me.connected(0.05))
+    assert isinstance(caught.value.__cause__, TimeoutError)
+
+
+async def test_connected_ends_at_its_bound_though_a_try_takes_longer() -> None:
+    async with silent_server() as url:
+        me = Agent("me", url=url)
+        async with starting(me), asyncio.timeout(agenthub.HANDSHAKE_S / 2):
+            with pytest.raises(Disconnected, match=f"^no hub answers at {url}$"):
+                await soon(me.connected(0.05))
+
+
+async def test_connected_that_is_cancelled_leaves_the_agent_trying(hub: LocalHub, wire: Wire) -> None:
+    async with Agent("me", hub=wire) as me:
+        wire.cut()
+        await eventually(lambda: away(hub) == 1 and me._session is None)
+        asking = asyncio.create_task(me.connected())
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        wire.mend()
+        await soon(me.connected())
+
+
+async def test_connected_raises_that_another_has_taken_the_place(hub: LocalHub) -> None:
+    async with Agent("older", **at(hub)) as older:
+        newer = Agent("newer", **at(hub))
+        newer.agent_id, newer._resume = older.agent_id, older._resume
+        async with newer:
+            await eventually(lambda: older._session is None)
+            with pytest.raises(Disconnected) as caught:
+                await soon(older.connected())
+    assert caught.value.close_code == 4000
+
+
+@pytest.mark.parametrize("within_s", [None, WAIT_S])
+async def test_connected_raises_that_the_hub_refuses_the_agent(
+    hub: LocalHub, wire: Wire, within_s: float | None
+) -> None:
+    async with Agent("me", hub=wire) as me:
+        me._resume = "wrong"
+        wire.cut(for_now=True)
+        await eventually(lambda: me._session is None)
+        for _ in range(2):
+            with pytest.raises(Refused) as caught:
+                await soon(me.connected(within_s))
+            assert caught.value.code == "unauthorized"
+
+
+async def test_connected_raises_that_the_agent_has_given_up(hub: LocalHub, wire: Wire) -> None:
+    async with Agent("me", hub=wire, give_up_after_s=0) as me:
+        wire.cut()
+        await eventually(lambda: me._session is None)
+        with pytest.raises(Disconnected, match=r"the hub closed the connection|the wire is cut"):
+            await soon(me.connected())
+
+
+async def test_connected_ends_when_the_agent_is_stopped(hub: LocalHub, wire: Wire) -> None:
+    async with Agent("me", hub=wire) as me:
+        wire.cut()
+        await eventually(lambda: me._session is None)
+        asking = asyncio.create_task(me.connected())
+        await asyncio.sleep(0)
+        await me.stop()
+        with pytest.raises(Disconnected, match="this agent was stopped"):
+            await soon(asking)
+
+
+async def test_connected_of_an_agent_that_is_not_started_is_disconnected(hub: LocalHub) -> None:
+    me = Agent("me", **at(hub))
+    with pytest.raises(Disconnected, match="this agent is not started"):
+        await me.connected()
+    async with me:
+        await me.connected()
+    with pytest.raises(Disconnected, match="this agent is not started"):
+        await me.connected(WAIT_S)
+
+
+def test_connected_works_on_the_next_loop(pauses: Pauses) -> None:
+    me = Agent("me")
+
+    async def once() -> None:
+        async with LocalHub() as hub:
+            wire = Wire(hub)
+            me._connector = wire.connect
+            async with me:
+                wire.cut()
+                paused = pauses.count
+                await eventually(lambda: pauses.count == paused + 1)
+                with pytest.raises(Disconnected, match="the wire is cut"):
+                    await soon(me.connected(0.05))
+                wire.mend()
+                await soon(me.connected())
+                assert online(hub) == 1
+
+    for _ in range(2):
+        asyncio.run(once())
+
+
+def test_what_the_last_try_met_is_forgotten_at_the_next_start() -> None:
+    me = Agent("me", url="ws://127.0.0.1:9")
+
+    async def first() -> None:
+        async with starting(me):
+            await eventually(lambda: me._last_failure)
+            with pytest.raises(Disconnected, match=r"^no hub at ws://127.0.0.1:9: "):
+                await soon(me.connected(0.05))
+
+    async def second() -> None:
+        async with silent_server() as url:
+            me._connector = functools.partial(agenthub.connect_websocket, url)
+            async with starting(me):
+                with pytest.raises(Disconnected, match=r"^no hub answers at"):
+                    await soon(me.connected(0.05))
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
+@pytest.mark.parametrize("token", [" ", "two words", "line\n", "a\r\nb", "\u00e9", "\x7f"])
+async def test_token_that_cannot_be_sent_is_a_value_error(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTHUB_TOKEN", token)
+    async with HubServer(port=0) as hub:
+        me = Agent("me", url=hub.url)
+        with pytest.raises(ValueError, match=r"^AGENTHUB_TOKEN: must be printable ASCII without spaces$"):
+            await soon(me.start())
+        assert online(hub) == 0
+        monkeypatch.setenv("AGENTHUB_TOKEN", "secret")
+        async with me:
+            assert online(hub) == 1
+
+
 # Backoff.
 
 
@@ -1903,6 +2252,239 @@ def test_backoff_starts_over_after_a_connection_that_lasted(monkeypatch: pytest.
         backoff.lasted(connection_s)
         backoff.next_s()
     assert bounds == [0.5, 1, 2, 4, 0.5]
+
+
+# The hub's word of a task's end.
+
+
+@contextlib.asynccontextmanager
+async def asked(hub: Any, way: Any) -> AsyncIterator[tuple[Agent, Agent]]:
+    """Yield an agent with a task for each kind of end, and one that asks it, whose way to the hub is `way`."""
+    worker = Agent("worker", **at(hub))
+
+    @worker.capability
+    async def complete() -> dict[str, Any]:
+        return {"é": [1, None]}
+
+    @worker.capability
+    async def fail() -> None:
+        raise TaskFailed("went wrong", code="own-code")
+
+    @worker.capability
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    async with worker, Agent("requester", **at(way)) as me:
+        yield worker, me
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    "complete": {"success": True, "state": "completed", "output": {"é": [1, None]}, "error": None},
+    "fail": {"success": False, "state": "failed", "output": None, "error": ("own-code", "went wrong")},
+    "expire": {"success": False, "state": "timeout", "output": None, "error": ("timeout", None)},
+    "cancel": {"success": False, "state": "failed", "output": None, "error": ("cancelled", "never mind")},
+}
+
+
+def fields_of(settled: agenthub.Settled | None) -> dict[str, Any]:
+    """Return how a task ended; of a timeout the code without the text, which tells the seconds."""
+    assert settled is not None
+    error = settled.error and (settled.error.code, None if settled.state == "timeout" else settled.error.message)
+    return {"success": settled.success, "state": settled.state, "output": settled.output, "error": error}
+
+
+async def ended(me: Agent, how: str) -> agenthub.TaskHandle:
+    """Return the handle of a task that has ended so."""
+    handle = await me.submit(how if how in ("complete", "fail") else "wait", ttl=0.05 if how == "expire" else 60)
+    if how == "cancel":
+        await handle.cancel("never mind")
+    await eventually(lambda: handle.done)
+    return handle
+
+
+@pytest.mark.parametrize("how", ENDS)
+async def test_settled_is_the_hubs_word_of_the_end(hub: LocalHub, how: str) -> None:
+    async with asked(hub, hub) as (worker, me):
+        settled = (await ended(me, how)).settled
+        assert settled is not None
+        assert fields_of(settled) == ENDS[how]
+        assert settled.attempt == 1
+        by_hub = how in ("expire", "cancel")
+        assert settled.sender in ((None, me.agent_id) if by_hub else (worker.agent_id,))
+
+
+async def test_settled_is_none_while_the_task_is_open(hub: LocalHub) -> None:
+    async with asked(hub, hub) as (_, me):
+        handles = [await me.submit("nobody", wait=True), await me.submit("wait")]
+        await eventually(lambda: tasks_of(hub) == {"pending": 1, "in_progress": 1})
+        assert [(handle.done, handle.settled) for handle in handles] == [(False, None)] * 2
+
+
+async def test_settled_counts_the_attempts(kind: Callable[..., LocalHub]) -> None:
+    async with kind(HubSettings(grace_s=0.05)) as hub, Agent("requester", **at(hub)) as me:
+        wire = Wire(hub)
+        lost = Agent("lost", hub=wire)
+        handle = await me.submit("nothing", wait=True, max_retries=1)
+        begun = asyncio.Event()
+
+        async def hang() -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        lost.capability("nothing")(hang)
+        async with lost:
+            await soon(begun.wait())
+            wire.cut()
+            second = Agent("second", **at(hub))
+            second.capability(nothing)
+            async with second:
+                assert await soon(handle.result()) == "nothing"
+                assert handle.settled is not None
+                assert (handle.settled.attempt, handle.settled.sender) == (2, second.agent_id)
+
+
+@pytest.mark.parametrize("how", ENDS)
+async def test_settled_is_the_same_when_it_is_told_after_a_reconnect(hub: LocalHub, wire: Wire, how: str) -> None:
+    """The word of the end is lost on the wire; what the hub says when it is asked is as good."""
+    async with asked(hub, wire) as (_, me):
+        direct = (await ended(me, how)).settled
+        wire.lets_through = lambda message: message.type != "result"
+        handle = await me.submit(how if how in ("complete", "fail") else "wait", ttl=0.05 if how == "expire" else 60)
+        if how == "cancel":
+            await handle.cancel("never mind")
+        await eventually(lambda: sum(tasks_of(hub).get(state, 0) for state in agenthub.FINAL_STATES) == 2)
+        assert handle.settled is None
+        wire.lets_through = lambda message: True
+        wire.cut(for_now=True)
+        await eventually(lambda: handle.done)
+        assert direct is not None
+        assert handle.settled is not None
+        assert fields_of(handle.settled) == ENDS[how]
+        assert (handle.settled.task_id, handle.settled.attempt) == (handle.task_id, direct.attempt)
+
+
+async def test_settled_says_that_the_hub_has_lost_its_memory(kind: Callable[..., LocalHub]) -> None:
+    async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
+        handle = await me.submit("nothing", wait=True)
+        await restart()
+        text = "the hub no longer knows this task"
+        assert await failure_of(handle.result()) == ("hub_lost", text)
+        error = agenthub.ErrorInfo("hub_lost", text)
+        assert handle.settled == agenthub.Settled(
+            task_id=handle.task_id, sender=None, success=False, state="failed", output=None, error=error, attempt=0
+        )
+
+
+async def test_settled_is_none_when_the_agent_was_stopped(hub: LocalHub) -> None:
+    async with asked(hub, hub) as (_, me):
+        handle = await me.submit("wait")
+        completed = await ended(me, "complete")
+        await me.stop()
+        assert (handle.done, handle.settled) == (True, None)
+        assert fields_of(completed.settled) == ENDS["complete"]  # What has been told stays told.
+
+
+# Calling off without waiting.
+
+
+async def test_cancel_soon_calls_the_task_off_with_its_reason(hub: LocalHub, slow: Slow) -> None:
+    async with working(hub, slow.slow) as me:
+        handle = await me.submit("slow")
+        await soon(slow.begun.wait())
+        handle.cancel_soon("never mind")
+        assert await failure_of(handle.result()) == ("cancelled", "never mind")
+        await eventually(lambda: slow.seen == ["cancelled"])
+
+
+async def test_cancel_soon_has_a_reason_of_its_own(hub: LocalHub, slow: Slow) -> None:
+    async with working(hub, slow.slow) as me:
+        handle = await me.submit("slow")
+        handle.cancel_soon()
+        handle.cancel_soon("once more does no harm")
+        assert await failure_of(handle.result()) == ("cancelled", "its requester stopped waiting")
+
+
+@pytest.mark.parametrize("method", ["cancel", "cancel_soon"])
+async def test_reason_longer_than_the_hub_takes_is_cut_and_the_task_called_off(hub: LocalHub, method: str) -> None:
+    async with Agent("me", **at(hub)) as me:
+        handle = await me.submit("nothing", wait=True)
+        calling_off = getattr(handle, method)("x" * (agenthub.TEXT_MAX + 1))
+        if calling_off is not None:
+            await soon(calling_off)
+        await me.status()  # The hub has read by now what was sent.
+        assert await failure_of(handle.result(timeout_s=1)) == ("cancelled", "x" * agenthub.REASON_MAX)
+
+
+async def test_cancel_soon_of_a_task_that_nobody_has_taken_yet(hub: LocalHub) -> None:
+    async with Agent("me", **at(hub)) as me:
+        handle = await me.submit("nothing", wait=True)
+        handle.cancel_soon("never mind")
+        assert await failure_of(handle.result()) == ("cancelled", "never mind")
+        assert tasks_of(hub) == {"failed": 1}
+
+
+async def test_cancel_soon_without_a_connection_is_done_after_the_reconnect(
+    hub: LocalHub, wire: Wire, slow: Slow
+) -> None:
+    async with working(hub, slow.slow), Agent("me", hub=wire) as me:
+        handle = await me.submit("slow")
+        await soon(slow.begun.wait())
+        wire.cut()
+        await eventually(lambda: away(hub) == 1 and me._session is None)
+        handle.cancel_soon("never mind")
+        assert not handle.done
+        wire.mend()
+        assert await failure_of(handle.result()) == ("cancelled", "never mind")
+        await eventually(lambda: slow.seen == ["cancelled"])
+
+
+async def test_cancel_soon_that_is_lost_on_the_wire_is_done_after_the_reconnect(
+    hub: LocalHub, wire: Wire, slow: Slow
+) -> None:
+    """The connection is cut in the same step: the hub has not read it, or its answer is lost."""
+    async with working(hub, slow.slow), Agent("me", hub=wire) as me:
+        handle = await me.submit("slow")
+        await soon(slow.begun.wait())
+        handle.cancel_soon("never mind")
+        wire.cut(for_now=True)
+        assert await failure_of(handle.result()) == ("cancelled", "never mind")
+        await eventually(lambda: slow.seen == ["cancelled"])
+
+
+@pytest.mark.parametrize("how", ENDS)
+async def test_cancel_soon_of_an_ended_task_has_no_effect(hub: LocalHub, how: str) -> None:
+    async with asked(hub, hub) as (_, me):
+        handle = await ended(me, how)
+        before = handle.settled
+        handle.cancel_soon("too late")
+        await me.status()  # The hub has read by now whatever was sent.
+        assert handle.settled is before
+        assert fields_of(before) == ENDS[how]
+        assert (await me.status(handle.task_id)).state == ENDS[how]["state"]
+
+
+async def test_cancel_soon_after_the_agent_was_stopped_does_nothing(hub: LocalHub, slow: Slow) -> None:
+    async with working(hub, slow.slow):
+        me = Agent("me", **at(hub))
+        async with me:
+            handle = await me.submit("slow")
+            await soon(slow.begun.wait())
+        handle.cancel_soon("never mind")
+        assert me._background == set()
+        with pytest.raises(Disconnected, match="this agent was stopped"):
+            await soon(handle.result())
+        await soon(handle.cancel("never mind"))
+
+
+async def test_stop_ends_a_cancellation_that_waits_for_a_connection(hub: LocalHub, wire: Wire, slow: Slow) -> None:
+    async with working(hub, slow.slow), Agent("me", hub=wire) as me:
+        handle = await me.submit("slow")
+        wire.cut()
+        await eventually(lambda: me._session is None)
+        handle.cancel_soon("never mind")
+        await soon(me.stop())
+        with pytest.raises(Disconnected, match="this agent was stopped"):
+            await soon(handle.result())
 
 
 # Stopping.

@@ -470,6 +470,57 @@ async def test_connecting_can_be_cancelled_at_any_moment(caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
+async def authorization_sent_to(user: str) -> list[str]:
+    """Return the Authorization headers that a hub is sent in the handshake, with this user in its URL."""
+    requests: list[bytes] = []
+
+    async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(on_connection, "127.0.0.1", 0)
+    try:
+        url = f"ws://{user}127.0.0.1:{server.sockets[0].getsockname()[1]}/path"
+        with pytest.raises(Disconnected, match="403"):
+            await asyncio.wait_for(agenthub.connect_websocket(url, Owner()), WAIT_S)
+    finally:
+        server.close()
+    (request,) = requests
+    headers = [line.partition(": ") for line in request.decode().splitlines()[1:]]
+    return [value for name, _, value in headers if name.lower() == "authorization"]
+
+
+@pytest.mark.parametrize("user", ["", "ada:secret@"])
+@pytest.mark.parametrize("token", ["t0ken", "!~-._/+=", "x" * 4000])
+async def test_token_is_sent_once(user: str, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTHUB_TOKEN", token)
+    assert await authorization_sent_to(user) == [f"Bearer {token}"]
+
+
+@pytest.mark.parametrize(("user", "sent"), [("", []), ("ada:secret@", ["Basic YWRhOnNlY3JldA=="])])
+@pytest.mark.parametrize("token", [None, ""])
+async def test_without_a_token_none_is_sent(
+    user: str, sent: list[str], token: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user of the URL is sent then, if it has one."""
+    monkeypatch.delenv("AGENTHUB_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("AGENTHUB_TOKEN", token)
+    assert await authorization_sent_to(user) == sent
+
+
+@pytest.mark.parametrize("token", [" ", "two words", "line\n", "a\r\nX-Header: b", "é", "\x7f"])
+async def test_token_that_is_no_header_is_a_value_error_before_anything_is_sent(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTHUB_TOKEN", token)
+    with pytest.raises(ValueError, match=r"^AGENTHUB_TOKEN: ") as caught:
+        await agenthub.connect_websocket("ws://127.0.0.1:9", Owner())
+    assert not token.strip() or token not in str(caught.value)  # It is a secret, however it is written.
+
+
 async def test_agent_reads_what_the_hub_answers() -> None:
     owner = Owner()
     async with HubServer(port=0) as hub:
