@@ -24,6 +24,7 @@ import agenthub
 from agenthub import Agent, LocalHub, TaskFailed, TaskTimeout
 from tests.support import WAIT_S, hub_process, running
 
+pytestmark = pytest.mark.usefixtures("garbage_is_collected_fast")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, process groups or a POSIX shell")
 
 HELPER = """
@@ -62,15 +63,6 @@ def agenthub_main(*argv: str) -> int:
         return int(end.code or 0)
     finally:
         gc.collect()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _garbage_is_collected_fast() -> Iterator[None]:
-    """What was there before these tests is not looked at again by each of them."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +131,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 # The whole.
 
-COMMANDS = ("hub", "agent", "status", "call", "schema")
+COMMANDS = ("hub", "agent", "status", "call", "bridge", "schema")
 
 
 def test_version_is_that_of_the_module(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +155,21 @@ def test_help_of_a_command_explains_every_option(command: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["no-such-command"], ["hub", "--no-such-option"], ["call"], ["hub", "--port", "x"], ["status", "x"]]
+    "argv",
+    [
+        [],
+        ["no-such-command"],
+        ["hub", "--no-such-option"],
+        ["call"],
+        ["hub", "--port", "x"],
+        ["status", "x"],
+        ["bridge", "x"],
+        ["bridge", "--http"],
+        ["bridge", "--http", "x"],
+        ["bridge", "--serve"],
+        ["bridge", "--http", "0", "--serve", "x"],
+        ["bridge", "--max-tasks", "x"],
+    ],
 )
 def test_wrong_usage_is_exit_code_two(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main(*argv) == 2
@@ -226,6 +232,35 @@ def test_option_goes_before_the_environment(
 ) -> None:
     monkeypatch.setenv("AGENTHUB_URL", "ws://127.0.0.1:9")
     assert agenthub_main("call", "echo", "1", "--url", url) == 0
+    assert capsys.readouterr().out == "1\n"
+
+
+@pytest.mark.parametrize("argv", [["status"], ["call", "echo", "1"], ["agent", "helper.py"]])
+@pytest.mark.parametrize("token", ["two words", "line\n"])
+def test_token_that_cannot_be_sent_is_wrong_usage(
+    argv: list[str],
+    token: str,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "helper.py").write_text(HELPER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AGENTHUB_TOKEN", token)
+    assert agenthub_main(*argv) == 2
+    output, complaint = capsys.readouterr()
+    assert output == ""
+    usage, error = complaint.splitlines()
+    assert usage.startswith("usage: agenthub")
+    assert error == "agenthub: error: AGENTHUB_TOKEN: must be printable ASCII without spaces"
+
+
+def test_token_is_no_obstacle_to_a_hub_that_wants_none(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AGENTHUB_TOKEN", "t0ken")
+    assert agenthub_main("call", "echo", "1") == 0
     assert capsys.readouterr().out == "1\n"
 
 
@@ -846,6 +881,55 @@ def test_progress_is_shown_in_a_terminal_only(url: str) -> None:
         os.close(far)
     with running("-m", "agenthub", "call", "steps", env={"AGENTHUB_URL": url}) as process:
         assert finished(process) == (0, '"done"\n', "")
+
+
+# bridge: what it does once it has started is tested in test_mcp.py.
+
+TOOLS = shlex.join([sys.executable, "examples/claude_code/tools.py"])
+
+
+def test_help_of_the_bridge_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agenthub_main("bridge", "--help") == 0
+    output = capsys.readouterr().out
+    options = re.findall(r"^  (--[\w-]+)", output, re.MULTILINE)
+    assert options == ["--log-level", "--http", "--serve", "--name", "--prefix", "--max-tasks", "--url"]
+    assert "[--http PORT | --serve COMMAND]" in " ".join(output.split())
+
+
+def test_bridge_goes_one_way_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agenthub_main("bridge", "--http", "0", "--serve", "cat") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "agenthub bridge: error: argument --serve: not allowed with argument --http"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--http", "70000"],
+        ["--http", "-1"],
+        ["--serve", ""],
+        ["--serve", "'"],
+        ["--url", "http://127.0.0.1:1"],
+        ["--http", "0", "--url", "http://127.0.0.1:1"],
+        ["--serve", TOOLS, "--url", "http://127.0.0.1:1"],
+    ],
+)
+def test_wrong_value_for_the_bridge_is_wrong_usage(argv: list[str]) -> None:
+    pytest.importorskip("mcp")
+    with running("-m", "agenthub", "bridge", *argv) as process:
+        code, output, complaint = finished(process)
+    assert (code, output) == (2, "")
+    assert complaint.splitlines()[-1].startswith("agenthub: error: ")
+    assert "Traceback" not in complaint
+
+
+@pytest.mark.parametrize("argv", [[], ["--http", "0"], ["--serve", TOOLS]])
+def test_token_that_cannot_be_sent_is_wrong_usage_of_the_bridge(argv: list[str]) -> None:
+    pytest.importorskip("mcp")
+    with running("-m", "agenthub", "bridge", *argv, env={"AGENTHUB_TOKEN": "two words"}) as process:
+        code, output, complaint = finished(process, 5)
+    assert (code, output) == (2, "")
+    assert complaint.splitlines()[-1] == "agenthub: error: AGENTHUB_TOKEN: must be printable ASCII without spaces"
 
 
 # The tables.

@@ -108,6 +108,51 @@ def test_copy_runs_a_hub(start: list[str], folder: Path) -> None:
         assert process.stdout.readline().startswith("listening on ws://127.0.0.1:")
 
 
+@pytest.mark.parametrize("start", [["-S", "agenthub.py"], ["-m", "package.vendor.agenthub"]], ids=["alone", "vendored"])
+def test_copy_without_the_bridge_says_that_it_is_a_file_of_its_own(start: list[str], folder: Path) -> None:
+    """Of the copy alone, an installed bridge is kept away with -S."""
+    shutil.copy(agenthub.__file__, folder / "agenthub.py")
+    with running(*start, "bridge", cwd=folder, env={"PYTHONPATH": ""}) as process:
+        output, complaint = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, output) == (1, "")
+        assert complaint == "agenthub: the bridge is a file of its own: put agenthub_mcp.py beside agenthub.py\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ["-m", "package.vendor.agenthub", "bridge"],
+        ["-m", "package.vendor.agenthub_mcp"],
+        ["-m", "agenthub", "bridge"],
+        ["-m", "agenthub_mcp"],
+        ["agenthub.py", "bridge"],
+        ["agenthub_mcp.py"],
+    ],
+    ids=" ".join,
+)
+def test_bridge_beside_a_copy_runs_with_it(start: list[str], folder: Path) -> None:
+    pytest.importorskip("mcp")
+    bridge = Path(agenthub.__file__).with_name("agenthub_mcp.py")
+    for copy in (folder, folder / "package" / "vendor"):
+        shutil.copy(agenthub.__file__, copy / "agenthub.py")
+        shutil.copy(bridge, copy)
+    with running(*start, "--http", "70000", cwd=folder, env={"PYTHONPATH": ""}) as process:
+        output, complaint = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, output) == (2, "")
+        assert complaint.splitlines()[-1] == "agenthub: error: --http must be from 0 to 65535"
+
+
+def test_bridge_without_its_package_says_what_to_install(folder: Path) -> None:
+    for path in (Path(agenthub.__file__), Path(agenthub.__file__).with_name("agenthub_mcp.py")):
+        shutil.copy(path, folder)
+    with running("-S", "agenthub.py", "bridge", cwd=folder, env={"PYTHONPATH": ""}) as process:
+        output, complaint = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, output) == (1, "")
+        assert complaint.count("\n") == 1
+        assert "pip install" in complaint
+        assert "mcp" in complaint
+
+
 def test_agent_of_another_copy_is_not_taken_for_one(folder: Path) -> None:
     """It would not work: the message says of which copy an agent was looked for."""
     (folder / "worker.py").write_text("from renamed_hub import Agent\nagent = Agent('other')\n")
