@@ -136,7 +136,7 @@ def test_the_other_python_of_the_readme_runs() -> None:
 
 def test_each_command_of_the_readme_is_understood() -> None:
     lines = re.findall(r"^(?:python -m )?agenthub (\w.*)$", "\n".join(blocks(README, "sh")), re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         argument_parser().parse_args(shlex.split(line))
 
@@ -158,8 +158,15 @@ def test_the_first_two_commands_of_the_readme_set_everything_up() -> None:
     assert second == "python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox\n"
 
 
+def test_the_mcp_json_of_the_readme_is_that_of_the_example() -> None:
+    example = (ROOT / "examples" / "claude_code" / ".mcp.json").read_text(encoding="utf-8")
+    assert [json.loads(block) for block in blocks(README, "json")] == [json.loads(example)]
+
+
 def test_every_link_within_the_project_leads_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "protocol.md", ROOT / "examples" / "README.md"):
+    pages = [ROOT / "README.md", ROOT / "docs" / "protocol.md", *(ROOT / "examples").rglob("README.md")]
+    assert len(pages) == 4
+    for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
 

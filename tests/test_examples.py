@@ -8,18 +8,20 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agenthub import Agent, HubServer
+from agenthub import URL_DEFAULT, Agent, HubServer, LocalHub, TaskFailed
 from examples import review_folder
+from examples.claude_code import agents as claude_agents
 from tests.support import ROOT, WAIT_S, hub_process, running
 
 FOLDER = ROOT / "examples"
@@ -148,6 +150,235 @@ def test_example_is_in_the_list_and_in_a_test(example: str) -> None:
     [line] = [line for line in (FOLDER / "README.md").read_text("utf-8").splitlines() if f"]({example})" in line]
     assert re.findall(r"`(python [^`]*)`", line)[-1] in transcript(example)
     assert re.search(rf"\b{Path(example).stem}\b", Path(__file__).read_text(encoding="utf-8"))
+
+
+# claude_code/: the folder to start Claude Code in.
+
+CLAUDE = FOLDER / "claude_code"
+CLAUDE_PAGE = (CLAUDE / "README.md").read_text(encoding="utf-8")
+CALLS = re.findall(r"^\$ (agenthub .*)\n((?:[^$`].*\n)+)", CLAUDE_PAGE, re.MULTILINE)
+POSIX = os.name == "posix"
+
+TESTS = """
+import unittest
+
+class Sums(unittest.TestCase):
+    def test_right(self):
+        self.assertEqual(1 + 1, 2)
+
+    def test_wrong(self):
+        \"""A sum.\"""
+        self.assertEqual(1 + 1, 3)
+
+    @unittest.skip("not now")
+    def test_skipped(self):
+        pass
+"""
+
+
+def command_of(start: str) -> list[str]:
+    """Return the words of the page's one shell command that begins so, without `agenthub`."""
+    [command] = re.findall(rf"^ *({start}.*)$", CLAUDE_PAGE, re.MULTILINE)
+    return shlex.split(command)[1:]
+
+
+def expanded(value: Any, variables: Mapping[str, str]) -> Any:
+    """Return a part of .mcp.json as Claude Code reads it: with ${NAME} and ${NAME:-default} replaced."""
+    if isinstance(value, dict):
+        return {name: expanded(item, variables) for name, item in value.items()}
+    if isinstance(value, list):
+        return [expanded(item, variables) for item in value]
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda found: variables.get(found[1], found[2]), value)
+
+
+def claude_server(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Return the one MCP server of .mcp.json."""
+    document = json.loads((CLAUDE / ".mcp.json").read_text(encoding="utf-8"))
+    [(name, server)] = document["mcpServers"].items()
+    assert name == "agenthub"
+    found: dict[str, Any] = expanded(server, variables)
+    return found
+
+
+def claude_bridge(url: str) -> Any:
+    """Return how Claude Code starts that server, where a hub is at `url`."""
+    mcp = pytest.importorskip("mcp")
+    server = claude_server({"AGENTHUB_URL": url})
+    assert server.pop("command") == "agenthub"
+    surroundings = {**os.environ, **environment(), "PYTHONPATH": str(ROOT)}
+    installed = shutil.which("agenthub", path=surroundings["PATH"])
+    command, *args = [installed] if installed else [sys.executable, "-m", "agenthub"]
+    return mcp.StdioServerParameters(
+        command=command, args=[*args, *server["args"]], env={**surroundings, **server["env"]}, cwd=CLAUDE
+    )
+
+
+@pytest.fixture
+def claude_hub() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A hub that was started as the page says, but on a free port."""
+    command, *options = command_of("agenthub hub")
+    assert command == "hub"
+    with hub_process(*options, cwd=CLAUDE, stderr=subprocess.PIPE) as (url, hub):
+        wait_for_lines(hub, "joined agent=reader", "joined agent=tester")
+        yield url, hub
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with things to be done, and tests of which one fails."""
+    (tmp_path / "test_sums.py").write_text(TESTS)
+    (tmp_path / "notes.txt").write_text("first\n  TODO: second\nTODOS\n", encoding="utf-8")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG TODO")
+    for folder in (".hidden", "node_modules", "sub"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("x = 1  # FIXME\n")
+    return tmp_path
+
+
+TODOS = [
+    {"file": "notes.txt", "line": 2, "text": "TODO: second"},
+    {"file": "sub/a.py", "line": 1, "text": "x = 1  # FIXME"},
+]
+
+
+def test_mcp_json_leads_to_the_hub_of_this_machine_or_of_the_environment() -> None:
+    assert claude_server({})["env"] == {"AGENTHUB_URL": URL_DEFAULT}
+    assert claude_server({"AGENTHUB_URL": "ws://hub"})["env"] == {"AGENTHUB_URL": "ws://hub"}
+
+
+async def test_what_the_page_says_can_be_asked_is_done(
+    claude_hub: tuple[str, subprocess.Popen[str]], project: Path
+) -> None:
+    mcp = pytest.importorskip("mcp")
+    told: list[str | None] = []
+
+    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+        told.append(message)
+
+    async with asyncio.timeout(3 * WAIT_S), mcp.Client(claude_bridge(claude_hub[0])) as client:
+
+        async def ask(tool: str, **options: Any) -> Any:
+            result = await client.call_tool(tool, options, progress_callback=on_progress)
+            assert not result.is_error, result.content
+            return result.structured_content
+
+        # Who is on the hub, and what can they do?
+        agents = (await ask("discover_agents"))["agents"]
+        offered = {agent["name"]: agent["capabilities"] for agent in agents}
+        assert {name: [one["name"] for one in offers] for name, offers in offered.items()} == {
+            "reader": ["find_todos"],
+            "tester": ["run_tests"],
+        }
+        for [one] in offered.values():
+            assert one["description"].endswith(".")
+            assert one["input_schema"]["required"] == ["folder"]
+        assert (await ask("hub_status"))["agents"] == 3
+
+        # Have the TODOs found.
+        found = await ask("delegate_task", capability="find_todos", input={"folder": str(project)})
+        assert (found["state"], found["output"]) == ("completed", {"total": 2, "found": TODOS})
+
+        # Have the tests run, and tell me what fails.
+        ran = await ask("delegate_task", capability="run_tests", input={"folder": str(project)}, wait_s=0)
+        ran = await ask("get_task_result", task_id=ran["task_id"], wait_s=45)
+        assert ran["state"] == "completed"
+        assert (ran["output"]["tests"], len(ran["output"]["failed"])) == (3, 1)
+        assert ran["output"]["failed"][0].startswith("test_wrong")
+        assert "AssertionError: 2 != 3" in ran["output"]["report"]
+
+        # The other two tools.
+        assert [task["state"] for task in (await ask("list_tasks"))["tasks"]] == ["completed", "completed"]
+        assert (await ask("broadcast_message", message="hello"))["recipients"] == 2
+
+        names = {tool.name for tool in (await client.list_tools()).tools}
+    assert names == set(re.findall(r"`((?:\w+_)?(?:agents|status|tasks?|message|result))`", CLAUDE_PAGE))
+
+
+async def test_tools_of_an_mcp_server_are_put_on_the_hub(claude_hub: tuple[str, subprocess.Popen[str]]) -> None:
+    mcp = pytest.importorskip("mcp")
+    url, hub = claude_hub
+    serving = running("-m", "agenthub", *command_of("agenthub bridge --serve"), cwd=CLAUDE, env=environment(url))
+    with serving:
+        await asyncio.to_thread(wait_for_lines, hub, "joined agent=calculator")
+        assert len(CALLS) == 2
+        for command, printed in CALLS:
+            outcome = await asyncio.to_thread(
+                finished, "-m", "agenthub", *shlex.split(command)[1:], env=environment(url)
+            )
+            assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, printed, "")
+        async with asyncio.timeout(3 * WAIT_S), mcp.Client(claude_bridge(url)) as client:
+            dates = {"first": "2024-02-01", "last": "2024-03-01"}
+            result = await client.call_tool("delegate_task", {"capability": "days_between", "input": dates})
+            assert (result.is_error, result.structured_content["output"]) == (False, {"result": 29})
+            result = await client.call_tool(
+                "delegate_task", {"capability": "summarize_numbers", "input": {"numbers": []}}
+            )
+            assert (result.is_error, result.structured_content["error"]["code"]) == (True, "failed")
+
+
+async def test_progress_is_told_after_each_test(project: Path) -> None:
+    async with LocalHub() as hub, claude_agents.Tester(hub=hub), Agent("me", hub=hub) as me:
+        handle = await me.submit("run_tests", str(project))
+        async with asyncio.timeout(WAIT_S):
+            updates = [update async for update in handle]
+        assert [round(update.progress or 0, 2) for update in updates] == [0.33, 0.67, 1.0]
+        assert [update.detail.rpartition("... ")[2] for update in updates] == ["ok", "skipped 'not now'", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "text"),
+    [
+        ("test_a.py", "import os\nos._exit(3)\n", "no unittest tests were run to their end"),
+        ("other.py", TESTS, "Ran 0 tests"),
+        (None, "", "no such folder"),
+    ],
+)
+async def test_tests_that_cannot_be_run_fail_the_task(tmp_path: Path, name: str | None, source: str, text: str) -> None:
+    folder = tmp_path if name else tmp_path / "missing"
+    if name:
+        (tmp_path / name).write_text(source)
+    async with LocalHub() as hub, claude_agents.Tester(hub=hub), Agent("me", hub=hub) as me:
+        with pytest.raises(TaskFailed, match=text):
+            await asyncio.wait_for(me.delegate("run_tests", str(folder)), WAIT_S)
+
+
+@pytest.mark.skipif(not POSIX, reason="looks for a process by its number")
+async def test_tests_that_are_called_off_are_ended(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import os, pathlib, time, unittest\n"
+        "class Slow(unittest.TestCase):\n"
+        "    def test_a(self):\n"
+        "        pathlib.Path('pid').write_text(str(os.getpid()))\n"
+        "    def test_b(self):\n"
+        "        time.sleep(60)\n"
+    )
+    async with LocalHub() as hub, claude_agents.Tester(hub=hub), Agent("me", hub=hub) as me:
+        handle = await me.submit("run_tests", str(tmp_path))
+        async with asyncio.timeout(WAIT_S):
+            async for _ in handle:
+                await handle.cancel()
+            pid = int((tmp_path / "pid").read_text())
+            while True:
+                try:
+                    os.kill(pid, 0)
+                except ProcessLookupError:
+                    break
+                await asyncio.sleep(0.01)
+
+
+async def test_another_word_can_be_looked_for(project: Path) -> None:
+    async with LocalHub() as hub, claude_agents.Reader(hub=hub), Agent("me", hub=hub) as me:
+        found = await me.delegate("find_todos", {"folder": str(project), "word": "second"})
+        assert found == {"total": 1, "found": TODOS[:1]}
+
+
+def test_claude_folder_is_in_the_list_and_its_page_names_its_files() -> None:
+    [line] = [line for line in (FOLDER / "README.md").read_text("utf-8").splitlines() if "claude_code" in line]
+    assert "](claude_code/README.md)" in line
+    assert "`agenthub hub --with examples/claude_code/agents.py`" in line
+    assert command_of("agenthub hub") == ["hub", "--with", "agents.py"]
+    files = {path.name for path in CLAUDE.iterdir() if path.is_file()} - {"README.md"}
+    assert files == set(re.findall(r"\]\(([^)]*)\)", CLAUDE_PAGE))
 
 
 # review_folder.py: its checks.
