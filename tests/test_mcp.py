@@ -1447,14 +1447,6 @@ def test_missing_package_is_one_line_that_says_how_to_install_it() -> None:
         assert ">" not in shlex.shlex(command, punctuation_chars=True)  # The shell would write to a file.
 
 
-def test_missing_file_is_one_line_that_says_where_to_put_it(tmp_path: Path) -> None:
-    shutil.copy(agenthub.__file__, tmp_path)
-    ((code, output, complaint),) = ended(["-m", "agenthub", "bridge"], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert (code, output) == (1, "")
-    assert complaint.count("\n") == 1, complaint
-    assert "agenthub_mcp.py" in complaint
-
-
 @pytest.mark.parametrize("start", [["pkg.vendor.agenthub", "bridge"], ["pkg.vendor.agenthub_mcp"]])
 async def test_both_files_work_in_a_package(start: list[str], url: str, tmp_path: Path) -> None:
     vendor = tmp_path / "pkg" / "vendor"
