@@ -21,7 +21,7 @@ The sections, top to bottom; each uses only those above it:
     2 Messages       the ten messages of the wire, their limits, decode and encode
     3 Task states    the table that is the life of a task
     4 Hub            every decision; no socket, no clock, no loop
-    5 Journal        (its number is kept: what must survive the hub's death)
+    5 Journal        what must survive the hub's death, in a file of SQLite
     6 Transport      links: WebSocket and in memory
     7 Server         the hub on an event loop, with sockets and timers
     8 Agent          the SDK: both styles over one registry and one connection loop
@@ -36,11 +36,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
 import enum
 import functools
+import hashlib
 import heapq
 import hmac
 import importlib
@@ -56,9 +58,11 @@ import random
 import re
 import shutil
 import signal
+import stat
 import struct
 import sys
 import threading
+import time
 import types
 import typing
 import weakref
@@ -68,6 +72,8 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeGuard, TypeVar
 
 if typing.TYPE_CHECKING:
+    import sqlite3
+
     import pydantic
 
 __version__ = "0.1.0"
@@ -78,6 +84,7 @@ __all__ = [
     "Disconnected",
     "IllegalTransition",
     "InvalidMessage",
+    "JournalError",
     "PackageMissing",
     "Refused",
     "TaskFailed",
@@ -98,6 +105,8 @@ __all__ = [
     # 4 Hub
     "Hub",
     "HubSettings",
+    # 5 Journal
+    "Journal",
     # 7 Server
     "HubServer",
     "LocalHub",
@@ -127,6 +136,7 @@ URL_DEFAULT = "ws://127.0.0.1:8765"
 #   ├── TaskFailed          life's: the task has ended without an output
 #   │   └── TaskTimeout       ... because its time to live was over
 #   ├── PackageMissing      the installation's: this needs a package that is not there
+#   ├── JournalError        the deployment's: the journal cannot be used as it is
 #   └── IllegalTransition   ours: a step that the table of task states does not have
 # ============================================================================================
 
@@ -224,6 +234,10 @@ class PackageMissing(AgentHubError, ImportError):
 
     def __init__(self, package: str, purpose: str) -> None:
         AgentHubError.__init__(self, f"{purpose} needs the package {package}: pip install {package}")
+
+
+class JournalError(AgentHubError):
+    """A journal cannot be used: it is no journal, damaged, of another version, or in use. The file is left as it is."""
 
 
 class IllegalTransition(AgentHubError):
@@ -906,6 +920,9 @@ class HubSettings:
     open_tasks_max: int = 10_000  # Tasks that one requester may have open.
     pending_tasks_max: int = 100_000  # Tasks that may wait in all.
     agents_max: int = 20_000  # Agents online, away, or with something to come back for.
+    connections_max: int = 10_000  # Of agents and observers.
+    capabilities_max: int = 64  # Of one agent; the protocol has no more.
+    metadata_bytes_max: int = 4096  # Of one agent, as JSON; the protocol has no more.
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -1008,6 +1025,7 @@ class TaskRecord:
     settled_by: AgentRecord | None = None  # The assignee if its result ended it, None if the hub did.
     ended_at: float = 0.0
     children: dict[str, TaskRecord] | None = None  # Those still open.
+    is_saved: bool = False  # The journal has a row of it.
 
     @property
     def place(self) -> tuple[int, int]:
@@ -1029,7 +1047,8 @@ class AgentRecord:
     """
 
     agent_id: str
-    resume: str
+    resume: str  # Its secret; empty after a restart, until it has said it.
+    resume_hash: str = ""  # SHA-256 of that, in hex.
     peer: Peer | None = None
     there: bool = True
     departed: bool = False  # It deregistered: nothing is kept for it.
@@ -1049,6 +1068,7 @@ class AgentRecord:
     requested: dict[str, TaskRecord] = field(default_factory=dict)  # Open, and asked for by it.
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)  # Ended while it was away.
     told: int = 0  # Records kept of ended tasks that it was told of, which does not mean that it heard.
+    is_saved: bool = False  # The journal has a row of it.
 
     @property
     def is_available(self) -> bool:
@@ -1079,6 +1099,45 @@ class Peer:
     connection: Hashable
     last_seen: float
     agent: AgentRecord | None = None
+
+
+class AgentRow(NamedTuple):
+    """What a journal keeps of an agent: its registration, without the secret."""
+
+    agent_id: str
+    resume_hash: str
+    register: Register
+    there: bool
+    departed: bool = False
+
+
+class TaskRow(NamedTuple):
+    """What a journal keeps of a task. Times are in seconds of the hub's clock; `end` is there if it has ended."""
+
+    arrival: int
+    requester: str
+    request: Delegate
+    depth: int
+    accepted_at: float
+    deadline: float
+    bytes: int
+    state: TaskState
+    assignee: str | None
+    attempt: int
+    told: bool  # Its requester was told of the end.
+    ended_at: float
+    end: Settled | None
+
+
+@dataclass(slots=True)
+class Changes:
+    """What has changed since the last time, for a journal to write at once: rows to insert, update and delete."""
+
+    new: list[TaskRow] = field(default_factory=list)
+    moved: list[TaskRow] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)  # By arrival.
+    agents: list[AgentRow] = field(default_factory=list)  # To insert or update.
+    gone: list[str] = field(default_factory=list)  # By agent_id.
 
 
 class Pool:
@@ -1184,12 +1243,18 @@ class Hub:
     """Every decision about agents and tasks.
 
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
-    does not go back (if it does, time stands still here until it has caught up).
+    does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, what has to be
+    on disk before the effects may be carried out is in `take_changes()`, and `restore` takes it up again.
     """
 
-    def __init__(self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float) -> None:
+    def __init__(
+        self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
+    ) -> None:
         self.settings: HubSettings = settings
         self.shutting_down = False
+        self.is_full = False  # The journal has no room: no new task is taken.
+        self._is_journaled = is_journaled
+        self._changed: dict[TaskRecord | AgentRecord, None] = {}  # Since `take_changes`.
         self._entropy = entropy
         self._now = self._started_at = now
         self._effects: list[Effect] = []
@@ -1264,6 +1329,16 @@ class Hub:
             self._reap()
         return self._take_effects()
 
+    def tell_again(self, task_id: str, now: float) -> list[Effect]:
+        """Take note that the word of a task's end did not go out, because its requester's connection was lost."""
+        self._advance(now)
+        task = self._ended.pop(task_id, None)
+        if task is not None:
+            self._ended_bytes -= task.bytes
+            task.requester.told -= 1
+            self._tell_requester(task)
+        return self._take_effects()
+
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
         if self._unfilled:
@@ -1294,11 +1369,157 @@ class Hub:
             "ended": {state.value: count for state, count in self._totals.items()},
             "records_bytes": self._records_bytes,
             "shutting_down": self.shutting_down,
+            "journal": ("full" if self.is_full else "ok") if self._is_journaled else "none",
         }
+
+    # What survives.
+
+    def take_changes(self) -> Changes:
+        """Return what has changed since the last call; to be written before the effects until now are carried out."""
+        changes = Changes()
+        changed, self._changed = self._changed, {}
+        for subject in changed:
+            if isinstance(subject, TaskRecord):
+                self._add_task(subject, changes)
+            elif self._agents.get(subject.agent_id) is subject:
+                register = Register(
+                    name=subject.name,
+                    description=subject.description,
+                    capabilities=list(subject.capabilities.values()),
+                    max_tasks=subject.max_tasks,
+                    metadata=subject.metadata,
+                )
+                subject.is_saved = True
+                changes.agents.append(
+                    AgentRow(subject.agent_id, subject.resume_hash, register, subject.there, subject.departed)
+                )
+            elif subject.is_saved:
+                changes.gone.append(subject.agent_id)
+        return changes
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether `take_changes` would return something."""
+        return bool(self._changed)
+
+    def _add_task(self, task: TaskRecord, changes: Changes) -> None:
+        if self._find(task.task_id) is not task:
+            if task.is_saved:
+                changes.forgotten.append(task.arrival)
+            return
+        row = TaskRow(
+            arrival=task.arrival,
+            requester=task.requester.agent_id,
+            request=task.request,
+            depth=task.depth,
+            accepted_at=task.accepted_at,
+            deadline=task.deadline,
+            bytes=task.bytes - task.detail_bytes,
+            state=task.state,
+            assignee=task.assignee.agent_id if task.assignee is not None else None,
+            attempt=task.attempt,
+            told=task.task_id in self._ended,
+            ended_at=task.ended_at,
+            end=self._settled(task) if task.state in FINAL_STATES else None,
+        )
+        (changes.moved if task.is_saved else changes.new).append(row)
+        task.is_saved = True
+
+    def _note(self, subject: TaskRecord | AgentRecord) -> None:
+        if self._is_journaled:
+            self._changed[subject] = None
+
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> None:
+        """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
+
+        Requesters are told again of what ended after `retell_after`: the word of it may have been lost with the hub.
+        """
+        known: dict[str, AgentRecord] = {}
+        for agent_row in agents:
+            known[agent_row.agent_id] = self._restore_agent(agent_row)
+        ended = []
+        for row in sorted(tasks, key=lambda row: row.arrival):
+            task = self._restore_task(row, known)
+            if task.state in FINAL_STATES:
+                ended.append((task, row.told and row.ended_at < retell_after))
+            else:
+                self._restore_open(task)
+        for task, is_told in sorted(ended, key=lambda one: one[0].ended_at):
+            self._restore_ended(task, is_told)
+        for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
+            del self._agents[agent.agent_id], self._gone[agent.agent_id]
+            self._note(agent)
+
+    def _restore_agent(self, row: AgentRow) -> AgentRecord:
+        agent = AgentRecord(row.agent_id, "", row.resume_hash, departed=row.departed, is_saved=True)
+        self._agents[row.agent_id] = agent
+        self._describe(agent, row.register)
+        if row.there:
+            self._deadlines.push(agent, self._now + self.settings.grace_s)
+        else:
+            agent.there = False
+            self._leave_pools(agent)
+            self._gone[row.agent_id] = agent
+        return agent
+
+    def _restore_task(self, row: TaskRow, known: dict[str, AgentRecord]) -> TaskRecord:
+        def agent(agent_id: str) -> AgentRecord:
+            """Return an agent, or a stand-in for one that has left for good."""
+            return known.setdefault(agent_id, AgentRecord(agent_id, "", "", there=False, departed=True))
+
+        request = row.request
+        self._arrivals = row.arrival
+        # However the machine's clock was set meanwhile, nothing is older than now or lives longer than it should.
+        now = self._now
+        task = TaskRecord(
+            request.task_id,
+            request,
+            agent(row.requester),
+            self._open.get(request.parent_id or ""),
+            row.depth,
+            min(row.accepted_at, now),
+            min(row.deadline, now + request.ttl),
+            row.arrival,
+            row.bytes,
+            state=row.state,
+            assignee=agent(row.assignee) if row.assignee is not None else None,
+            attempt=row.attempt,
+            ended_at=min(row.ended_at, now),
+            is_saved=True,
+        )
+        if row.end is not None:
+            task.success, task.output, task.error = row.end.success, row.end.output, row.end.error
+            task.settled_by = agent(row.end.sender) if row.end.sender is not None else None
+        self._counts[task.state] += 1
+        self._records_bytes += task.bytes
+        return task
+
+    def _restore_open(self, task: TaskRecord) -> None:
+        self._open[task.task_id] = task.requester.requested[task.task_id] = task
+        if task.parent is not None:
+            task.parent.children = task.parent.children or {}
+            task.parent.children[task.task_id] = task
+        self._deadlines.push(task, task.deadline)
+        if task.state is TaskState.PENDING:
+            self._enqueue(task)
+        elif task.assignee is not None:
+            task.assignee.running[task.task_id] = task
+
+    def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
+        requester = task.requester
+        self._totals[task.state] += 1
+        if is_told or requester.departed:
+            self._ended[task.task_id] = task
+            self._ended_bytes += task.bytes
+            requester.told += 1
+        else:
+            requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
+            self._note(task)  # That it is to be told, if this hub dies before it can.
 
     # Joining and leaving.
 
     def _on_register(self, peer: Peer, message: Register) -> None:
+        self._check_description(message)
         agent = peer.agent
         if agent is None:
             agent = self._resumed(message) or self._new_agent(message.name)
@@ -1312,13 +1533,25 @@ class Hub:
             self._tell_requester(task)
         self._fill(agent)
 
+    def _check_description(self, message: Register) -> None:
+        """Refuse an agent that says more of itself than this hub takes."""
+        settings = self.settings
+        if len(message.capabilities) > settings.capabilities_max:
+            text = f"capabilities: an agent may have {settings.capabilities_max} on this hub"
+            raise Refused(text, code=Code.OVERLOADED)
+        if len(json.dumps(message.metadata)) > settings.metadata_bytes_max:
+            text = f"metadata: an agent may have {settings.metadata_bytes_max} bytes on this hub"
+            raise Refused(text, code=Code.OVERLOADED)
+
     def _resumed(self, message: Register) -> AgentRecord | None:
         """Return the agent whose identity a connection takes up again, if the hub knows it."""
         agent = self._agents.get(message.agent_id or "")
         if agent is None:
             return None
-        if not hmac.compare_digest(agent.resume.encode(), (message.resume or "").encode()):
+        secret = message.resume or ""
+        if not hmac.compare_digest(agent.resume_hash, hash_of(secret)):
             raise Refused("resume: is not the secret of that agent_id", code=Code.UNAUTHORIZED)
+        agent.resume = secret
         if agent.peer is not None:
             self._close(agent.peer, CloseCode.REPLACED, "a newer connection has taken this agent over")
         return agent
@@ -1330,7 +1563,8 @@ class Hub:
         agent_id = f"{readable}-{self._entropy(4).hex()}"
         while agent_id in self._agents:
             agent_id = f"{readable}-{self._entropy(4).hex()}"
-        agent = self._agents[agent_id] = AgentRecord(agent_id, self._entropy(16).hex())
+        secret = self._entropy(16).hex()
+        agent = self._agents[agent_id] = AgentRecord(agent_id, secret, hash_of(secret))
         return agent
 
     def _attach(self, agent: AgentRecord, peer: Peer) -> None:
@@ -1356,6 +1590,7 @@ class Hub:
         for pool in agent.pools:
             pool.members[agent.agent_id] = agent
         self._list(agent)
+        self._note(agent)
 
     def _registered(self, agent: AgentRecord, reply_to: str) -> Registered:
         return Registered(
@@ -1414,6 +1649,7 @@ class Hub:
         """Take an agent out: its grace time is over, or it left. Its tasks are tried again or fail."""
         log_hub.info("%s agent=%s running=%d", "left" if agent.departed else "lost", agent.agent_id, len(agent.running))
         agent.there = False
+        self._note(agent)
         self._deadlines.discard(agent)
         self._leave_pools(agent)
         while agent.running:  # One may be a part of another, and end with it.
@@ -1608,6 +1844,8 @@ class Hub:
         """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
         if self.shutting_down:
             raise Refused("the hub is shutting down", code=Code.SHUTTING_DOWN)
+        if self.is_full:
+            raise Refused("the hub's disk is full", code=Code.OVERLOADED)
         if message.agent_id is None and message.capability is None:
             raise Refused("capability: name a capability, an agent_id, or both", code=Code.INVALID_MESSAGE)
         parent = self._parent(agent, message.parent_id) if message.parent_id is not None else None
@@ -1679,6 +1917,7 @@ class Hub:
         self._records_bytes += size
         self._counts[task.state] += 1
         self._deadlines.push(task, deadline)
+        self._note(task)
         return task
 
     def _dispatch(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> None:
@@ -1688,6 +1927,9 @@ class Hub:
             self._assign(task, agent)
             self._list(agent)
             return
+        self._enqueue(task)
+
+    def _enqueue(self, task: TaskRecord) -> None:
         self._queues.setdefault(self._target(task), PendingQueue()).push(task)
         named = self._agents.get(task.request.agent_id or "")
         if named is not None:
@@ -1875,6 +2117,7 @@ class Hub:
 
     def _tell_requester(self, task: TaskRecord) -> None:
         """Tell a task's end to its requester, or keep it until that one is back."""
+        self._note(task)
         requester = task.requester
         if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
             requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
@@ -1906,6 +2149,7 @@ class Hub:
         if state in FINAL_STATES:
             self._totals[state] += 1
         task.state = state
+        self._note(task)
 
     # Forgetting.
 
@@ -1931,10 +2175,12 @@ class Hub:
             self._forget(task)
         for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
             del self._agents[agent.agent_id], self._gone[agent.agent_id]
+            self._note(agent)
         self._next_sweep = self._now + (0 if len(stale) >= TICK_BATCH else self._sweep_interval_s)
 
     def _forget(self, task: TaskRecord) -> None:
         """Drop the record of an ended task."""
+        self._note(task)
         if self._ended.pop(task.task_id, None) is not None:
             self._ended_bytes -= task.bytes
             task.requester.told -= 1
@@ -1997,6 +2243,10 @@ class Hub:
     }
 
 
+def hash_of(secret: str) -> str:
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
+
+
 def error_info(error: str | ErrorInfo | None) -> ErrorInfo:
     """Return the error of a failed result in its full form: a plain string is the text of `failed`."""
     if isinstance(error, ErrorInfo):
@@ -2012,6 +2262,271 @@ def same_content(one: Delegate, other: Delegate) -> bool:
         return json.dumps(fields, sort_keys=True)
 
     return content(one) == content(other)
+
+
+# ============================================================================================
+# 5 Journal
+#
+# What has to survive the hub's death, in one file of SQLite (https://sqlite.org/wal.html). It
+# decides nothing: rows go in as the hub gives them, and come out again at the next start. Times
+# are stored as seconds since 1970, because the hub's own clock starts anew with the machine.
+# ============================================================================================
+
+JOURNAL_VERSION = 1
+JOURNAL_ID = 0x41484A4C  # "AHJL", PRAGMA application_id: tells a journal from other files of SQLite.
+RESERVE_BYTES = 8_388_608  # Kept beside the journal, and given up when the disk is full, so that tasks can end.
+WAL_BYTES_MAX = 67_108_864  # What is left of the write-ahead log after it was emptied.
+JOURNAL_TABLES = """
+    CREATE TABLE agents (
+        agent_id TEXT PRIMARY KEY, resume_hash TEXT NOT NULL, register BLOB NOT NULL, there INTEGER NOT NULL,
+        departed INTEGER NOT NULL
+    );
+    CREATE TABLE tasks (
+        arrival INTEGER PRIMARY KEY, requester TEXT NOT NULL, request BLOB NOT NULL, depth INTEGER NOT NULL,
+        accepted_at REAL NOT NULL, deadline REAL NOT NULL, bytes INTEGER NOT NULL, state TEXT NOT NULL, assignee TEXT,
+        attempt INTEGER NOT NULL, told INTEGER NOT NULL, ended_at REAL NOT NULL, end BLOB
+    );
+"""
+
+
+Kept = TypeVar("Kept")
+
+
+class Journal:
+    """The file that a hub's tasks and agents are kept in. `open` it, `load` once, then `write`, and `close`.
+
+    `sync` "full" is on disk before `write` returns, also if the machine loses power; "normal" survives the end of the
+    process, but a loss of power may take the last writes with it (https://sqlite.org/pragma.html#pragma_synchronous).
+    Its methods may be called from any thread, one at a time.
+    """
+
+    path: str
+    sync: str
+
+    def __init__(self, path: str | os.PathLike[str], *, sync: str = "full") -> None:
+        if sync not in ("full", "normal"):
+            raise ValueError(f"sync must be full or normal, not {sync!r}")
+        self.path = os.fspath(path)
+        self.sync = sync
+        self._database: sqlite3.Connection | None = None
+        self._writes = 0  # So many, counted on from the last that told an end; its number is what `told` holds.
+
+    @property
+    def _reserve(self) -> Path:
+        return Path(f"{self.path}-reserve")
+
+    def open(self) -> None:
+        """Open the file, or make it, for this process alone. Raises JournalError, and leaves what is there as it is."""
+        import sqlite3
+
+        if self._database is not None:
+            raise JournalError(f"{self.path}: is open already")
+        try:
+            self._make_file()
+            self._look()
+            self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0)
+            self._begin_alone()
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute(f"PRAGMA synchronous = {self.sync}")
+            self._database.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
+        except OSError as error:
+            raise JournalError(f"{self.path}: cannot be opened: {error.strerror}") from error
+        except sqlite3.Error as error:
+            self.close()
+            if "locked" in str(error):
+                raise JournalError(f"{self.path}: another hub uses this journal") from error
+            raise JournalError(f"{self.path}: is no journal, or damaged: {error}; it is left as it is") from error
+        except JournalError:
+            self.close()
+            raise
+
+    def _make_file(self) -> None:
+        """Make the file if there is none, for its owner alone. One that is there is not opened: to close it again
+        would take the locks away that this process may have on it.
+        """
+        if self.path == ":memory:":
+            return
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        found = os.stat(self.path)
+        if not stat.S_ISREG(found.st_mode):
+            raise JournalError(f"{self.path}: is no file")
+        if 0 < found.st_size < 512:  # SQLite takes a single byte for nothing.
+            raise JournalError(f"{self.path}: is no journal; it is left as it is")
+
+    def _look(self) -> None:
+        """Refuse what is not a journal of this version before it is opened: to close it again would take in the
+        -wal that another program has left beside it.
+        """
+        import sqlite3
+
+        # Without its first page, or with that half written, it is for SQLite to say.
+        if self.path == ":memory:" or not os.stat(self.path).st_size or Path(f"{self.path}-journal").exists():
+            return
+        uri = f"{Path(self.path).absolute().as_uri()}?immutable=1"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
+            if self._is_empty(database):  # Of what is in its -wal nothing shows here.
+                raise JournalError(f"{self.path}: is a database, but not a journal of this; it is left as it is")
+
+    def _is_empty(self, database: sqlite3.Connection) -> bool:
+        (kind,) = database.execute("PRAGMA application_id").fetchone()
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,) and kind == version == 0:
+            return True
+        if kind != JOURNAL_ID:
+            raise JournalError(f"{self.path}: is a database, but not a journal of this; it is left as it is")
+        if version != JOURNAL_VERSION:
+            raise JournalError(
+                f"{self.path}: is a journal of version {version}, and this hub knows version {JOURNAL_VERSION}"
+            )
+        return False
+
+    def _begin_alone(self) -> None:
+        """Lock the file for good, and see whether it is a journal; make it one if it is empty."""
+        database = self._connected()
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("BEGIN EXCLUSIVE")
+        if self._is_empty(database):
+            for statement in JOURNAL_TABLES.split(";"):
+                database.execute(statement)
+            database.execute(f"PRAGMA application_id = {JOURNAL_ID}")
+            database.execute(f"PRAGMA user_version = {JOURNAL_VERSION}")
+        database.execute("COMMIT")
+        (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise JournalError(f"{self.path}: is damaged: {verdict.splitlines()[-1]}; it is left as it is")
+
+    def close(self) -> None:
+        """Close the file. Without effect if it is closed."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        """Return all agents, all tasks, and when the last of them changed. Raises JournalError for a damaged row.
+
+        `clock_offset` is what is added to a time of the hub's clock to make it one since 1970.
+        """
+        import sqlite3
+
+        try:
+            return self._load(clock_offset)
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            raise JournalError(f"{self.path}: is damaged: {error}; it is left as it is") from error
+
+    def _load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        database = self._connected()
+        agents, tasks, last = [], [], -math.inf
+        (self._writes,) = database.execute("SELECT coalesce(max(told), 0) FROM tasks").fetchone()
+        for agent_id, resume_hash, raw, there, departed in database.execute("SELECT * FROM agents"):
+            register = self._read(decoder_from_agent(), raw, Register)
+            agents.append(AgentRow(agent_id, resume_hash, register, bool(there), bool(departed)))
+        for row in database.execute("SELECT * FROM tasks ORDER BY arrival"):
+            (
+                arrival,
+                requester,
+                request,
+                depth,
+                accepted_at,
+                deadline,
+                size,
+                state,
+                assignee,
+                attempt,
+                told,
+                ended_at,
+                end,
+            ) = row
+            last = max(last, accepted_at, ended_at)
+            tasks.append(
+                TaskRow(
+                    arrival,
+                    requester,
+                    self._read(decoder_from_agent(), request, Delegate),
+                    depth,
+                    accepted_at - clock_offset,
+                    deadline - clock_offset,
+                    size,
+                    TaskState(state),
+                    assignee,
+                    int(attempt),
+                    0 < told < self._writes,  # The effects of the last write may not have been carried out.
+                    ended_at - clock_offset,
+                    self._read(decoder_from_hub(), end, Settled) if end is not None else None,
+                )
+            )
+        return agents, tasks, last - clock_offset
+
+    def _read(self, decode: Callable[[bytes], Any], raw: bytes, kind: type[Kept]) -> Kept:
+        try:
+            message = decode(raw)
+        except InvalidMessage as error:
+            raise JournalError(f"{self.path}: holds a damaged row: {error.message}") from error
+        if not isinstance(message, kind):
+            raise JournalError(f"{self.path}: holds a damaged row: a {type(message).__name__}")
+        return message
+
+    def write(self, changes: Changes, clock_offset: float) -> None:
+        """Write changes, all or none. Raises sqlite3.Error; then nothing was written, and it may be tried again."""
+        database = self._connected()
+        self._writes += 1
+        new = [(*self._kept(row, clock_offset), *self._moving(row, clock_offset)) for row in changes.new]
+        moved = [(*self._moving(row, clock_offset), row.arrival) for row in changes.moved]
+        agents = [
+            (row.agent_id, row.resume_hash, encode(row.register), row.there, row.departed) for row in changes.agents
+        ]
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?)", agents)
+            # OR REPLACE, because a commit that fails may have taken place, and is tried again.
+            database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", new)
+            database.executemany(
+                "UPDATE tasks SET bytes = ?, state = ?, assignee = ?, attempt = ?, told = ?, ended_at = ?, end = ?"
+                " WHERE arrival = ?",
+                moved,
+            )
+            database.executemany("DELETE FROM tasks WHERE arrival = ?", [(arrival,) for arrival in changes.forgotten])
+            database.executemany("DELETE FROM agents WHERE agent_id = ?", [(agent_id,) for agent_id in changes.gone])
+            database.execute("COMMIT")
+        except BaseException:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
+
+    @staticmethod
+    def _kept(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
+        """Return the columns that never change."""
+        request = encode(dataclasses.replace(row.request, id=None))
+        accepted_at, deadline = row.accepted_at + clock_offset, row.deadline + clock_offset
+        return row.arrival, row.requester, request, row.depth, accepted_at, deadline
+
+    def _moving(self, row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
+        """Return the columns that change with the state."""
+        end = encode(row.end) if row.end is not None else None
+        ended_at = row.ended_at + clock_offset if row.end is not None else 0.0
+        told = self._writes if row.told else 0
+        return row.bytes, row.state.value, row.assignee, row.attempt, told, ended_at, end
+
+    def take_reserve(self) -> bool:
+        """Take up room on the disk for the time when it is full; return whether there is some."""
+        if self.path == ":memory:" or self._reserve.exists():
+            return True
+        try:
+            with self._reserve.open("xb") as file:
+                file.write(bytes(RESERVE_BYTES))
+        except OSError:
+            self.give_up_reserve()
+            return False
+        return True
+
+    def give_up_reserve(self) -> None:
+        if self.path != ":memory:":
+            self._reserve.unlink(missing_ok=True)
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._database is None:
+            raise JournalError(f"{self.path}: is not open")
+        return self._database
 
 
 # ============================================================================================
@@ -2463,20 +2978,155 @@ def is_utf8(raw: bytes) -> bool:
 # ============================================================================================
 
 
+WRITE_AGAIN_S = 1.0  # After a write to the journal that failed.
+ROOM_AGAIN_S = 5.0  # Between two looks whether a full disk has room again.
+HELD_MAX = 100_000  # Effects held back for a write; beyond that who speaks is told to come back later.
+
+
+class GroupCommit:
+    """Holds the hub's effects back until the changes that they follow from are in the journal.
+
+    One write at a time, in a thread of its own, so that a slow disk does not stop the loop; all that comes in
+    meanwhile goes into the next one. Signs of life, and the word that there is no room, do not wait.
+    """
+
+    def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None:
+        self._hub = hub
+        self._journal = journal
+        self._carry_out = carry_out
+        self._loop = asyncio.get_running_loop()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "agenthub-journal")
+        self._held: list[Effect] = []
+        self._is_busy = False
+        self._is_closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._look_for_room()
+
+    def add(self, effects: list[Effect]) -> None:
+        """Carry out effects: now if they follow from nothing that is to be written, else as soon as it is."""
+        if not self._is_busy and not self._hub.has_changed:
+            self._carry_out(effects)
+            return
+        self._carry_out([effect for effect in effects if self._may_overtake(effect[1])])
+        self._held += [effect for effect in effects if not self._may_overtake(effect[1])]
+        if not self._is_busy:
+            self._is_busy = True
+            self._idle.clear()
+            self._loop.call_soon(self._write)  # With what else comes in during this turn of the loop.
+
+    async def close(self, within_s: float) -> None:
+        """Write what is left, for at most `within_s` seconds, and close the journal."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log_hub.error("the journal could not be written; what it did not take was not acknowledged either")
+        if self._timer is not None:
+            self._timer.cancel()
+        self._is_closed = True
+        ending = self._loop.run_in_executor(self._thread, self._end)
+        self._thread.shutdown(wait=False)
+        with contextlib.suppress(TimeoutError):  # A disk that hangs is left to it.
+            async with asyncio.timeout(within_s):
+                await asyncio.shield(ending)
+
+    def _end(self) -> None:
+        try:
+            self._journal.give_up_reserve()
+        finally:
+            self._journal.close()
+
+    async def flush(self, within_s: float) -> None:
+        """Return when nothing is held back any more, or after `within_s` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+
+    @property
+    def is_overfull(self) -> bool:
+        """Whether so much is held back that no more should come in."""
+        return len(self._held) > HELD_MAX
+
+    @staticmethod
+    def _may_overtake(action: HubOutput | Close) -> bool:
+        return isinstance(action, HeartbeatAck) or (isinstance(action, Error) and action.code == Code.OVERLOADED)
+
+    def _write(self) -> None:
+        """Write what has changed until now; the effects until now are carried out when that is done."""
+        held, self._held = self._held, []
+        self._try(self._hub.take_changes(), held)
+
+    def _try(self, changes: Changes, held: list[Effect]) -> None:
+        if self._is_closed:
+            return
+        offset = time.time() - self._loop.time()
+        writing = self._loop.run_in_executor(self._thread, self._journal.write, changes, offset)
+        writing.add_done_callback(functools.partial(self._on_written, changes, held))
+
+    def _on_written(self, changes: Changes, held: list[Effect], writing: asyncio.Future[None]) -> None:
+        error = writing.exception()
+        if error is not None:
+            self._on_failure(error, changes, held)
+            return
+        try:
+            self._carry_out(held)
+        finally:  # Whatever fails, the rest goes on.
+            if self._held or self._hub.has_changed:
+                self._write()
+            else:
+                self._is_busy = False
+                self._idle.set()
+
+    def _on_failure(self, error: BaseException, changes: Changes, held: list[Effect]) -> None:
+        """Take no new task, give up the reserve, and try again until it is written."""
+        delay_s = WRITE_AGAIN_S
+        if not self._hub.is_full:
+            log_hub.error("the journal cannot be written: %s; no new task is taken", error)
+            self._hub.is_full = True
+            self._journal.give_up_reserve()
+            delay_s = 0.0
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(ROOM_AGAIN_S, self._look_for_room)
+        self._loop.call_later(delay_s, self._try, changes, held)
+
+    def _look_for_room(self) -> None:
+        if self._is_closed:
+            return
+        taking = self._loop.run_in_executor(self._thread, self._journal.take_reserve)
+        taking.add_done_callback(self._on_looked)
+
+    def _on_looked(self, taking: asyncio.Future[bool]) -> None:
+        if self._is_closed:
+            return
+        has_room = taking.exception() is None and taking.result()
+        if has_room and self._hub.is_full:
+            log_hub.warning("the journal's disk has room again")
+        elif not has_room and not self._hub.is_full:
+            log_hub.error("the journal's disk has no room; no new task is taken")
+        self._hub.is_full = not has_room
+        self._timer = None if has_room else self._loop.call_later(ROOM_AGAIN_S, self._look_for_room)
+
+
 class LocalHub:
     """A hub in this process, reached over in-memory links: for tests, and for programs of one process.
 
         async with LocalHub() as hub, Agent("a", hub=hub) as a:
             ...
 
-    Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on.
+    Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on. With a `journal`,
+    which it opens and closes, `start` takes up what is in it, and raises JournalError if that cannot be.
     """
 
     settings: HubSettings
     hub: Hub
 
-    def __init__(self, settings: HubSettings | None = None) -> None:
+    def __init__(self, settings: HubSettings | None = None, *, journal: Journal | None = None) -> None:
         self.settings = settings or HubSettings()
+        self._journal = journal
+        self._commit: GroupCommit | None = None
         self._links: dict[Link, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._armed_for = math.inf
@@ -2493,9 +3143,26 @@ class LocalHub:
         codec()  # Compiled now, not when the first message waits for it.
         self._is_verbose = log_hub.isEnabledFor(logging.DEBUG)  # Asked once, not for each message.
         self._loop = asyncio.get_running_loop()
-        self.hub = Hub(self.settings, entropy=os.urandom, now=self._loop.time())
+        now = self._loop.time()
+        self.hub = Hub(self.settings, entropy=os.urandom, now=now, is_journaled=self._journal is not None)
+        if self._journal is not None:
+            await self._recover(self._journal)
         self._is_running = True
         self._arm()
+
+    async def _recover(self, journal: Journal) -> None:
+        """Open the journal, and take up what is in it."""
+        offset = time.time() - self._loop.time()
+        await asyncio.to_thread(journal.open)
+        try:
+            agents, tasks, last = await asyncio.to_thread(journal.load, offset)
+            self.hub.restore(agents, tasks, last - self.settings.grace_s)
+        except BaseException:
+            journal.close()
+            raise
+        if agents or tasks:
+            log_hub.info("took up %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
+        self._commit = GroupCommit(self.hub, journal, self._carry_out)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
@@ -2505,6 +3172,8 @@ class LocalHub:
         last = self._loop.time() + drain_s
         while self.hub.in_progress and self._loop.time() < last:
             await asyncio.sleep(0.02)
+        if self._commit is not None:
+            await self._commit.flush(CLOSING_S)
         self._is_running = False
         if self._timer is not None:
             self._timer.cancel()
@@ -2514,6 +3183,9 @@ class LocalHub:
         with contextlib.suppress(TimeoutError):  # Each cuts itself CLOSING_S after its close.
             async with asyncio.timeout(2 * CLOSING_S):
                 await asyncio.gather(*(link.gone.wait() for link in links))
+        if self._commit is not None:
+            await self._commit.close(CLOSING_S)
+            self._commit = None
 
     def _stop_listening(self) -> list[Link]:
         """Let nobody new in, and return all links there are."""
@@ -2536,6 +3208,9 @@ class LocalHub:
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
         if self._is_verbose:
             log_hub.debug("received type=%s bytes=%d", getattr(message, "type", "invalid"), message_bytes)
+        if self._commit is not None and self._commit.is_overfull:
+            link.close(CloseCode.GOING_AWAY, "the journal cannot be written just now")
+            return
         try:
             effects = self.hub.receive(link, message, self._loop.time(), message_bytes)
         except Exception:
@@ -2551,6 +3226,13 @@ class LocalHub:
     # The hub's effects and its time.
 
     def _apply(self, effects: list[Effect]) -> None:
+        if self._commit is None:
+            self._carry_out(effects)
+        else:
+            self._commit.add(effects)
+        self._arm()
+
+    def _carry_out(self, effects: list[Effect]) -> None:
         sent: HubOutput | None = None
         raw = b""
         for link, action in effects:
@@ -2560,7 +3242,8 @@ class LocalHub:
             if action is not sent:  # A broadcast is one message to many, encoded once.
                 sent, raw = action, encode(action)
             link.send(raw)
-        self._arm()
+            if isinstance(action, Settled) and link not in self._links:  # It went while this was held back.
+                self._apply(self.hub.tell_again(action.task_id, self._loop.time()))
 
     def _arm(self) -> None:
         """See to it that `_tick` is called at the hub's next deadline. A timer that is too early does no harm."""
@@ -2599,8 +3282,9 @@ class HubServer(LocalHub):
         host: str = "127.0.0.1",
         port: int = 8765,
         backlog_bytes_max: int = BACKLOG_BYTES_MAX,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(settings)
+        super().__init__(settings, journal=journal)
         if backlog_bytes_max <= 0:
             raise ValueError("the backlog must be more than 0 bytes")
         self.host = host
@@ -2617,7 +3301,11 @@ class HubServer(LocalHub):
     async def start(self) -> None:
         require_websockets()
         await super().start()
-        self._server = await self._loop.create_server(self._accept, self.host, self.port, backlog=1024)
+        try:
+            self._server = await self._loop.create_server(self._accept, self.host, self.port, backlog=1024)
+        except BaseException:
+            await self.stop()  # The journal is another's to open.
+            raise
         self.port = self._server.sockets[0].getsockname()[1]
 
     def _stop_listening(self) -> list[Link]:
@@ -2638,9 +3326,11 @@ class HubServer(LocalHub):
     def _answer(self, request: Any) -> tuple[int, str] | None:
         """Answer a plain HTTP request; None lets it become a WebSocket."""
         if request.path.partition("?")[0] != "/healthz":
-            return None
-        status = 503 if self.hub.shutting_down else 200
-        return status, json.dumps({"status": "ok" if status == 200 else "shutting_down", **self.hub.summary()}) + "\n"
+            if len(self._links) < self.settings.connections_max:
+                return None
+            return 503, f"the hub has its {self.settings.connections_max} connections\n"
+        health = "shutting_down" if self.hub.shutting_down else "journal_full" if self.hub.is_full else "ok"
+        return 503 if self.hub.shutting_down else 200, json.dumps({"status": health, **self.hub.summary()}) + "\n"
 
 
 # ============================================================================================
@@ -3831,8 +4521,8 @@ class Agent:
         all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
         `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
 
-        Raises Refused, with the hub's code; TaskTimeout if the hub could not be asked within `ttl`; ValueError if
-        the input is not JSON; Disconnected if there will be no connection.
+        While the hub is `overloaded` it is tried again. Raises Refused, with the hub's code; TaskTimeout if the hub
+        did not take it within `ttl`; ValueError if the input is not JSON; Disconnected if there will be no connection.
         """
         if not 0 < ttl <= TTL_MAX_S:
             raise ValueError(f"ttl must be more than 0 and at most {TTL_MAX_S} seconds")
@@ -3878,11 +4568,23 @@ class Agent:
     async def _get_accepted(self, handle: TaskHandle) -> None:
         """Send a task until the hub has acknowledged it: to send the same one twice is safe."""
         message = handle._message
+        last = handle._loop.time() + message.ttl
+        backoff = Backoff()
         try:
-            async with asyncio.timeout(message.ttl):
-                await self._request(message, Reported)
+            async with asyncio.timeout_at(last):
+                while True:
+                    try:
+                        await self._request(message, Reported)
+                        break
+                    except Refused as refusal:
+                        if refusal.code != Code.OVERLOADED:
+                            raise
+                        log_agent.info("overloaded task=%s: %s", printable(handle.task_id), printable(refusal.message))
+                    await asyncio.sleep(backoff.next_s())
+                    # What was refused was not begun, so its time to live may be what is left of it.
+                    message = handle._message = dataclasses.replace(message, ttl=max(0.001, last - handle._loop.time()))
         except TimeoutError as error:
-            raise TaskTimeout("the hub could not be asked within the task's ttl", task_id=handle.task_id) from error
+            raise TaskTimeout("the hub did not take it within the task's ttl", task_id=handle.task_id) from error
         handle._is_accepted = True
         handle._deadline = handle._loop.time() + message.ttl
         self._watch(handle)
@@ -4154,6 +4856,14 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bytes that may wait for a connection that does not read",
     )
+    parser.add_argument("--db", metavar="PATH", help="keep tasks and agents in this file, so that they survive the hub")
+    parser.add_argument(
+        "--sync",
+        choices=("full", "normal"),
+        default="full",
+        help="with --db: full survives a loss of power, normal the end of the process",
+    )
+    _add_bounds(parser, settings)
     parser.add_argument(
         "--with",
         dest="files",
@@ -4162,6 +4872,24 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:NAME]",
         help="also run the agents of this file, in the hub's process; again and again",
     )
+
+
+def _add_bounds(parser: argparse.ArgumentParser, settings: HubSettings) -> None:
+    for name, what in (
+        ("open_tasks", "tasks that one requester may have open"),
+        ("pending_tasks", "tasks that may wait in all"),
+        ("agents", "agents online, away, or with something to come back for"),
+        ("connections", "connections of agents and observers"),
+        ("capabilities", "capabilities of one agent"),
+        ("metadata_bytes", "bytes of one agent's metadata"),
+    ):
+        parser.add_argument(
+            f"--max-{name.replace('_', '-')}",
+            type=int,
+            default=getattr(settings, f"{name}_max"),
+            metavar="N",
+            help=what,
+        )
 
 
 def _add_agent(parser: argparse.ArgumentParser) -> None:
@@ -4228,11 +4956,21 @@ def _add_bridge(parser: argparse.ArgumentParser) -> None:
 
 def _run_hub(args: argparse.Namespace) -> int:
     settings = HubSettings(
-        heartbeat_s=args.heartbeat, grace_s=args.grace, retention_s=args.retention, message_bytes_max=args.max_bytes
+        heartbeat_s=args.heartbeat,
+        grace_s=args.grace,
+        retention_s=args.retention,
+        message_bytes_max=args.max_bytes,
+        open_tasks_max=args.max_open_tasks,
+        pending_tasks_max=args.max_pending_tasks,
+        agents_max=args.max_agents,
+        connections_max=args.max_connections,
+        capabilities_max=args.max_capabilities,
+        metadata_bytes_max=args.max_metadata_bytes,
     )
     if not 0 <= args.port <= 65_535:
         raise ValueError("--port must be from 0 to 65535")
-    server = HubServer(settings, host=args.host, port=args.port, backlog_bytes_max=args.backlog)
+    journal = Journal(args.db, sync=args.sync) if args.db is not None else None
+    server = HubServer(settings, host=args.host, port=args.port, backlog_bytes_max=args.backlog, journal=journal)
     if args.host not in ("127.0.0.1", "::1", "localhost"):
         log_hub.warning("%s can be reached from elsewhere, and whoever reaches this hub may use it", args.host)
     agents = [agent for target in args.files for agent in load_agents(target)]

@@ -2,10 +2,11 @@ import asyncio
 import contextlib
 import enum
 import functools
+import os
 import pydantic
 import typing
 from _typeshed import Incomplete
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -32,6 +33,7 @@ __all__ = [
     "TaskFailed",
     "TaskTimeout",
     "PackageMissing",
+    "JournalError",
     "IllegalTransition",
     "CloseCode",
     "Capability",
@@ -46,6 +48,7 @@ __all__ = [
     "FINAL_STATES",
     "HubSettings",
     "Hub",
+    "Journal",
     "LocalHub",
     "HubServer",
     "capability",
@@ -123,6 +126,9 @@ class TaskTimeout(TaskFailed):
 class PackageMissing(AgentHubError, ImportError):
     """A package is needed that is not installed. The message says which, and the command to install it."""
     def __init__(self, package: str, purpose: str) -> None: ...
+
+class JournalError(AgentHubError):
+    """A journal cannot be used: it is no journal, damaged, of another version, or in use. The file is left as it is."""
 
 class IllegalTransition(AgentHubError):
     """The table of task states has no such step: a bug in the hub. Nothing has changed."""
@@ -463,6 +469,9 @@ class HubSettings:
     open_tasks_max: int = ...
     pending_tasks_max: int = ...
     agents_max: int = ...
+    connections_max: int = ...
+    capabilities_max: int = ...
+    metadata_bytes_max: int = ...
     def __post_init__(self) -> None: ...
     @property
     def envelope_bytes(self) -> int:
@@ -520,6 +529,7 @@ class TaskRecord:
     settled_by: AgentRecord | None = ...
     ended_at: float = ...
     children: dict[str, TaskRecord] | None = ...
+    is_saved: bool = ...
     @property
     def place(self) -> tuple[int, int]:
         """Where it stands in a queue: the higher priority first, then the earlier arrival."""
@@ -537,6 +547,7 @@ class AgentRecord:
 
     agent_id: str
     resume: str
+    resume_hash: str = ...
     peer: Peer | None = ...
     there: bool = ...
     departed: bool = ...
@@ -556,6 +567,7 @@ class AgentRecord:
     requested: dict[str, TaskRecord] = field(default_factory=dict)
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)
     told: int = ...
+    is_saved: bool = ...
     @property
     def is_available(self) -> bool: ...
     @property
@@ -571,6 +583,42 @@ class Peer:
     connection: Hashable
     last_seen: float
     agent: AgentRecord | None = ...
+
+class AgentRow(NamedTuple):
+    """What a journal keeps of an agent: its registration, without the secret."""
+
+    agent_id: str
+    resume_hash: str
+    register: Register
+    there: bool
+    departed: bool = ...
+
+class TaskRow(NamedTuple):
+    """What a journal keeps of a task. Times are in seconds of the hub's clock; `end` is there if it has ended."""
+
+    arrival: int
+    requester: str
+    request: Delegate
+    depth: int
+    accepted_at: float
+    deadline: float
+    bytes: int
+    state: TaskState
+    assignee: str | None
+    attempt: int
+    told: bool
+    ended_at: float
+    end: Settled | None
+
+@dataclass(slots=True)
+class Changes:
+    """What has changed since the last time, for a journal to write at once: rows to insert, update and delete."""
+
+    new: list[TaskRow] = field(default_factory=list)
+    moved: list[TaskRow] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
+    agents: list[AgentRow] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
 
 class Pool:
     """The agents that are there with one capability, and those of them that can take a task, by load."""
@@ -597,12 +645,16 @@ class Hub:
     """Every decision about agents and tasks.
 
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
-    does not go back (if it does, time stands still here until it has caught up).
+    does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, what has to be
+    on disk before the effects may be carried out is in `take_changes()`, and `restore` takes it up again.
     """
 
     settings: HubSettings
     shutting_down: bool
-    def __init__(self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float) -> None: ...
+    is_full: bool
+    def __init__(
+        self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
+    ) -> None: ...
     def connected(self, connection: Hashable, now: float) -> list[Effect]:
         """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
     def receive(
@@ -613,6 +665,8 @@ class Hub:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
     def tick(self, now: float) -> list[Effect]:
         """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
+    def tell_again(self, task_id: str, now: float) -> list[Effect]:
+        """Take note that the word of a task's end did not go out, because its requester's connection was lost."""
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
     def shut_down(self) -> None:
@@ -622,6 +676,44 @@ class Hub:
         """How many tasks are in progress."""
     def summary(self) -> dict[str, Any]:
         """Return what `status` says of the hub itself."""
+    def take_changes(self) -> Changes:
+        """Return what has changed since the last call; to be written before the effects until now are carried out."""
+    @property
+    def has_changed(self) -> bool:
+        """Whether `take_changes` would return something."""
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> None:
+        """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
+
+        Requesters are told again of what ended after `retell_after`: the word of it may have been lost with the hub.
+        """
+
+Kept = TypeVar("Kept")
+
+class Journal:
+    """The file that a hub\'s tasks and agents are kept in. `open` it, `load` once, then `write`, and `close`.
+
+    `sync` "full" is on disk before `write` returns, also if the machine loses power; "normal" survives the end of the
+    process, but a loss of power may take the last writes with it (https://sqlite.org/pragma.html#pragma_synchronous).
+    Its methods may be called from any thread, one at a time.
+    """
+
+    path: str
+    sync: str
+    def __init__(self, path: str | os.PathLike[str], *, sync: str = "full") -> None: ...
+    def open(self) -> None:
+        """Open the file, or make it, for this process alone. Raises JournalError, and leaves what is there as it is."""
+    def close(self) -> None:
+        """Close the file. Without effect if it is closed."""
+    def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        """Return all agents, all tasks, and when the last of them changed. Raises JournalError for a damaged row.
+
+        `clock_offset` is what is added to a time of the hub's clock to make it one since 1970.
+        """
+    def write(self, changes: Changes, clock_offset: float) -> None:
+        """Write changes, all or none. Raises sqlite3.Error; then nothing was written, and it may be tried again."""
+    def take_reserve(self) -> bool:
+        """Take up room on the disk for the time when it is full; return whether there is some."""
+    def give_up_reserve(self) -> None: ...
 
 class LinkOwner(Protocol):
     """Who is told what happens on a link. `closed` comes once, and nothing after it."""
@@ -704,18 +796,36 @@ class ClientLink(WebSocketLink):
     def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
 
+class GroupCommit:
+    """Holds the hub's effects back until the changes that they follow from are in the journal.
+
+    One write at a time, in a thread of its own, so that a slow disk does not stop the loop; all that comes in
+    meanwhile goes into the next one. Signs of life, and the word that there is no room, do not wait.
+    """
+    def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None: ...
+    def add(self, effects: list[Effect]) -> None:
+        """Carry out effects: now if they follow from nothing that is to be written, else as soon as it is."""
+    async def close(self, within_s: float) -> None:
+        """Write what is left, for at most `within_s` seconds, and close the journal."""
+    async def flush(self, within_s: float) -> None:
+        """Return when nothing is held back any more, or after `within_s` seconds."""
+    @property
+    def is_overfull(self) -> bool:
+        """Whether so much is held back that no more should come in."""
+
 class LocalHub:
     """A hub in this process, reached over in-memory links: for tests, and for programs of one process.
 
         async with LocalHub() as hub, Agent("a", hub=hub) as a:
             ...
 
-    Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on.
+    Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on. With a `journal`,
+    which it opens and closes, `start` takes up what is in it, and raises JournalError if that cannot be.
     """
 
     settings: HubSettings
     hub: Hub
-    def __init__(self, settings: HubSettings | None = None) -> None: ...
+    def __init__(self, settings: HubSettings | None = None, *, journal: Journal | None = None) -> None: ...
     async def __aenter__(self) -> typing.Self: ...
     async def __aexit__(self, *_: object) -> None: ...
     async def start(self) -> None: ...
@@ -742,6 +852,7 @@ class HubServer(LocalHub):
         host: str = "127.0.0.1",
         port: int = 8765,
         backlog_bytes_max: int = ...,
+        journal: Journal | None = None,
     ) -> None: ...
     @property
     def url(self) -> str: ...
@@ -990,8 +1101,8 @@ class Agent:
         all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
         `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
 
-        Raises Refused, with the hub's code; TaskTimeout if the hub could not be asked within `ttl`; ValueError if
-        the input is not JSON; Disconnected if there will be no connection.
+        While the hub is `overloaded` it is tried again. Raises Refused, with the hub's code; TaskTimeout if the hub
+        did not take it within `ttl`; ValueError if the input is not JSON; Disconnected if there will be no connection.
         """
     async def discover(self, capability: str = "", limit: int = 100) -> list[AgentInfo]:
         """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""

@@ -936,6 +936,125 @@ async def test_many_large_tasks_that_waited_for_an_agent_reach_it() -> None:
             assert {len(await soon(handle.result())) for handle in handles} == {600_000}
 
 
+# Asking: a hub that is overloaded.
+
+
+def count_of(caplog: pytest.LogCaptureFixture, text: str) -> int:
+    return sum(text in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("bound", ["open_tasks_max", "pending_tasks_max", "records_bytes_max"])
+async def test_submit_tries_again_until_there_is_room(
+    kind: Callable[..., LocalHub], bound: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the bound is, nothing is lost, and nothing is done twice."""
+    caplog.set_level(logging.INFO, "agenthub.agent")
+    release = asyncio.Event()
+    done: list[int] = []
+
+    async def work(x: int) -> int:
+        await release.wait()
+        done.append(x)
+        return x
+
+    async with (
+        kind(HubSettings(**{bound: 4000 if bound == "records_bytes_max" else 2})) as hub,
+        working(hub, work, max_tasks=1) as me,
+    ):
+        waiting = [asyncio.create_task(me.submit("work", {"x": x}, ttl=100.0)) for x in range(8)]
+        await eventually(lambda: count_of(caplog, "overloaded task=") >= 20)
+        assert 0 < sum(one.done() for one in waiting) < 8
+        assert sum(hub.hub.summary()["tasks"].values()) < 8
+        release.set()
+        handles = await soon(asyncio.gather(*waiting))
+        assert await soon(asyncio.gather(*(handle.result() for handle in handles))) == list(range(8))
+        assert sorted(done) == list(range(8))
+        if bound == "open_tasks_max":
+            assert count_of(caplog, "this agent has its 2 tasks open") >= 20
+
+
+async def test_submit_that_finds_no_room_within_the_ttl_is_a_timeout(kind: Callable[..., LocalHub]) -> None:
+    async with kind(HubSettings(open_tasks_max=1)) as hub, Agent("requester", **at(hub)) as me:
+        first = await me.submit("nobody", wait=True)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(TaskTimeout, match="did not take it") as caught:
+            await soon(me.submit("nobody", wait=True, ttl=0.3, task_id="second"))
+        assert 0.3 <= asyncio.get_running_loop().time() - began < 5
+        assert caught.value.task_id == "second"
+        assert tasks_of(hub) == {"pending": 1}
+        first.cancel_soon()
+        third = await soon(me.submit("nobody", wait=True, task_id="second"))  # Its id is free again.
+        third.cancel_soon()
+
+
+async def test_time_spent_on_waiting_for_room_is_part_of_the_ttl(kind: Callable[..., LocalHub]) -> None:
+    async with kind(HubSettings(open_tasks_max=1)) as hub, Agent("requester", **at(hub)) as me:
+        first = await me.submit("nobody", wait=True)
+        began = asyncio.get_running_loop().time()
+        waiting = asyncio.create_task(me.submit("nobody", wait=True, ttl=100.0, task_id="second"))
+        asyncio.get_running_loop().call_later(0.2, first.cancel_soon)
+        second = await soon(waiting)
+        waited = asyncio.get_running_loop().time() - began
+        assert waited >= 0.2
+        assert 100.0 - waited - 1 < hub.hub._open["second"].request.ttl <= 99.8
+        second.cancel_soon()
+
+
+async def test_submit_that_waits_for_room_may_be_cancelled(kind: Callable[..., LocalHub]) -> None:
+    async with kind(HubSettings(open_tasks_max=1)) as hub, Agent("requester", **at(hub)) as me:
+        first = await me.submit("nobody", wait=True)
+        waiting = asyncio.create_task(me.submit("nobody", wait=True, task_id="second"))
+        await eventually(lambda: "second" in me._open)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert list(me._open) == [first.task_id]
+        first.cancel_soon()
+        await eventually(lambda: tasks_of(hub) == {"failed": 1})
+
+
+async def test_other_refusals_are_raised_at_once(hub: LocalHub, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "agenthub.agent")
+    async with Agent("requester", **at(hub)) as me:
+        for options, code in (
+            ({"capability": "nobody"}, "no_agent"),
+            ({"agent_id": "nobody"}, "unknown_agent"),
+            ({"capability": "nobody", "wait": True, "parent_id": "none"}, "not_assigned"),
+        ):
+            with pytest.raises(Refused) as caught:
+                await soon(me.submit(**options))
+            assert caught.value.code == code
+        assert me._open == {}
+    assert count_of(caplog, "overloaded") == 0
+
+
+async def test_agent_for_which_there_is_no_room_tries_again_until_there_is(
+    kind: Callable[..., LocalHub], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with kind(HubSettings(agents_max=1, grace_s=0.0)) as hub:
+        async with Agent("first", **at(hub)):
+            second = Agent("second", **at(hub))
+            joining = asyncio.create_task(second.__aenter__())
+            await eventually(lambda: count_of(caplog, "the hub has its 1 agents") >= 3)
+            assert not joining.done()
+        await soon(joining)
+        assert online(hub) == 1
+        await second.__aexit__(None, None, None)
+
+
+async def test_agent_for_which_there_is_no_connection_tries_again_until_there_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with HubServer(HubSettings(connections_max=1), port=0) as hub:
+        async with Agent("first", **at(hub)):
+            second = Agent("second", **at(hub))
+            joining = asyncio.create_task(second.__aenter__())
+            await eventually(lambda: count_of(caplog, "HTTP 503") >= 3)
+            assert not joining.done()
+        await soon(joining)
+        await second.__aexit__(None, None, None)
+
+
 # A task's end from outside: cancelled, expired.
 
 

@@ -162,6 +162,9 @@ def test_help_of_a_command_explains_every_option(command: str, capsys: pytest.Ca
         ["hub", "--no-such-option"],
         ["call"],
         ["hub", "--port", "x"],
+        ["hub", "--db"],
+        ["hub", "--db", "hub.db", "--sync", "off"],
+        ["hub", "--max-connections", "many"],
         ["status", "x"],
         ["bridge", "x"],
         ["bridge", "--http"],
@@ -186,6 +189,10 @@ def test_wrong_usage_is_exit_code_two(argv: list[str], capsys: pytest.CaptureFix
         ["hub", "--retention", "nan"],
         ["hub", "--max-bytes", "10"],
         ["hub", "--backlog", "-1"],
+        ["hub", "--max-open-tasks", "0"],
+        ["hub", "--max-pending-tasks", "-1"],
+        ["hub", "--max-agents", "0"],
+        ["hub", "--max-connections", "0"],
         ["status", "--url", "http://127.0.0.1:1"],
         ["call", "echo", "--url", "127.0.0.1:1"],
         ["agent", "x.py", "--url", ""],
@@ -209,6 +216,35 @@ def test_wrong_value_is_exit_code_two(
     monkeypatch.setattr(agenthub, "_serve_hub", not_to_be_called)
     assert agenthub_main(*argv) == 2
     assert "agenthub: error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bounds_and_the_journal_of_the_command_line_reach_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: list[agenthub.HubServer] = []
+
+    async def note(server: agenthub.HubServer, agents: list[Agent]) -> None:
+        servers.append(server)
+
+    monkeypatch.setattr(agenthub, "_serve_hub", note)
+    db = tmp_path / "hub.db"
+    bounds = ["--max-open-tasks", "1", "--max-pending-tasks", "2", "--max-agents", "3", "--max-connections", "4"]
+    bounds += ["--max-capabilities", "5", "--max-metadata-bytes", "6"]
+    assert agenthub_main("hub", *bounds, "--db", str(db), "--sync", "normal") == 0
+    assert agenthub_main("hub", "--db", str(db)) == 0
+    assert agenthub_main("hub") == 0
+    told = agenthub.HubSettings(
+        open_tasks_max=1,
+        pending_tasks_max=2,
+        agents_max=3,
+        connections_max=4,
+        capabilities_max=5,
+        metadata_bytes_max=6,
+    )
+    assert [server.settings for server in servers] == [told, agenthub.HubSettings(), agenthub.HubSettings()]
+    journals = [server._journal and (server._journal.path, server._journal.sync) for server in servers]
+    assert journals == [(str(db), "normal"), (str(db), "full"), None]
+    assert not db.exists()  # Nothing is made before the hub starts.
 
 
 @pytest.mark.parametrize("argv", [["status"], ["status", "--json"], ["status", "--watch"], ["call", "echo", "1"]])

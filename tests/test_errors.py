@@ -24,6 +24,7 @@ ERRORS: list[tuple[AgentHubError, str]] = [
     (agenthub.TaskFailed("no such file", task_id="t"), "failed"),
     (agenthub.TaskTimeout("its time is over", task_id="t"), "timeout"),
     (agenthub.PackageMissing("pydantic", "Reading a message"), "internal"),
+    (agenthub.JournalError("hub.db: is no file"), "internal"),
     (agenthub.IllegalTransition("a task that is over cannot begin"), "internal"),
 ]
 

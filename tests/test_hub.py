@@ -1388,6 +1388,22 @@ def test_hub_has_at_most_its_number_of_tasks_waiting() -> None:
     assert requester.delegate("v", "sing", wait=True).state == "pending"
 
 
+@pytest.mark.parametrize(
+    ("said", "bound"),
+    [
+        ({"capabilities": ["a", "b", "c"]}, "capabilities: an agent may have 2 on this hub"),
+        ({"metadata": {"text": "x" * 20}}, "metadata: an agent may have 20 bytes on this hub"),
+    ],
+)
+def test_agent_that_says_more_of_itself_than_the_hub_takes_is_refused(said: dict[str, Any], bound: str) -> None:
+    world = World(capabilities_max=2, metadata_bytes_max=20)
+    newcomer = world.connect()
+    error = newcomer.ask(Register(name="a", **said))
+    assert (error.code, error.message) == ("overloaded", bound)
+    fitting = world.join("a", "a", "b", metadata={"text": "x" * 8})
+    assert fitting.refused(Register(name="a", **said)) == "overloaded"  # It stays what it was.
+
+
 def test_hub_has_at_most_its_number_of_agents() -> None:
     world, worker, requester = couple(agents_max=2, grace_s=5.0)
     assert world.connect().refused(Register(name="third")) == "overloaded"

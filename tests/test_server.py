@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support import WAIT_S, RawClient, hub_process, raw_client, running
 
@@ -220,6 +220,66 @@ async def test_silence_of_a_connection_that_hung_up_without_reading_stops_no_clo
             # The other's three intervals end first, then the task, then our own.
             async with asyncio.timeout(5):
                 assert (await sender.message("result", task_id="task"))["state"] == "timeout"
+
+
+async def test_connection_over_the_bound_is_refused_with_503_and_healthz_still_answers() -> None:
+    upgrade = (
+        "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with hub_process("--max-connections", "2") as (url, _):
+        async with raw_client(url) as first:
+            async with raw_client(url) as second:
+                with pytest.raises(InvalidStatus) as caught:
+                    await raw_client(url).__aenter__()
+                assert caught.value.response.status_code == 503
+                answer = await http(url, upgrade)
+                assert answer.startswith("HTTP/1.1 503 ")
+                assert answer.endswith("the hub has its 2 connections\n")
+                health = await http(url, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert health.startswith("HTTP/1.1 200 ")
+                assert json.loads(health.partition("\r\n\r\n")[2])["connections"] == 2
+                for client in (first, second):
+                    assert (await client.request(type="status"))["type"] == "status"
+            async with asyncio.timeout(WAIT_S):
+                while (await first.request(type="status"))["hub"]["connections"] > 1:
+                    pass
+            async with raw_client(url) as third:
+                assert (await third.request(type="status"))["type"] == "status"
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--max-open-tasks", "this agent has its 2 tasks open"),
+        ("--max-pending-tasks", "the hub has its 2 tasks waiting"),
+    ],
+)
+async def test_task_over_a_bound_is_overloaded_with_the_bound_and_nothing_is_lost(option: str, text: str) -> None:
+    with hub_process(option, "2") as (url, _):
+        async with raw_client(url) as requester, raw_client(url) as worker:
+            await requester.register("requester")
+            for task_id in ("first", "second"):
+                assert (await requester.delegate(task_id, capability="work", wait=True))["state"] == "pending"
+            refused = await requester.delegate("third", capability="work", wait=True)
+            assert (refused["type"], refused["code"], refused["message"]) == ("error", "overloaded", text)
+            assert refused["task_id"] == "third"
+            assert (await requester.request(type="status", task_id="third"))["code"] == "unknown_task"
+            await worker.register("worker", "work")
+            for task_id in ("first", "second"):
+                await worker.request(type="result", task_id=task_id, success=True)
+                assert (await requester.message("result", task_id=task_id))["state"] == "completed"
+            assert (await requester.delegate("third", capability="work"))["state"] == "in_progress"
+
+
+async def test_agent_over_the_bound_is_overloaded_with_the_bound() -> None:
+    with hub_process("--max-agents", "1") as (url, _):
+        async with raw_client(url) as first, raw_client(url) as second:
+            joined = await first.register("first")
+            refused = await second.register("second")
+            assert (refused["code"], refused["message"]) == ("overloaded", "the hub has its 1 agents")
+            again = await second.register("first", agent_id=joined["agent_id"], resume=joined["resume"])
+            assert again["agent_id"] == joined["agent_id"]
 
 
 # Signs of life.
