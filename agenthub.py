@@ -3346,6 +3346,7 @@ class HubServer(LocalHub):
 log_agent = logging.getLogger("agenthub.agent")
 
 REPLY_S = 10.0  # For the hub to answer a registration.
+LATE_REGISTRATION_S = 120.0  # How long one that was not answered may still be on its way.
 LEAVING_S = 2.0  # For the hub to take note that an agent leaves.
 LATE_S = 5.0  # After a task's deadline, for the word of its end to arrive.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
@@ -3952,6 +3953,7 @@ class Agent:
         self._threads = asyncio.Semaphore(max_tasks)
         self._impatience = asyncio.Event()  # Somebody does not want to wait out the pause between two tries.
         self._last_failure = ""  # Of a try to connect.
+        self._late_until = 0.0  # A registration that was not answered may arrive at the hub until then.
         self._ended_by: Exception | None = None  # What made another try pointless.
         self._background: set[asyncio.Task[Any]] = set()
         for function_name, function in inspect.getmembers(type(self), inspect.isfunction):
@@ -4108,6 +4110,7 @@ class Agent:
         self._threads = asyncio.Semaphore(self.max_tasks)
         self._impatience = asyncio.Event()
         self._last_failure = ""
+        self._late_until = 0.0
         self._ended_by = None
         self._connection = asyncio.create_task(self._stay_connected())
         return self._connection
@@ -4196,7 +4199,9 @@ class Agent:
             raise
 
     def _give_up_if_due(self, error: Disconnected, away_s: float) -> None:
-        if error.close_code in (CloseCode.REPLACED, CloseCode.NOT_ALLOWED):
+        # What replaced it may have been a registration of its own that it had given up, and that the hub read late.
+        was_itself = asyncio.get_running_loop().time() < self._late_until
+        if error.close_code == CloseCode.NOT_ALLOWED or (error.close_code == CloseCode.REPLACED and not was_itself):
             raise error
         if self.give_up_after_s is not None and away_s >= self.give_up_after_s:
             raise error
@@ -4227,6 +4232,7 @@ class Agent:
             raise
         finally:
             if self._session is not session:
+                self._late_until = asyncio.get_running_loop().time() + LATE_REGISTRATION_S
                 await session.close()
         return session
 
