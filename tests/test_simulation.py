@@ -1,0 +1,329 @@
+"""Many simulated histories of hubs that die, and proof that the simulation sees a hub that breaks its promises."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agenthub import (
+    AgentRecord,
+    AgentRow,
+    Changes,
+    Hub,
+    HubSettings,
+    Peer,
+    Register,
+    Result,
+    TaskRecord,
+    TaskRow,
+    TaskState,
+)
+from tests.simulation import EVENTS, DiskJournal, Simulation, Violation, main, simulate
+
+SEEDS = 2000
+SEEDS_PER_TEST = 100
+SEEDS_TO_CATCH = 300  # Within so many each sabotage must be caught.
+
+
+@pytest.fixture(autouse=True)
+def refusals_are_not_logged() -> Iterator[None]:
+    """A hub that is lied to refuses much."""
+    log = logging.getLogger("agenthub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    yield
+    log.setLevel(level)
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
+def test_hub_keeps_its_promises_in_every_history(first: int) -> None:
+    for seed in range(first, first + SEEDS_PER_TEST):
+        assert simulate(seed).events >= EVENTS >= 200
+
+
+def test_simulation_gets_everywhere() -> None:
+    seen: collections.Counter[str] = collections.Counter()
+    for seed in range(300):
+        seen += simulate(seed).seen
+    expected = [
+        *("completed", "failed failed", "failed cancelled", "failed agent_lost", "timeout timeout"),
+        *("attempt 1", "attempt 2", "attempt 3", "attempt 4", "child", "tasks taken up again"),
+        *("invalid_message", "unknown_agent", "no_agent", "duplicate_task", "not_assigned", "stale_attempt"),
+        *("task_over", "overloaded", "closed with 1000", "closed with 4000", "closed with 4001"),
+        *("killed between two events", "killed between two effects", "killed during a write", "failed write"),
+        *("power lost, sync full", "power lost, sync normal", "clock forwards", "clock backwards"),
+    ]
+    assert {name: seen[name] for name in expected if seen[name] < 5} == {}
+
+
+def test_same_seed_gives_the_same_history() -> None:
+    for seed in range(10):
+        one, other = simulate(seed), simulate(seed)
+        assert one.traffic.hexdigest() == other.traffic.hexdigest()
+        assert (one.events, one.now, one.seen) == (other.events, other.now, other.seen)
+    assert simulate(1).traffic.hexdigest() != simulate(2).traffic.hexdigest()
+
+
+def test_history_is_the_same_in_another_process() -> None:
+    program = "from tests.simulation import simulate; print(simulate(3).traffic.hexdigest())"
+    heard = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert heard[0] == heard[1] == simulate(3).traffic.hexdigest() + "\n"
+
+
+# It can fail: hubs and journals that are broken on purpose.
+
+
+class LosesAWrite(DiskJournal):
+    """Every tenth write is claimed and not done."""
+
+    writes = 0
+
+    def write(self, changes: Changes, clock_offset: float) -> None:
+        self.writes += 1
+        super().write(Changes() if self.writes % 10 == 0 else changes, clock_offset)
+
+
+class LosesARow(DiskJournal):
+    """Of every fifth write, one row that was to be updated is left as it was."""
+
+    writes = 0
+
+    def write(self, changes: Changes, clock_offset: float) -> None:
+        self.writes += 1
+        if self.writes % 5 == 0:
+            changes = dataclasses.replace(changes, moved=changes.moved[1:])
+        super().write(changes, clock_offset)
+
+
+class ActsBeforeItWrites(Hub):
+    """A small change is not thought worth waiting for."""
+
+    @property
+    def has_changed(self) -> bool:
+        return len(self._changed) > 2
+
+
+class DoesNotSync(DiskJournal):
+    """The journal leaves the last writes to the operating system."""
+
+    def open(self) -> None:
+        super().open()
+        self._connected().execute("PRAGMA synchronous = normal")
+
+
+class DeliversTwice(Hub):
+    def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
+        super()._assign(task, agent)
+        self._effects.append(self._effects[-1])
+
+
+class DeliversAgainAfterARestart(Hub):
+    """What was in progress when the hub died is taken for pending, its attempt for never made."""
+
+    def _restore_task(self, row: TaskRow, known: dict[str, AgentRecord]) -> TaskRecord:
+        if row.state is TaskState.IN_PROGRESS:
+            row = row._replace(state=TaskState.PENDING, assignee=None, attempt=row.attempt - 1)
+        return super()._restore_task(row, known)
+
+
+class ForgetsARequeue(Hub):
+    def _enqueue(self, task: TaskRecord) -> None:
+        if task.attempt == 0:
+            super()._enqueue(task)
+
+    def _unqueue(self, task: TaskRecord) -> None:
+        if task.attempt == 0:
+            super()._unqueue(task)
+
+
+class ForgetsTheQueueInARestart(Hub):
+    def _restore_open(self, task: TaskRecord) -> None:
+        super()._restore_open(task)
+        if task.state is TaskState.PENDING:
+            self._unqueue(task)
+
+    def _unqueue(self, task: TaskRecord) -> None:
+        queue = self._queues.get(self._target(task))
+        if queue is not None and task.requester in queue._by_requester:
+            super()._unqueue(task)
+
+
+class AcceptsAnOlderAttempt(Hub):
+    def _on_outcome(self, task: TaskRecord, message: Result) -> None:
+        super()._on_outcome(task, dataclasses.replace(message, attempt=None))
+
+
+class AcceptsAFormerAssignee(Hub):
+    def _on_result(self, peer: Peer, message: Result) -> None:
+        task = self._open.get(message.task_id)
+        if task is None or message.attempt is None or message.attempt >= task.attempt or peer.agent is task.requester:
+            super()._on_result(peer, message)
+            return
+        position = len(self._effects)
+        super()._on_outcome(task, dataclasses.replace(message, attempt=None))
+        self._acknowledge_at(position, peer, message, task)
+
+    _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
+
+
+class ResurrectsAFinalTask(Hub):
+    """A late answer overwrites a timeout."""
+
+    def _on_result(self, peer: Peer, message: Result) -> None:
+        task = self._ended.get(message.task_id)
+        if task is None or task.state is not TaskState.TIMEOUT or task.assignee is not peer.agent:
+            super()._on_result(peer, message)
+            return
+        task.state = TaskState.COMPLETED if message.success else TaskState.FAILED
+        self._counts[TaskState.TIMEOUT] -= 1
+        self._counts[task.state] += 1
+        task.success, task.output, task.error = message.success, message.output, None
+        self._note(task)
+        self._acknowledge_at(len(self._effects), peer, message, task)
+        if task.requester.peer is not None:
+            self._send(task.requester.peer, self._settled(task))
+
+    _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
+
+
+class ResurrectsInARestart(Hub):
+    """What has failed is tried again by the next hub."""
+
+    def _restore_task(self, row: TaskRow, known: dict[str, AgentRecord]) -> TaskRecord:
+        if row.state is TaskState.FAILED:
+            row = row._replace(state=TaskState.PENDING, assignee=None, end=None, told=False)
+        return super()._restore_task(row, known)
+
+
+class ForgetsToTellAgain(Hub):
+    """That an end is still to be told is known to this life of the hub, and not to the next."""
+
+    def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
+        super()._restore_ended(task, is_told)
+        self._changed.pop(task, None)
+
+
+class TrustsTheLastWrite(DiskJournal):
+    """What was written as told is taken for told, though the hub may have died in between."""
+
+    def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        agents, tasks, last = super().load(clock_offset)
+        told = dict(self._connected().execute("SELECT arrival, told FROM tasks"))
+        return agents, [row._replace(told=told[row.arrival] > 0) for row in tasks], last
+
+
+class LivesPastItsDeadline(Hub):
+    def _restore_open(self, task: TaskRecord) -> None:
+        super()._restore_open(task)
+        self._deadlines.push(task, task.deadline + 1.0)
+
+
+class KeepsEndedTasks(DiskJournal):
+    def write(self, changes: Changes, clock_offset: float) -> None:
+        super().write(dataclasses.replace(changes, forgotten=changes.forgotten[1:]), clock_offset)
+
+
+SABOTAGES: list[tuple[type, str]] = [
+    (LosesAWrite, ""),
+    (LosesARow, ""),
+    (ActsBeforeItWrites, ""),
+    (DoesNotSync, ""),
+    (DeliversTwice, "was handed out after"),
+    (DeliversAgainAfterARestart, "attempt"),
+    (ForgetsARequeue, "waits, and"),
+    (ForgetsTheQueueInARestart, "waits, and"),
+    (AcceptsAnOlderAttempt, "was accepted for"),
+    (AcceptsAFormerAssignee, "was accepted for"),
+    (ResurrectsAFinalTask, "which is final"),
+    (ResurrectsInARestart, "which is final"),
+    (ForgetsToTellAgain, "never sent"),
+    (TrustsTheLastWrite, "never sent"),
+    (LivesPastItsDeadline, "after its deadline"),
+    (KeepsEndedTasks, "the journal still has"),
+]
+
+
+@pytest.mark.parametrize(("sabotaged", "words"), SABOTAGES, ids=lambda one: getattr(one, "__name__", ""))
+def test_sabotage_is_caught(sabotaged: type, words: str) -> None:
+    options: dict[str, Any] = {"hub_class" if issubclass(sabotaged, Hub) else "journal_class": sabotaged}
+    violations = []
+    for seed in range(SEEDS_TO_CATCH):
+        try:
+            simulate(seed, **options)
+        except Violation as violation:
+            violations.append(str(violation))
+            if words in violations[-1] and f"python -m tests.simulation --seed {seed} " in violations[-1]:
+                return
+    pytest.fail(f"{sabotaged.__name__} was not caught in {SEEDS_TO_CATCH} seeds, or otherwise: {violations[:3]}")
+
+
+# What the simulation has found.
+
+
+def test_write_that_is_interrupted_anywhere_leaves_nothing_behind() -> None:
+    hub = Hub(HubSettings(), entropy=bytes, now=0.0, is_journaled=True)
+    hub.connected("a", 0.0)
+    hub.receive("a", Register(name="a"), 0.0)
+    changes = hub.take_changes()
+    interrupted = 0
+    for steps in range(1, 60):
+        journal = DiskJournal(None, sync="full")
+        journal.open()
+        try:
+            journal.write_or_fail(changes, 0.0, steps)
+        except sqlite3.OperationalError:
+            interrupted += 1
+            assert journal.rows("agents") == 0
+            journal.write(changes, 0.0)
+        assert journal.rows("agents") == 1
+        journal.close()
+    assert 10 < interrupted < 59
+
+
+# The command line.
+
+
+def test_one_seed_is_replayed_and_tells_its_story(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "1", "--verbose"]) == 0
+    story = capsys.readouterr()
+    assert "the hub starts" in story.out
+    assert "1 seeds" in story.err
+
+
+def test_many_seeds_stop_at_the_first_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--seeds", "3"]) == 0
+    assert capsys.readouterr().err.startswith("3 seeds, ")
+    monkeypatch.setattr(Simulation, "_check_memory", lambda simulation: simulation.fail("as it was told to"))
+    assert main(["--seeds", "50", "--start", "7"]) == 1
+    assert "replay it with: python -m tests.simulation --seed 7 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--seed", "x"], ["--seed", "-1"], ["--seed", "1", "--seeds", "2"], ["x"]])
+def test_bad_arguments_are_a_clear_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
