@@ -1332,10 +1332,8 @@ class Hub:
     def tell_again(self, task_id: str, now: float) -> list[Effect]:
         """Take note that the word of a task's end did not go out, because its requester's connection was lost."""
         self._advance(now)
-        task = self._ended.pop(task_id, None)
+        task = self._unlist_told(task_id)
         if task is not None:
-            self._ended_bytes -= task.bytes
-            task.requester.told -= 1
             self._tell_requester(task)
         return self._take_effects()
 
@@ -1446,9 +1444,7 @@ class Hub:
                 self._restore_open(task)
         for task, is_told in sorted(ended, key=lambda one: one[0].ended_at):
             self._restore_ended(task, is_told)
-        for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
-            del self._agents[agent.agent_id], self._gone[agent.agent_id]
-            self._note(agent)
+        self._forget_gone_agents()
 
     def _restore_agent(self, row: AgentRow) -> AgentRecord:
         agent = AgentRecord(row.agent_id, "", row.resume_hash, departed=row.departed, is_saved=True)
@@ -1490,30 +1486,22 @@ class Hub:
         if row.end is not None:
             task.success, task.output, task.error = row.end.success, row.end.output, row.end.error
             task.settled_by = agent(row.end.sender) if row.end.sender is not None else None
-        self._counts[task.state] += 1
-        self._records_bytes += task.bytes
+        self._count(task)
         return task
 
     def _restore_open(self, task: TaskRecord) -> None:
-        self._open[task.task_id] = task.requester.requested[task.task_id] = task
-        if task.parent is not None:
-            task.parent.children = task.parent.children or {}
-            task.parent.children[task.task_id] = task
-        self._deadlines.push(task, task.deadline)
+        self._list_open(task)
         if task.state is TaskState.PENDING:
             self._enqueue(task)
         elif task.assignee is not None:
             task.assignee.running[task.task_id] = task
 
     def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
-        requester = task.requester
         self._totals[task.state] += 1
-        if is_told or requester.departed:
-            self._ended[task.task_id] = task
-            self._ended_bytes += task.bytes
-            requester.told += 1
+        if is_told or task.requester.departed:
+            self._list_told(task)
         else:
-            requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
+            self._list_undelivered(task)
             self._note(task)  # That it is to be told, if this hub dies before it can.
 
     # Joining and leaving.
@@ -1910,15 +1898,22 @@ class Hub:
         self._arrivals += 1
         size = self._message_bytes + RECORD_BYTES
         task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._arrivals, size)
-        self._open[task.task_id] = agent.requested[task.task_id] = task
-        if parent is not None:
-            parent.children = parent.children or {}
-            parent.children[task.task_id] = task
-        self._records_bytes += size
-        self._counts[task.state] += 1
-        self._deadlines.push(task, deadline)
+        self._count(task)
+        self._list_open(task)
         self._note(task)
         return task
+
+    def _count(self, task: TaskRecord) -> None:
+        self._records_bytes += task.bytes
+        self._counts[task.state] += 1
+
+    def _list_open(self, task: TaskRecord) -> None:
+        """Enter a task wherever open ones are found."""
+        self._open[task.task_id] = task.requester.requested[task.task_id] = task
+        if task.parent is not None:
+            task.parent.children = task.parent.children or {}
+            task.parent.children[task.task_id] = task
+        self._deadlines.push(task, task.deadline)
 
     def _dispatch(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> None:
         """Hand a pending task to a free agent, one to avoid only if there is no other; or let it wait."""
@@ -2120,15 +2115,29 @@ class Hub:
         self._note(task)
         requester = task.requester
         if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
-            requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
+            self._list_undelivered(task)
             return
-        self._ended[task.task_id] = task
-        self._ended_bytes += task.bytes
-        requester.told += 1
+        self._list_told(task)
         if requester.peer is not None:
             self._send(requester.peer, self._settled(task))
         if self._records_bytes > self.settings.records_bytes_max:
             self._make_room()
+
+    def _list_undelivered(self, task: TaskRecord) -> None:
+        task.requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
+
+    def _list_told(self, task: TaskRecord) -> None:
+        self._ended[task.task_id] = task
+        self._ended_bytes += task.bytes
+        task.requester.told += 1
+
+    def _unlist_told(self, task_id: str) -> TaskRecord | None:
+        """Take an ended task out of those whose requester was told; return it if it was one of them."""
+        task = self._ended.pop(task_id, None)
+        if task is not None:
+            self._ended_bytes -= task.bytes
+            task.requester.told -= 1
+        return task
 
     def _settled(self, task: TaskRecord) -> Settled:
         return Settled(
@@ -2173,18 +2182,19 @@ class Hub:
         stale = [task for task in itertools.chain(*kept) if task.ended_at <= horizon]
         for task in stale:
             self._forget(task)
+        self._forget_gone_agents()
+        self._next_sweep = self._now + (0 if len(stale) >= TICK_BATCH else self._sweep_interval_s)
+
+    def _forget_gone_agents(self) -> None:
+        """Drop those that nothing needs."""
         for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
             del self._agents[agent.agent_id], self._gone[agent.agent_id]
             self._note(agent)
-        self._next_sweep = self._now + (0 if len(stale) >= TICK_BATCH else self._sweep_interval_s)
 
     def _forget(self, task: TaskRecord) -> None:
         """Drop the record of an ended task."""
         self._note(task)
-        if self._ended.pop(task.task_id, None) is not None:
-            self._ended_bytes -= task.bytes
-            task.requester.told -= 1
-        else:
+        if self._unlist_told(task.task_id) is None:
             del self._undelivered[task.task_id], task.requester.undelivered[task.task_id]
         self._records_bytes -= task.bytes
         self._counts[task.state] -= 1
@@ -2997,31 +3007,27 @@ class GroupCommit:
         self._loop = asyncio.get_running_loop()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "agenthub-journal")
         self._held: list[Effect] = []
-        self._is_busy = False
         self._is_closed = False
-        self._idle = asyncio.Event()
+        self._idle = asyncio.Event()  # Nothing is held back.
         self._idle.set()
         self._timer: asyncio.TimerHandle | None = None
         self._look_for_room()
 
     def add(self, effects: list[Effect]) -> None:
         """Carry out effects: now if they follow from nothing that is to be written, else as soon as it is."""
-        if not self._is_busy and not self._hub.has_changed:
+        if self._idle.is_set() and not self._hub.has_changed:
             self._carry_out(effects)
             return
         self._carry_out([effect for effect in effects if self._may_overtake(effect[1])])
         self._held += [effect for effect in effects if not self._may_overtake(effect[1])]
-        if not self._is_busy:
-            self._is_busy = True
+        if self._idle.is_set():
             self._idle.clear()
             self._loop.call_soon(self._write)  # With what else comes in during this turn of the loop.
 
     async def close(self, within_s: float) -> None:
         """Write what is left, for at most `within_s` seconds, and close the journal."""
-        try:
-            async with asyncio.timeout(within_s):
-                await self._idle.wait()
-        except TimeoutError:
+        await self.flush(within_s)
+        if not self._idle.is_set():
             log_hub.error("the journal could not be written; what it did not take was not acknowledged either")
         if self._timer is not None:
             self._timer.cancel()
@@ -3076,7 +3082,6 @@ class GroupCommit:
             if self._held or self._hub.has_changed:
                 self._write()
             else:
-                self._is_busy = False
                 self._idle.set()
 
     def _on_failure(self, error: BaseException, changes: Changes, held: list[Effect]) -> None:
@@ -3162,7 +3167,7 @@ class LocalHub:
             raise
         if agents or tasks:
             log_hub.info("took up %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
-        self._commit = GroupCommit(self.hub, journal, self._carry_out)
+        self._commit = GroupCommit(self.hub, journal, self._carry_out_late)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
@@ -3242,7 +3247,12 @@ class LocalHub:
             if action is not sent:  # A broadcast is one message to many, encoded once.
                 sent, raw = action, encode(action)
             link.send(raw)
-            if isinstance(action, Settled) and link not in self._links:  # It went while this was held back.
+
+    def _carry_out_late(self, effects: list[Effect]) -> None:
+        """Carry out effects that were held back; an end whose reader has gone meanwhile is told to it another time."""
+        self._carry_out(effects)
+        for link, action in effects:
+            if isinstance(action, Settled) and link not in self._links:
                 self._apply(self.hub.tell_again(action.task_id, self._loop.time()))
 
     def _arm(self) -> None:
@@ -4089,16 +4099,14 @@ class Agent:
     async def serve(self, stopped: asyncio.Event, drain_s: float = DRAIN_S) -> None:
         """Run until `stopped` is set, then drain; leave at once when cancelled. Raises what ends the connection."""
         connection = self._begin()
-        waiting = asyncio.create_task(stopped.wait())
         failure: BaseException | None = None
         try:
-            await asyncio.wait({connection, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            await done_or_set(connection, stopped)
             if connection.done():
                 failure = connection.exception()
             else:
                 await self.stop(drain_s)
         finally:
-            waiting.cancel()
             await self.stop()
         if failure is not None:
             raise failure
@@ -4689,6 +4697,15 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
+async def done_or_set(task: asyncio.Task[Any], event: asyncio.Event) -> None:
+    """Return when a task is done or an event is set, whichever comes first."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+
+
 async def serve(*agents: Agent, drain_s: float = DRAIN_S) -> None:
     """Run agents side by side until SIGINT or SIGTERM, then drain them for at most `drain_s` seconds.
 
@@ -5277,9 +5294,7 @@ async def _call(args: argparse.Namespace, given: Any) -> int:
     """Delegate a task, and print its output; a signal calls it off."""
     with stop_signals() as stopped:
         calling = asyncio.create_task(_delegated(args, given))
-        stopping = asyncio.create_task(stopped.wait())
-        await asyncio.wait({calling, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await done_or_set(calling, stopped)
         if calling.done():
             print(calling.result())
             return 0

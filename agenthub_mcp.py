@@ -32,7 +32,7 @@ import time
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 if TYPE_CHECKING or not __package__:
     import agenthub
@@ -77,7 +77,6 @@ REGISTER_BYTES_MAX = 500_000  # Of the capabilities of one agent as JSON: half o
 CAPABILITIES_MAX = 64  # Of one agent, by the protocol.
 
 Parameters = ParamSpec("Parameters")
-Reply = TypeVar("Reply")
 
 
 # ============================================================================================
@@ -768,8 +767,7 @@ async def serve_stdio(args: argparse.Namespace) -> None:
         try:
             async with new_bridge(args) as bridge:
                 serving = asyncio.create_task(mcp_server(bridge).run_stdio_async())
-                stopping = asyncio.create_task(stopped.wait())
-                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                await agenthub.done_or_set(serving, stopped)
                 serving.cancel()  # So that calls which wait call their tasks off, as at the end of stdin.
                 await asyncio.wait({serving}, timeout=0.2)
         finally:
@@ -777,7 +775,6 @@ async def serve_stdio(args: argparse.Namespace) -> None:
                 # A thread sits in a read of stdin, which nothing can wake; the loop would wait for it at its end.
                 logging.shutdown()
                 os._exit(0)
-        stopping.cancel()
         try:
             if not serving.cancelled():
                 serving.result()
@@ -808,9 +805,7 @@ async def serve_http(args: argparse.Namespace) -> None:
             server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             print(f"listening on http://127.0.0.1:{listening.getsockname()[1]}/mcp", flush=True)
-            stopping = asyncio.create_task(stopped.wait())
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
+            await agenthub.done_or_set(serving, stopped)
             server.should_exit = True
             await serving
 
@@ -828,9 +823,7 @@ async def serve_tools(args: argparse.Namespace) -> None:
     with agenthub.stop_signals() as stopped, command_errors(args.command):
         has_begun = asyncio.Event()
         serving = asyncio.create_task(serve_tools_until(stopped, has_begun, args, words))
-        stopping = asyncio.create_task(stopped.wait())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await agenthub.done_or_set(serving, stopped)
         if not has_begun.is_set():
             serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
