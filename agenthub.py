@@ -4528,6 +4528,7 @@ class Agent:
         wait: bool = False,
         task_id: str | None = None,
         parent_id: str | None = None,
+        patience_s: float | None = None,
     ) -> TaskHandle:
         """Hand a task to the hub, and return when that has accepted it.
 
@@ -4535,8 +4536,9 @@ class Agent:
         all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
         `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
 
-        While the hub is `overloaded` it is tried again. Raises Refused, with the hub's code; TaskTimeout if the hub
-        did not take it within `ttl`; ValueError if the input is not JSON; Disconnected if there will be no connection.
+        While the hub is `overloaded` it is tried again, for `patience_s` seconds (None: the ttl). Raises Refused, with
+        the hub's code; TaskTimeout if the hub did not take it within `ttl`; ValueError if the input is not JSON;
+        Disconnected if there will be no connection.
         """
         if not 0 < ttl <= TTL_MAX_S:
             raise ValueError(f"ttl must be more than 0 and at most {TTL_MAX_S} seconds")
@@ -4555,7 +4557,7 @@ class Agent:
             raise ValueError(f"{message.task_id}: is the id of a task that is open")
         handle = self._open[message.task_id] = TaskHandle(self, message)
         try:
-            await self._get_accepted(handle)
+            await self._get_accepted(handle, patience_s)
         except BaseException as error:
             self._open.pop(message.task_id, None)
             if isinstance(error, asyncio.CancelledError | TaskTimeout):  # It may have been accepted all the same.
@@ -4579,10 +4581,11 @@ class Agent:
             async with asyncio.timeout(handle._message.ttl):
                 await self._request(cancellation, Reported)
 
-    async def _get_accepted(self, handle: TaskHandle) -> None:
+    async def _get_accepted(self, handle: TaskHandle, patience_s: float | None = None) -> None:
         """Send a task until the hub has acknowledged it: to send the same one twice is safe."""
         message = handle._message
         last = handle._loop.time() + message.ttl
+        patient_until = last if patience_s is None else handle._loop.time() + patience_s
         backoff = Backoff()
         try:
             async with asyncio.timeout_at(last):
@@ -4591,7 +4594,7 @@ class Agent:
                         await self._request(message, Reported)
                         break
                     except Refused as refusal:
-                        if refusal.code != Code.OVERLOADED:
+                        if refusal.code != Code.OVERLOADED or handle._loop.time() >= patient_until:
                             raise
                         log_agent.info("overloaded task=%s: %s", printable(handle.task_id), printable(refusal.message))
                     await asyncio.sleep(backoff.next_s())

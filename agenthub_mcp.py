@@ -541,6 +541,7 @@ class Bridge:
                     priority=priority,
                     max_retries=max_retries,
                     task_id=f"task-{os.urandom(8).hex()}",
+                    patience_s=0,  # A hub that has too much to do is an answer too.
                 )
         finally:
             self._submitting -= 1

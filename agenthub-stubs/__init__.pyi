@@ -1094,6 +1094,7 @@ class Agent:
         wait: bool = False,
         task_id: str | None = None,
         parent_id: str | None = None,
+        patience_s: float | None = None,
     ) -> TaskHandle:
         """Hand a task to the hub, and return when that has accepted it.
 
@@ -1101,8 +1102,9 @@ class Agent:
         all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
         `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
 
-        While the hub is `overloaded` it is tried again. Raises Refused, with the hub's code; TaskTimeout if the hub
-        did not take it within `ttl`; ValueError if the input is not JSON; Disconnected if there will be no connection.
+        While the hub is `overloaded` it is tried again, for `patience_s` seconds (None: the ttl). Raises Refused, with
+        the hub's code; TaskTimeout if the hub did not take it within `ttl`; ValueError if the input is not JSON;
+        Disconnected if there will be no connection.
         """
     async def discover(self, capability: str = "", limit: int = 100) -> list[AgentInfo]:
         """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""

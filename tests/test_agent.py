@@ -79,7 +79,7 @@ async def _nothing_is_left_over(caplog: pytest.LogCaptureFixture) -> AsyncIterat
 
 @pytest.fixture(params=["in memory", "over WebSockets"])
 def kind(request: pytest.FixtureRequest) -> type[LocalHub]:
-    return LocalHub if request.param == "in memory" else functools.partial(HubServer, port=0)  # type: ignore[return-value]
+    return LocalHub if request.param == "in memory" else functools.partial(HubServer, port=0)  # type: ignore[return-value]  # both are called alike
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def offered(function: Callable[..., Any]) -> agenthub.Capability:
 
 
 def test_signature_and_docstring_become_the_capability() -> None:
-    async def review(code: str, strict: bool = False, tags: list[str] | None = None) -> dict:  # type: ignore[type-arg]
+    async def review(code: str, strict: bool = False, tags: list[str] | None = None) -> dict:  # type: ignore[type-arg]  # as users write it
         """Point out what is wrong.
 
         And what is not.
@@ -317,13 +317,13 @@ def test_signature_and_docstring_become_the_capability() -> None:
         (Any, {}),
         (list[str], {"type": "array", "items": {"type": "string"}}),
         (dict[str, int], {"type": "object", "additionalProperties": {"type": "integer"}}),
-        (Optional[int], {"anyOf": [{"type": "integer"}, {"type": "null"}]}),  # noqa: UP045
+        (Optional[int], {"anyOf": [{"type": "integer"}, {"type": "null"}]}),  # noqa: UP045  # users write it like this too
         (int | str, {"anyOf": [{"type": "integer"}, {"type": "string"}]}),
         (Literal["a", "b"], {"enum": ["a", "b"]}),
         (typing.Annotated[str, "a note"], {"type": "string"}),
-        (typing.List, {"type": "array"}),  # noqa: UP006
-        (typing.Dict, {"type": "object"}),  # noqa: UP006
-        (typing.List[int], {"type": "array", "items": {"type": "integer"}}),  # noqa: UP006
+        (typing.List, {"type": "array"}),  # noqa: UP006  # users write it like this too
+        (typing.Dict, {"type": "object"}),  # noqa: UP006  # users write it like this too
+        (typing.List[int], {"type": "array", "items": {"type": "integer"}}),  # noqa: UP006  # users write it like this too
         (datetime.datetime, {}),
         (tuple[int, str], {}),
         ("no.such.name", {}),
@@ -467,7 +467,7 @@ def plain(x: int, y: int = 2) -> Any:
     return [x, y]
 
 
-def optional(x: Optional[str] = None) -> Any:  # noqa: UP045
+def optional(x: Optional[str] = None) -> Any:  # noqa: UP045  # users write it like this too
     return x
 
 
@@ -971,6 +971,14 @@ async def test_submit_tries_again_until_there_is_room(
         assert sorted(done) == list(range(8))
         if bound == "open_tasks_max":
             assert count_of(caplog, "this agent has its 2 tasks open") >= 20
+
+
+async def test_submit_without_patience_says_at_once_that_the_hub_is_overloaded(kind: Callable[..., LocalHub]) -> None:
+    async with kind(HubSettings(open_tasks_max=1)) as hub, Agent("me", **at(hub)) as me:
+        await me.submit("nothing", wait=True)
+        with pytest.raises(Refused) as caught:
+            await soon(me.submit("nothing", wait=True, patience_s=0))
+        assert caught.value.code == "overloaded"
 
 
 async def test_submit_that_finds_no_room_within_the_ttl_is_a_timeout(kind: Callable[..., LocalHub]) -> None:

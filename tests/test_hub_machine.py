@@ -82,7 +82,7 @@ class HubMachine(RuleBasedStateMachine):
     def start(self, joined: list[tuple[list[str], int]], **options: float) -> None:
         self.options = options
         self.world = World(**options)
-        self.world.apply = self.apply  # type: ignore[method-assign]
+        self.world.apply = self.apply  # type: ignore[method-assign]  # the machine listens in
         self.books: dict[str, Book] = {}
         self.secrets: dict[str, str] = {}  # Each agent's, by its id.
         self.departed: set[str] = set()

@@ -1837,7 +1837,7 @@ async def test_file_that_may_not_grow_refuses_new_tasks_until_it_may(tmp_path: P
         for number in range(1000):
             requester.tell(Delegate(id=f"t{number}", task_id=f"t{number}", capability="work", input="x" * 2000))
             await requester.is_alive()
-            await eventually(lambda: hub.hub.is_full or hub._commit._idle.is_set())  # type: ignore[union-attr]
+            await eventually(lambda: hub.hub.is_full or hub._commit._idle.is_set())  # type: ignore[union-attr]  # it has a journal
             if hub.hub.is_full:
                 break
             accepted.append(f"t{number}")

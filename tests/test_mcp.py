@@ -1147,6 +1147,14 @@ async def test_task_too_many_is_refused_while_all_are_open(monkeypatch: pytest.M
         assert [task["task_id"] for task in await listed(client)] == list(reversed(ids))
 
 
+async def test_hub_that_has_too_much_to_do_is_an_error_that_says_so() -> None:
+    async with bridge_within(stay=stay) as (hub, client):
+        hub.hub.settings = agenthub.HubSettings(open_tasks_max=1)
+        await id_of(client, "stay")
+        code, message = await refusal(client, "delegate_task", capability="stay")
+        assert (code, message) == ("overloaded", "this agent has its 1 tasks open")
+
+
 async def test_so_many_calls_at_once_do_not_go_over_the_number_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub_mcp, "DELEGATIONS_MAX", 5)
     async with bridge_within(stay=stay) as (_, client):

@@ -581,7 +581,7 @@ def limited(kind: Any, limit: Limit) -> st.SearchStrategy[Any]:
             st.characters(exclude_categories=["Cs"]), min_size=limit.min_length or 0, max_size=limit.max_length and 20
         )
     if kind is int:
-        return st.integers(limit.ge, limit.le)  # type: ignore[arg-type]
+        return st.integers(limit.ge, limit.le)  # type: ignore[arg-type]  # these limits are numbers
     if kind is float:
         least = limit.gt if limit.gt is not None else limit.ge
         return st.floats(least, limit.le, exclude_min=limit.gt is not None)

@@ -62,7 +62,7 @@ async def http(url: str, request: str) -> str:
 
 def resident_mb(process: subprocess.Popen[str]) -> float:
     status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]  # Linux always says it
 
 
 async def exit_code(process: subprocess.Popen[str], bound_s: float = WAIT_S) -> int:
