@@ -491,7 +491,7 @@ async def test_worker_who_does_not_come_back_to_a_restarted_hub_is_lost_after_it
 
 
 async def test_workers_killed_20_times_leave_no_task_without_its_end(tmp_path: Path, port: int, haste: None) -> None:
-    count = 1500
+    count = 5000
     moments = Moments()
     url = hub_url(port)
     killed: set[int] = set()
