@@ -2345,6 +2345,8 @@ class Journal:
             self.close()
             if "locked" in str(error):
                 raise JournalError(f"{self.path}: another hub uses this journal") from error
+            if isinstance(error, sqlite3.OperationalError):  # The disk's or the system's doing, not the file's.
+                raise JournalError(f"{self.path}: cannot be used: {error}; it is left as it is") from error
             raise JournalError(f"{self.path}: is no journal, or damaged: {error}; it is left as it is") from error
         except JournalError:
             self.close()
