@@ -897,10 +897,8 @@ def test_failure_is_told_with_its_error() -> None:
     ]
 
 
-@pytest.mark.parametrize("end", ["completed", "failed", "cancelled", "timeout", "agent_lost"])
-def test_final_state_never_changes(end: str) -> None:
-    world, worker, requester = couple(grace_s=5.0)
-    requester.delegate("t", "greet", ttl=10)
+def ends_as(end: str, world: World, worker: Program, requester: Program) -> bool:
+    """End the task `t`, whose ttl is 10, if it is one of these ends; tell whether it was."""
     if end in ("completed", "failed"):
         worker.ask(Result(task_id="t", success=end == "completed"))
     elif end == "cancelled":
@@ -908,6 +906,15 @@ def test_final_state_never_changes(end: str) -> None:
     elif end == "timeout":
         world.pass_time(10)
     else:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled", "timeout", "agent_lost"])
+def test_final_state_never_changes(end: str) -> None:
+    world, worker, requester = couple(grace_s=5.0)
+    requester.delegate("t", "greet", ttl=10)
+    if not ends_as(end, world, worker, requester):
         worker.lose_connection()
         world.pass_time(5)
         worker = worker.come_back("greet")
@@ -1189,13 +1196,7 @@ def test_child_never_outlives_its_parent(end: str) -> None:
     worker.delegate("waiting", "dance", parent_id="t", wait=True)
     singer.delegate("grandchild", "dance", parent_id="child", wait=True)
     singer.received()
-    if end in ("completed", "failed"):
-        worker.ask(Result(task_id="t", success=end == "completed"))
-    elif end == "cancelled":
-        requester.fail("t")
-    elif end == "timeout":
-        world.pass_time(10)
-    else:
+    if not ends_as(end, world, worker, requester):
         worker.ask(Deregister())
     assert {state_of(requester, one) for one in ("child", "waiting", "grandchild")} == {"failed"}
     assert Acknowledged(task_id="child", state="failed", attempt=1) in singer.received()
