@@ -25,7 +25,7 @@ The sections, top to bottom; each uses only those above it:
     6 Transport      links: WebSocket and in memory
     7 Server         the hub on an event loop, with sockets and timers
     8 Agent          the SDK: both styles over one registry and one connection loop
-    9 Command line   hub, agent, status, call, bridge, schema
+    9 Command line   hub, agent, status, call, bridge, schema, token
 
 What a deployer may tune stands in `HubSettings` (section 4). The wire is described in
 docs/protocol.md.
@@ -35,12 +35,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
 import enum
+import errno
+import fnmatch
 import functools
 import hashlib
 import heapq
@@ -58,6 +61,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import struct
 import sys
@@ -65,7 +69,6 @@ import threading
 import time
 import types
 import typing
-import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +76,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, Proto
 
 if typing.TYPE_CHECKING:
     import sqlite3
+    import ssl
 
     import pydantic
 
@@ -108,6 +112,8 @@ __all__ = [
     # 5 Journal
     "Journal",
     # 7 Server
+    "Access",
+    "Grant",
     "HubServer",
     "LocalHub",
     # 8 Agent
@@ -274,25 +280,69 @@ class CloseCode(enum.IntEnum):
     NOT_ALLOWED = 1008
     TOO_BIG = 1009
     REPLACED = 4000  # A newer connection has taken the agent over.
-    SILENT = 4001  # Three heartbeat intervals without a message.
+    SILENT = 4001  # Three heartbeat intervals without a message, or nothing to begin with.
     NOT_READING = 4002  # Its backlog is over the bound.
 
 
 MESSAGE_BYTES_MAX = 1_048_576  # By default; a hub announces its own.
+MESSAGE_BYTES_MIN = 1024  # Of that limit.
 TTL_MAX_S = 604_800  # A week.
-DEPTH_MAX = 64  # Nesting of a payload. Parsers of other languages stop at 100 or so.
+DEPTH_MAX = 64  # Nesting of a field's value. Parsers of other languages stop at 100 or so.
+DEPTH_OF_REPLY = 5  # What the hub puts around a value: agents[].capabilities[].input_schema.
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**64 - 1  # What fits into 64 bits, with a sign or without.
 TEXT_MAX = 65_536  # Characters of an error's text.
 ENVELOPE_BYTES = 1024  # What the hub may add to a message that it passes on.
-REF_BYTES = 808  # A task in the reply to `register`, at the most: each character of its id may take six.
+REF_BYTES = 168  # A task in the reply to `register`, at the most.
 SCAN_BYTES = 65_536  # How far into a message that is not JSON its id is looked for.
-TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]', re.DOTALL)
+# A string without an end goes to the end of what there is: to look for another one in it would take quadratic time.
+JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
+BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-SCALARS = frozenset((str, int, bool, types.NoneType))
+SCALARS = frozenset((str, bool, types.NoneType))
+
+# Which characters a text may hold, as regular expressions that Python, Rust and ECMAScript read alike.
+ID_PATTERN = "^[A-Za-z0-9_.:-]+$"
+# No control characters, line separators or annotations, and nothing that Unicode 16 calls Default_Ignorable_Code_Point:
+# what is not seen (zero-width, bidi, fillers, tags) lets one name look like another.
+VISIBLE_PATTERN = (
+    r"^[^\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*$"
+)
+NO_NUL_PATTERN = r"^[^\x00]*$"
+PATTERNS: Mapping[str, str] = {
+    ID_PATTERN: "may hold ASCII letters, digits and _ . : - only",
+    VISIBLE_PATTERN: "may hold no control characters, and none that cannot be seen",
+    NO_NUL_PATTERN: "may not hold the character NUL",
+}
+ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # In JSON, where a backslash that is meant is written twice.
+
+
+def check_text(field: str, text: str, pattern: str, max_length: int = 128) -> str:
+    """Return a text of 1 to `max_length` characters that fits one of PATTERNS; raise ValueError if it does not."""
+    if not 1 <= len(text) <= max_length:
+        raise ValueError(f"{field} must have 1 to {max_length} characters")
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"{field} {PATTERNS[pattern]}")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{field} may not hold half of a surrogate pair")
+    return text
+
+
+def printable(text: str) -> str:
+    """Return foreign text with its control characters escaped, for logs and terminals."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def readable_id(text: str, max_length: int) -> str:
+    """Return what of a text can be part of an id."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:max_length].strip("-")
 
 
 def check_json(value: Any, depth: int = DEPTH_MAX) -> Any:
-    """Return `value` if it is JSON, finite and at most `depth` deep; raise ValueError if not."""
+    """Return `value` if it is JSON that every language can read, at most `depth` deep; raise ValueError if not."""
     if type(value) in SCALARS:
         return value
     if isinstance(value, dict):
@@ -303,22 +353,28 @@ def check_json(value: Any, depth: int = DEPTH_MAX) -> Any:
         if not math.isfinite(value):
             raise ValueError("holds a number that is not finite")
         return value
-    elif isinstance(value, str | int):
+    elif isinstance(value, int):
+        if not INTEGER_MIN <= value <= INTEGER_MAX:
+            raise ValueError("holds an integer of more than 64 bits")
+        return value
+    elif isinstance(value, str):
         return value
     else:
         raise ValueError(f"holds a {type(value).__name__}, which is not JSON")
     if depth == 0:
         raise ValueError(f"is nested more than {DEPTH_MAX} deep")
     for item in items:
-        if type(item) not in SCALARS:
+        kind = type(item)
+        if kind not in SCALARS and not (kind is int and INTEGER_MIN <= item <= INTEGER_MAX):
             check_json(item, depth - 1)
     return value
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bounds of one string or list (by length) or number (by value), for `Annotated`."""
+    """The bounds of one string (one of PATTERNS, and a length), list (length) or number (value), for `Annotated`."""
 
+    pattern: str | None = None
     min_length: int | None = None
     max_length: int | None = None
     gt: float | None = None
@@ -332,14 +388,16 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Any JSON that passes `check_json`, of at most `bytes_max` bytes (None: what the message allows)."""
+    """Any JSON that passes `check_json`. What the hub itself reads has at most `bytes_max` bytes, and no NUL."""
 
     bytes_max: int | None = None
 
     def check(self, value: Any) -> Any:
-        check_json(value)
-        if self.bytes_max is not None and len(json.dumps(value).encode()) > self.bytes_max:
+        text = json.dumps(check_json(value))
+        if self.bytes_max is not None and len(text) > self.bytes_max:
             raise ValueError(f"is larger than {self.bytes_max} bytes")
+        if ESCAPED_NUL.search(text):
+            raise ValueError(PATTERNS[NO_NUL_PATTERN])
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
@@ -349,10 +407,12 @@ class Payload:
         return core_schema.no_info_after_validator_function(check, handler(source))
 
 
-Id = Annotated[str, Limit(min_length=1, max_length=128)]
-Name = Annotated[str, Limit(min_length=1, max_length=128)]
-Description = Annotated[str, Limit(max_length=4096)]
-Text = Annotated[str, Limit(max_length=TEXT_MAX)]
+Id = Annotated[str, Limit(pattern=ID_PATTERN, min_length=1, max_length=128)]
+Opaque = Annotated[str, Limit(pattern=NO_NUL_PATTERN, min_length=1, max_length=128)]  # Its sender alone sees it.
+Name = Annotated[str, Limit(pattern=VISIBLE_PATTERN, min_length=1, max_length=128)]
+Keyword = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=128)]
+Description = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=4096)]
+Text = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=TEXT_MAX)]
 Json = Annotated[Any, Payload()]
 Schema = Annotated[dict[str, Any], Payload(bytes_max=65_536)]
 Metadata = Annotated[dict[str, Any], Payload(bytes_max=4096)]
@@ -378,7 +438,7 @@ class Capability:
 class ErrorInfo:
     """Why a task ended without an output."""
 
-    code: Id
+    code: Name
     message: Text = ""
 
 
@@ -432,35 +492,35 @@ class TaskInfo:
 @dataclass(slots=True, kw_only=True)
 class Register:
     type: Literal["register"] = "register"
-    id: Id | None = None
+    id: Opaque | None = None
     name: Name
     description: Description = ""
     capabilities: Annotated[list[Name | Capability], Limit(max_length=64)] = field(default_factory=list)
     max_tasks: TaskLimit = 16
     metadata: Metadata = field(default_factory=dict)
     agent_id: Id | None = None
-    resume: Id | None = None
+    resume: Opaque | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Deregister:
     type: Literal["deregister"] = "deregister"
-    id: Id | None = None
+    id: Opaque | None = None
     drain: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class Discover:
     type: Literal["discover"] = "discover"
-    id: Id | None = None
-    capability: Annotated[str, Limit(max_length=128)] = ""
+    id: Opaque | None = None
+    capability: Keyword = ""
     limit: Annotated[int, Limit(ge=1, le=1000)] = 100
 
 
 @dataclass(slots=True, kw_only=True)
 class Delegate:
     type: Literal["delegate"] = "delegate"
-    id: Id | None = None
+    id: Opaque | None = None
     task_id: Id
     agent_id: Id | None = None
     capability: Name | None = None
@@ -475,7 +535,7 @@ class Delegate:
 @dataclass(slots=True, kw_only=True)
 class Result:
     type: Literal["result"] = "result"
-    id: Id | None = None
+    id: Opaque | None = None
     task_id: Id
     success: bool
     output: Json = None
@@ -486,7 +546,7 @@ class Result:
 @dataclass(slots=True, kw_only=True)
 class Status:
     type: Literal["status"] = "status"
-    id: Id | None = None
+    id: Opaque | None = None
     task_id: Id | None = None
     tasks: bool = False
     progress: Fraction | None = None
@@ -496,7 +556,7 @@ class Status:
 @dataclass(slots=True, kw_only=True)
 class Broadcast:
     type: Literal["broadcast"] = "broadcast"
-    id: Id | None = None
+    id: Opaque | None = None
     message: Json
     capability: Name | None = None
 
@@ -504,7 +564,7 @@ class Broadcast:
 @dataclass(slots=True, kw_only=True)
 class Heartbeat:
     type: Literal["heartbeat"] = "heartbeat"
-    id: Id | None = None
+    id: Opaque | None = None
 
 
 # What the hub sends. A reply carries the `id` of its request as `reply_to`.
@@ -514,10 +574,10 @@ class Heartbeat:
 class Registered:
     type: Literal["register"] = "register"
     reply_to: str | None = None
-    agent_id: str
-    resume: str
-    heartbeat_s: float
-    max_bytes: int
+    agent_id: Id
+    resume: Id
+    heartbeat_s: Annotated[float, Limit(gt=0)]
+    max_bytes: Annotated[int, Limit(ge=MESSAGE_BYTES_MIN)]
     tasks: list[TaskRef]
 
 
@@ -678,7 +738,9 @@ class Codec:
         }
         self._invalid = pydantic.ValidationError
 
-    def decoder(self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str) -> Callable[[bytes], Any]:
+    def decoder(
+        self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str, depth_max: int
+    ) -> Callable[[bytes], Any]:
         """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
         validate, invalid = adapter.validator.validate_json, self._invalid
 
@@ -690,6 +752,9 @@ class Codec:
                 raise _invalid_message(_readable(raw, id_field), union, errors, id_field) from None
             if b"NaN" in raw or b"nfinity" in raw:
                 _refuse_constants(raw, id_field)
+            if raw.count(b"[") + raw.count(b"{") > depth_max and depth_of(raw) > depth_max:
+                text = f"a field is nested more than {DEPTH_MAX} deep"
+                raise InvalidMessage(text, reply_to=_readable_id(_readable(raw, id_field), id_field))
             return message
 
         return decode
@@ -708,19 +773,31 @@ def codec() -> Codec:
 @functools.cache
 def decoder_from_agent() -> Callable[[bytes], AgentMessage]:
     """Return the function that reads what agents send. It raises InvalidMessage, which names the field."""
-    return codec().decoder(codec().from_agent, AgentMessage, "id")
+    return codec().decoder(codec().from_agent, AgentMessage, "id", DEPTH_MAX + 1)
 
 
 @functools.cache
 def decoder_from_hub() -> Callable[[bytes], HubMessage]:
     """Return the function that reads what the hub sends. It raises InvalidMessage, which names the field."""
-    return codec().decoder(codec().from_hub, HubMessage, "reply_to")
+    return codec().decoder(codec().from_hub, HubMessage, "reply_to", DEPTH_MAX + DEPTH_OF_REPLY)
 
 
 def encode(message: AgentMessage | HubOutput) -> bytes:
     """Return `message` as it goes over the wire; raise ValueError if a payload in it is not JSON."""
     to_json, exclude_none = codec().serializers[type(message)]
     return to_json(message, exclude_none=exclude_none)
+
+
+def depth_of(raw: bytes) -> int:
+    """Return how deep some JSON is nested, as the number of times that all its innermost brackets can be taken out."""
+    without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside_of_strings = b"".join(without_escapes.split(b'"')[::2])
+    brackets = outside_of_strings.translate(BRACES_TO_BRACKETS, NO_BRACKETS)
+    depth = 0
+    while brackets:
+        brackets = brackets.replace(b"[]", b"")
+        depth += 1
+    return depth
 
 
 def _refuse_constants(raw: bytes, id_field: str) -> None:
@@ -755,7 +832,8 @@ def _field_error(errors: list[Any]) -> str:
     # Of the branches of a union the checker says the type, as `str`, `constrained-str` or `Capability`.
     parts = (str(part) for part in error["loc"][1:])
     path = [part for part in parts if re.fullmatch("[a-z0-9_]+", part) and part != "str"]
-    reason = error.get("ctx", {}).get("error", error["msg"])
+    context = error.get("ctx", {})
+    reason = PATTERNS.get(context.get("pattern"), context.get("error", error["msg"]))
     return f"{'.'.join(path) or 'message'}: {reason}"
 
 
@@ -775,7 +853,7 @@ def _readable(raw: bytes, id_field: str) -> dict[str, Any]:
 def _scan_for(wanted: str, raw: bytes) -> Any:
     """Return the value of a string field at the top level of what need not be JSON to its end; None if not found."""
     depth, name, is_value = 0, b"", False
-    for match in TOKENS.finditer(raw):
+    for match in JSON_TOKENS.finditer(raw):
         token = match[0]
         if token in b"[{":
             depth += 1
@@ -796,10 +874,14 @@ def _scan_for(wanted: str, raw: bytes) -> Any:
 
 
 def _readable_id(readable: dict[str, Any], id_field: str) -> str | None:
-    """Return the id if it is one that a reply can carry: half of a surrogate pair is no text."""
+    """Return the id if it is one that a reply can carry."""
     found = readable.get(id_field)
-    is_id = isinstance(found, str) and 1 <= len(found) <= 128 and not re.search("[\ud800-\udfff]", found)
-    return found if is_id else None
+    if not isinstance(found, str):
+        return None
+    try:
+        return check_text(id_field, found, NO_NUL_PATTERN)
+    except ValueError:
+        return None
 
 
 def json_schema() -> dict[str, Any]:
@@ -905,6 +987,13 @@ LIST_MAX = 1000  # Tasks in one `status` list.
 RECORD_BYTES = 1024  # What a task's record costs beside its payloads (tests/test_hub.py measures it).
 INFLATION_MAX = 6  # How much longer numbers may get when they are written again: 1e15 is 1000000000000000.0.
 DEPTH_OF_CHILDREN_MAX = 16
+TRIES_MAX = 3  # Wrong secrets, or messages without a token, before a connection is closed.
+SCHEMAS_BYTES_MAX = 65_536  # Of all capabilities of one agent.
+# What a message costs beside its own 1, for whoever rations them: so much more of this costs as much as another one.
+EFFORT_BYTES = 16_384
+EFFORT_AGENTS = 50  # Looked at by `discover`.
+EFFORT_TASKS = 4  # Listed by `status`.
+CLOSE_CODES = frozenset((*CloseCode, 1002, 1006, 1007))  # Those that are counted each by itself.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -923,15 +1012,18 @@ class HubSettings:
     connections_max: int = 10_000  # Of agents and observers.
     capabilities_max: int = 64  # Of one agent; the protocol has no more.
     metadata_bytes_max: int = 4096  # Of one agent, as JSON; the protocol has no more.
+    join_s: float = 10.0  # For a new connection to register, or to ask something as an observer.
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             number = getattr(self, name)
-            least = 0 if name in ("grace_s", "retention_s") else 1024 if name == "message_bytes_max" else 0.001
+            least = 0 if name in ("grace_s", "retention_s") else 0.001
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise ValueError(f"{name} must be a number")
             if not least <= number < math.inf:
                 raise ValueError(f"{name} must be a number of at least {least}")
+        if self.message_bytes_max < MESSAGE_BYTES_MIN:
+            raise ValueError(f"message_bytes_max must be a number of at least {MESSAGE_BYTES_MIN}")
 
     @property
     def envelope_bytes(self) -> int:
@@ -1099,6 +1191,8 @@ class Peer:
     connection: Hashable
     last_seen: float
     agent: AgentRecord | None = None
+    is_known: bool = False  # It has registered, or asked something.
+    wrong_secrets: int = 0
 
 
 class AgentRow(NamedTuple):
@@ -1259,6 +1353,9 @@ class Hub:
         self._now = self._started_at = now
         self._effects: list[Effect] = []
         self._message_bytes = 0  # The size of the message being handled.
+        self.effort = 0  # What the last message cost to handle; a plain one costs 1.
+        self._refusals: dict[str, int] = {}  # How many, by code.
+        self._closes: dict[str, int] = {}  # How many connections ended, by close code.
         self._peers: dict[Hashable, Peer] = {}
         self._agents: dict[str, AgentRecord] = {}
         self._gone: dict[str, AgentRecord] = {}  # Those of them past their grace time.
@@ -1284,7 +1381,7 @@ class Hub:
         """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
         self._advance(now)
         peer = self._peers[connection] = Peer(connection, self._now)
-        self._deadlines.push(peer, self._now + self.settings.silence_s)
+        self._deadlines.push(peer, self._now + min(self.settings.join_s, self.settings.silence_s))
         return self._take_effects()
 
     def receive(
@@ -1297,22 +1394,22 @@ class Hub:
         self._advance(now)
         peer.last_seen = self._now
         self._message_bytes = message_bytes
+        self.effort = 1 + message_bytes // EFFORT_BYTES
+        if isinstance(message, InvalidMessage):
+            self._refuse(peer, message, message.reply_to)
+            return self._take_effects()
         try:
-            if isinstance(message, InvalidMessage):
-                self._send(peer, Error(reply_to=message.reply_to, code=message.code, message=message.message))
-            else:
-                self._RECEIVERS[type(message)](self, peer, message)
+            self._RECEIVERS[type(message)](self, peer, message)
         except Refused as refusal:
-            self._send(peer, self._error(message, refusal))
-            log_hub.warning("refused code=%s agent=%s", refusal.code, peer.agent.agent_id if peer.agent else None)
+            self._refuse(peer, refusal, message.id, getattr(message, "task_id", None))
         return self._take_effects()
 
-    def disconnected(self, connection: Hashable, now: float) -> list[Effect]:
+    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> list[Effect]:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
         self._advance(now)
         peer = self._peers.get(connection)
         if peer is not None:
-            self._drop(peer)
+            self._drop(peer, code)
         return self._take_effects()
 
     def tick(self, now: float) -> list[Effect]:
@@ -1365,6 +1462,8 @@ class Hub:
             "connections": len(self._peers),
             "tasks": {state.value: count for state, count in self._counts.items()},
             "ended": {state.value: count for state, count in self._totals.items()},
+            "refused": dict(self._refusals),
+            "closed": dict(self._closes),
             "records_bytes": self._records_bytes,
             "shutting_down": self.shutting_down,
             "journal": ("full" if self.is_full else "ok") if self._is_journaled else "none",
@@ -1507,10 +1606,11 @@ class Hub:
     # Joining and leaving.
 
     def _on_register(self, peer: Peer, message: Register) -> None:
+        self.effort += len(message.capabilities)
         self._check_description(message)
         agent = peer.agent
         if agent is None:
-            agent = self._resumed(message) or self._new_agent(message.name)
+            agent = self._resumed(peer, message) or self._new_agent(message.name)
             self._attach(agent, peer)
             log_hub.info("joined agent=%s", agent.agent_id)
         self._describe(agent, message)
@@ -1530,14 +1630,18 @@ class Hub:
         if len(json.dumps(message.metadata)) > settings.metadata_bytes_max:
             text = f"metadata: an agent may have {settings.metadata_bytes_max} bytes on this hub"
             raise Refused(text, code=Code.OVERLOADED)
+        if schemas_bytes(one for one in message.capabilities if isinstance(one, Capability)) > SCHEMAS_BYTES_MAX:
+            text = f"capabilities: their schemas are larger than {SCHEMAS_BYTES_MAX} bytes together"
+            raise Refused(text, code=Code.TOO_LARGE)
 
-    def _resumed(self, message: Register) -> AgentRecord | None:
+    def _resumed(self, peer: Peer, message: Register) -> AgentRecord | None:
         """Return the agent whose identity a connection takes up again, if the hub knows it."""
         agent = self._agents.get(message.agent_id or "")
         if agent is None:
             return None
         secret = message.resume or ""
         if not hmac.compare_digest(agent.resume_hash, hash_of(secret)):
+            peer.wrong_secrets += message.resume is not None
             raise Refused("resume: is not the secret of that agent_id", code=Code.UNAUTHORIZED)
         agent.resume = secret
         if agent.peer is not None:
@@ -1547,7 +1651,7 @@ class Hub:
     def _new_agent(self, name: str) -> AgentRecord:
         if len(self._agents) >= self.settings.agents_max:
             raise Refused(f"the hub has its {self.settings.agents_max} agents", code=Code.OVERLOADED)
-        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:48].strip("-") or "agent"
+        readable = readable_id(name, 48) or "agent"
         agent_id = f"{readable}-{self._entropy(4).hex()}"
         while agent_id in self._agents:
             agent_id = f"{readable}-{self._entropy(4).hex()}"
@@ -1558,6 +1662,7 @@ class Hub:
     def _attach(self, agent: AgentRecord, peer: Peer) -> None:
         self._deadlines.discard(agent)
         self._gone.pop(agent.agent_id, None)
+        self._set_known(peer)
         agent.peer, peer.agent = peer, agent
         agent.there, agent.departed, agent.leaving = True, False, None
 
@@ -1620,12 +1725,19 @@ class Hub:
 
     def _close(self, peer: Peer, code: int, reason: str) -> None:
         self._effects.append((peer.connection, Close(code, reason)))
-        self._drop(peer)
+        self._drop(peer, code)
 
-    def _drop(self, peer: Peer) -> None:
+    def _set_known(self, peer: Peer) -> None:
+        """Take note that a connection has said what it is here for."""
+        if not peer.is_known:
+            peer.is_known = True
+            self._deadlines.push(peer, self._now + self.settings.silence_s)
+
+    def _drop(self, peer: Peer, code: int) -> None:
         """Forget a connection, and start the grace time of its agent."""
         del self._peers[peer.connection]
         self._deadlines.discard(peer)
+        count(self._closes, str(code) if code in CLOSE_CODES else "other")
         agent, peer.agent = peer.agent, None
         if agent is not None:
             agent.peer = None
@@ -1660,11 +1772,17 @@ class Hub:
         elif isinstance(subject, AgentRecord):
             self._lose(subject)
         else:
-            silent_since = subject.last_seen + self.settings.silence_s
-            if silent_since <= self._now:
-                self._close(subject, CloseCode.SILENT, "silent for three heartbeat intervals")
-            else:
-                self._deadlines.push(subject, silent_since)
+            self._on_silence(subject)
+
+    def _on_silence(self, peer: Peer) -> None:
+        silent_since = peer.last_seen + self.settings.silence_s
+        if silent_since <= self._now:
+            self._close(peer, CloseCode.SILENT, "silent for three heartbeat intervals")
+        elif not peer.is_known:
+            # Not 1008: a program that was only slow may try again.
+            self._close(peer, CloseCode.SILENT, f"neither registered nor asked anything in {self.settings.join_s:g} s")
+        else:
+            self._deadlines.push(peer, silent_since)
 
     def _expire(self, task: TaskRecord) -> None:
         text = f"its time to live of {task.deadline - task.accepted_at:g} s is over"
@@ -1678,6 +1796,8 @@ class Hub:
     # Finding.
 
     def _on_discover(self, peer: Peer, message: Discover) -> None:
+        self._set_known(peer)
+        self.effort += len(self._agents) // EFFORT_AGENTS
         keyword = message.capability.lower()
         ranked = []
         for agent in self._agents.values():
@@ -1704,6 +1824,7 @@ class Hub:
             if agent is not sender and agent.peer is not None:
                 self._send(agent.peer, relayed)
                 recipients += 1
+        self.effort *= max(1, recipients)
         if message.id is not None:
             self._send(peer, Announced(reply_to=message.id, recipients=recipients))
 
@@ -1723,6 +1844,7 @@ class Hub:
             reply = self._on_progress(self._registered_agent(peer), message)
         else:
             reply = self._task_report(self._known_task(message.task_id), peer.agent, message.id)
+        self._set_known(peer)
         if message.id is not None:
             reply.reply_to = message.id
             self._send(peer, reply)
@@ -1803,6 +1925,7 @@ class Hub:
             if room < 0:
                 break
             listed.append(one)
+        self.effort += len(listed) // EFFORT_TASKS
         return Reported(tasks=listed, total=sum(map(len, records)))
 
     # Delegating.
@@ -2217,9 +2340,12 @@ class Hub:
         effects, self._effects = self._effects, []
         return effects
 
-    def _error(self, message: Any, refusal: Refused) -> Error:
-        task_id = getattr(message, "task_id", None)
-        return Error(reply_to=message.id, code=refusal.code, message=refusal.message, task_id=task_id)
+    def _refuse(self, peer: Peer, why: AgentHubError, reply_to: str | None, task_id: str | None = None) -> None:
+        self._send(peer, Error(reply_to=reply_to, code=why.code, message=why.message, task_id=task_id))
+        count(self._refusals, why.code)
+        log_hub.warning("refused code=%s agent=%s", why.code, peer.agent.agent_id if peer.agent else None)
+        if peer.wrong_secrets >= TRIES_MAX:
+            self._close(peer, CloseCode.NOT_ALLOWED, "tried too many secrets")
 
     def _registered_agent(self, peer: Peer) -> AgentRecord:
         if peer.agent is None:
@@ -2254,7 +2380,18 @@ class Hub:
 
 
 def hash_of(secret: str) -> str:
+    """Return the SHA-256 of a secret, in hex: what is kept of it, and compared. Any text has one."""
     return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
+
+
+def schemas_bytes(offered: Iterable[Capability]) -> int:
+    """Return how large the schemas of some capabilities are together, as JSON."""
+    schemas = itertools.chain.from_iterable((one.input_schema, one.output_schema) for one in offered)
+    return sum(len(json.dumps(schema)) for schema in schemas if schema is not None)
+
+
+def count(counts: dict[str, int], what: str) -> None:
+    counts[what] = counts.get(what, 0) + 1
 
 
 def error_info(error: str | ErrorInfo | None) -> ErrorInfo:
@@ -2324,6 +2461,10 @@ class Journal:
     @property
     def _reserve(self) -> Path:
         return Path(f"{self.path}-reserve")
+
+    def of_namespace(self, namespace: str) -> Journal:
+        """Return the journal of another namespace: the file beside this one whose name ends with it."""
+        return Journal(self.path if self.path == ":memory:" else f"{self.path}.{namespace}", sync=self.sync)
 
     def open(self) -> None:
         """Open the file, or make it, for this process alone. Raises JournalError, and leaves what is there as it is."""
@@ -2524,7 +2665,8 @@ class Journal:
         if self.path == ":memory:" or self._reserve.exists():
             return True
         try:
-            with self._reserve.open("xb") as file:
+            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as file:
                 file.write(bytes(RESERVE_BYTES))
         except OSError:
             self.give_up_reserve()
@@ -2550,9 +2692,18 @@ class Journal:
 # ============================================================================================
 
 BACKLOG_BYTES_MAX = 8 * 1_048_576  # What may wait for a peer that does not read.
+BACKLOGS_AT_ONCE = 4  # What is sent in one turn of the loop may be so much more, if the peer reads it.
 HANDSHAKE_S = 10.0  # For a connection to become a WebSocket.
+STUCK_S = 10.0  # For a peer to read something of what waits for it.
 CLOSING_S = 2.0  # For a peer to answer a close, or to read what is still to be read; then the socket is cut.
 CLIENT_MESSAGE_BYTES_MAX = 64 * 1_048_576  # The largest message that an agent takes from its hub.
+PRIVATE_CHARACTERS_MAX = 1_048_576  # In a file with a token, or an access file.
+SLICE_BYTES = 16_384  # Of what came in on one connection are handled before the others have a turn.
+OUT_BYTES_MAX = 262_144  # Are gathered in one turn of the loop before they are written.
+FRAGMENT_BYTES = 16  # A message may have as many fragments as if each had so many bytes; RFC 6455 has no bound.
+FRAME_EFFORT = 0.25  # What a ping or a fragment costs to handle; a plain message costs 1.
+MESSAGES_PER_S_MAX = 2000.0  # From one connection, in the long run.
+BURST_S = 2.0  # So many seconds' worth of messages may come at once.
 
 # `websockets` logs frames with what is in them at DEBUG; payloads are nobody's business.
 WIRE_LOGGER = logging.getLogger("agenthub.wire")
@@ -2572,6 +2723,9 @@ class LinkOwner(Protocol):
 
 class Link:
     """What all links share: decoding for the owner, and telling it once that the link has closed."""
+
+    address = ""  # Where the other end is.
+    grant: Any = None  # What the other end may do; None: everything.
 
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
         self._owner = owner
@@ -2593,6 +2747,20 @@ class Link:
     def abort(self) -> None:
         """Cut the link, without waiting for anything."""
         raise NotImplementedError
+
+    def hand_over(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
+        """Give the link to another owner, who is told of all that happens from now on, but not that it has opened."""
+        self._owner = owner
+        self._decode = decode
+
+    def spend(self, effort: float) -> None:
+        """Charge the other end with what it cost to handle what it sent; a link may ration that."""
+
+    def hold(self, why: str) -> None:
+        """Handle nothing more that comes in until `release`, however many reasons there are for it. A link may not."""
+
+    def release(self, why: str) -> None:
+        """Take back one reason to hold. Without effect if it is none."""
 
     def _deliver(self, raw: bytes) -> None:
         """Hand a message to the owner, or what was wrong with it."""
@@ -2658,8 +2826,7 @@ class WebSocketLink(Link, asyncio.Protocol):
     """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
 
     Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
-    of the loop goes out in one write. A peer that does not read is cut off at `backlog_bytes_max` (None: its user looks
-    at `writable` instead): a polite close would wait behind the very bytes that are not read.
+    of the loop goes out in one write. While it is held, nothing that came in is handled, and soon nothing comes in.
     """
 
     TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
@@ -2670,13 +2837,11 @@ class WebSocketLink(Link, asyncio.Protocol):
         owner: LinkOwner,
         decode: Callable[[bytes], Any],
         *,
-        is_server: bool,
-        backlog_bytes_max: int | None,
+        fragments_max: int,
     ) -> None:
         super().__init__(owner, decode)
         self._protocol = protocol
-        self._is_server = is_server
-        self._backlog_bytes_max = math.inf if backlog_bytes_max is None else backlog_bytes_max
+        self._fragments_max = fragments_max
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None  # For the handshake, then for the close.
@@ -2684,8 +2849,12 @@ class WebSocketLink(Link, asyncio.Protocol):
         self._is_mute = False  # A close has been sent, and nothing may follow it.
         self._is_ending = False  # The socket is to be closed when all is written.
         self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
+        self._holds: set[str] = set()  # Why nothing is handled just now.
+        self._unread = b""  # Came in meanwhile, and has not been looked at.
+        self._events: collections.deque[Any] = collections.deque()  # As much of it as has been.
         self._fragments: bytearray | None = None
         self._fragments_are_text = False
+        self._fragments_count = 0
 
     # asyncio.Protocol
 
@@ -2694,17 +2863,12 @@ class WebSocketLink(Link, asyncio.Protocol):
         self._timer = self._loop.call_later(HANDSHAKE_S, self.abort)
 
     def data_received(self, data: bytes) -> None:
-        self._protocol.receive_data(data)
-        if self._protocol.close_expected():  # Its answer to a close, or a failure, is on its way out already.
-            self._is_mute = True
-        for event in self._protocol.events_received():
-            if self._is_closing and event_opcode(event) != self.CLOSE:
-                continue
-            if self._is_open:
-                self._on_frame(event)
-            else:
-                self._on_handshake(event)
-        self._pump()
+        if not self._holds and len(data) <= SLICE_BYTES:
+            self._feed(data)
+            return
+        self._unread += data
+        if not self._holds:
+            self._go_on()
 
     def eof_received(self) -> None:
         self._protocol.receive_eof()
@@ -2721,6 +2885,8 @@ class WebSocketLink(Link, asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._out.clear()
+        self._events.clear()
+        self._unread = b""
         self._on_lost(error)
         if self._is_open:
             self._report_closed(1006, "the connection was lost")
@@ -2736,13 +2902,7 @@ class WebSocketLink(Link, asyncio.Protocol):
     # Link
 
     def send(self, raw: bytes) -> None:
-        if self._is_mute:
-            return
-        if self._is_server:  # A server's frames are not masked: a header and the bytes as they are.
-            if not self._out:
-                self._loop.call_soon(self._flush)
-            self._out += (frame_header(len(raw)), raw)
-        else:
+        if not self._is_mute:
             self._protocol.send_text(raw)
             self._pump()
 
@@ -2762,6 +2922,50 @@ class WebSocketLink(Link, asyncio.Protocol):
             self._transport.abort()
 
     # Reading
+
+    def hold(self, why: str) -> None:
+        if not self._holds and self._transport is not None:
+            self._transport.pause_reading()
+        self._holds.add(why)
+
+    def release(self, why: str) -> None:
+        if why in self._holds:
+            self._holds.discard(why)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Handle a slice of what has come in, and let the other connections have a turn before the next."""
+        self._handle_events()
+        if not self._holds and self._unread:
+            slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
+            self._feed(slice_)
+        if self._holds:
+            return
+        if self._unread:
+            self.hold("others have a turn")
+            self._loop.call_soon(self.release, "others have a turn")
+        elif self._transport is not None:
+            self._transport.resume_reading()
+
+    def _feed(self, data: bytes) -> None:
+        self._protocol.receive_data(data)
+        if self._protocol.close_expected():  # Its answer to a close, or a failure, is on its way out already.
+            self._is_mute = True
+        self._queue()  # Its pongs go before the answers to what came after the pings.
+        self._events.extend(self._protocol.events_received())
+        self._handle_events()
+
+    def _handle_events(self) -> None:
+        events = self._events
+        while events and not self._holds:
+            event = events.popleft()
+            if self._is_closing and event_opcode(event) != self.CLOSE:
+                continue
+            if self._is_open:
+                self._on_frame(event)
+            else:
+                self._on_handshake(event)
+        self._pump()
 
     def _on_handshake(self, event: Any) -> None:
         """Take the request or response that opens the WebSocket."""
@@ -2783,17 +2987,25 @@ class WebSocketLink(Link, asyncio.Protocol):
             self._deliver(frame.data)
         elif opcode == self.CLOSE:
             self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
-        elif opcode in (self.TEXT, self.BINARY, self.CONTINUATION):
-            self._on_fragment(frame)
+        else:
+            self.spend(FRAME_EFFORT)
+            if opcode in (self.TEXT, self.BINARY, self.CONTINUATION):
+                self._on_fragment(frame)
 
     def _on_fragment(self, frame: Any) -> None:
         """Put a fragmented message together; the protocol object has bounded its size."""
         if frame.opcode != self.CONTINUATION:
             self._fragments, self._fragments_are_text = bytearray(), frame.opcode == self.TEXT
+            self._fragments_count = 0
         if self._fragments is None:
             raise AssertionError("the protocol object lets no continuation through without a start")
         self._fragments += frame.data
-        if frame.fin:
+        self._fragments_count += 1
+        if self._fragments_count > self._fragments_max:
+            self._is_mute = True
+            self._events.clear()
+            self._protocol.fail(CloseCode.TOO_BIG, "too many fragments")
+        elif frame.fin:
             raw, self._fragments = bytes(self._fragments), None
             if self._fragments_are_text:
                 self._deliver(raw)
@@ -2807,7 +3019,7 @@ class WebSocketLink(Link, asyncio.Protocol):
 
     # Writing
 
-    def _pump(self) -> None:
+    def _queue(self) -> None:
         """Queue what the protocol object has to say for itself."""
         for part in self._protocol.data_to_send():
             if not part:
@@ -2816,6 +3028,10 @@ class WebSocketLink(Link, asyncio.Protocol):
             if not self._out:
                 self._loop.call_soon(self._flush)
             self._out.append(part)
+
+    def _pump(self) -> None:
+        """Queue what the protocol object has to say, and see to the end if it has come."""
+        self._queue()
         if self._is_open and not self._is_closing and self._protocol.close_expected():
             failed = self._protocol.close_sent  # The peer broke the rules, or sent too much.
             self._report_closed(failed.code, failed.reason)
@@ -2829,38 +3045,162 @@ class WebSocketLink(Link, asyncio.Protocol):
         transport = self._transport
         if not out or transport is None or transport.is_closing():
             return
-        transport.write(b"".join(out))
+        raw = b"".join(out)
+        transport.write(raw)
         if self._is_ending:
             self._end()
-        elif not self._is_closing and transport.get_write_buffer_size() > self._backlog_bytes_max:
-            self.close(CloseCode.NOT_READING, "does not read")
-            self._report_closed(CloseCode.NOT_READING, "does not read")
+        elif not self._is_closing:
+            self._on_written(len(raw), transport.get_write_buffer_size())
+
+    def _on_written(self, size: int, waiting: int) -> None:
+        """Take note that so many bytes were written, and that so many in all wait for the other end to read."""
 
     def _end(self) -> None:
         """Close the socket when all is written; the timer of the close cuts it if that never happens."""
-        if self._transport is not None:
+        if self._transport is None:
+            return
+        if self._is_open and self._protocol.close_rcvd is None and self._transport.can_write_eof():
+            # To close a socket with bytes unread resets it, and the reset may overtake the reason (RFC 6455 §7.1.1).
+            # What still comes in is thrown away, until the peer closes too or the timer of the close cuts it.
+            try:
+                self._transport.write_eof()
+            except OSError:  # The peer has answered what was just written with a reset.
+                self._transport.abort()
+        else:
             self._transport.close()
 
 
 class ServerLink(WebSocketLink):
-    """The hub's end of a WebSocket. `answer(request)` gives (status, body) for a plain HTTP request, else None."""
+    """The hub's end of a WebSocket. `answer(link, request)` gives (status, body) for a plain HTTP request, else None.
+
+    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. One that does not read is
+    not read from at half of `backlog_bytes_max`, and cut off beyond that or when it has read nothing for STUCK_S
+    seconds: to wait for its answer to a close would be to wait behind the very bytes that it does not read.
+    """
 
     def __init__(
         self,
         owner: LinkOwner,
-        answer: Callable[[Any], tuple[int, str] | None],
+        answer: Callable[[ServerLink, Any], tuple[int, str] | None],
         *,
         message_bytes_max: int,
         backlog_bytes_max: int,
+        messages_per_s_max: float = 0.0,
+        address: str = "",
+        decode: Callable[[bytes], Any] | None = None,
+        on_gone: Callable[[ServerLink], None] = lambda link: None,
     ) -> None:
         from websockets.server import ServerProtocol
 
         protocol = ServerProtocol(max_size=message_bytes_max, logger=WIRE_LOGGER)
-        super().__init__(protocol, owner, decoder_from_agent(), is_server=True, backlog_bytes_max=backlog_bytes_max)
+        decode = decode if decode is not None else decoder_from_agent()
+        super().__init__(protocol, owner, decode, fragments_max=message_bytes_max // FRAGMENT_BYTES)
+        self.address = address
+        self.bearer: str | None = None  # The token that came with the handshake.
         self._answer = answer
+        self._on_gone = on_gone
+        self._backlog_bytes_max = backlog_bytes_max
+        self._request_tail: bytes | None = b""  # The last of the request so far; None when it is all there.
+        self._rate = messages_per_s_max or math.inf
+        self._allowance = self._rate * BURST_S  # A token bucket, filled up again when it is found empty.
+        self._allowed_at = self._loop.time()
+        self._out_bytes = 0
+        self._written_bytes = 0  # Since the connection was made.
+        self._is_over = False  # So much waits for the peer that no more is taken.
+        self._stuck: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(self._backlog_bytes_max // 2)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+        self._on_gone(self)
+        super().connection_lost(error)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.hold("does not read")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.release("does not read")
+
+    def send(self, raw: bytes) -> None:
+        """Send a message: a server's frames are not masked, so they are a header and the bytes as they are."""
+        if self._is_mute or self._is_over:
+            return
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out += (frame_header(len(raw)), raw)
+        self._out_bytes += len(raw)
+        if self._out_bytes > OUT_BYTES_MAX:
+            self._flush()
+
+    def spend(self, effort: float) -> None:
+        self._allowance -= effort
+        if self._allowance < 0:
+            self._ration()
+
+    def _ration(self) -> None:
+        now = self._loop.time()
+        earned = (now - self._allowed_at) * self._rate
+        self._allowance = min(self._rate * BURST_S, self._allowance + earned)
+        self._allowed_at = now
+        if self._allowance < 0:
+            self.hold("sends too much")
+            self._loop.call_later(-self._allowance / self._rate, self.release, "sends too much")
+
+    def _on_written(self, size: int, waiting: int) -> None:
+        self._out_bytes = 0
+        self._written_bytes += size
+        if waiting > self._backlog_bytes_max:
+            # What was decided in one turn still goes out, and the peer can come back for the rest; but not all of it.
+            self._is_over = waiting > BACKLOGS_AT_ONCE * self._backlog_bytes_max
+            self._loop.call_soon(self._cut_off)  # Not now: its owner may be in the midst of sending.
+        elif waiting and self._stuck is None:
+            self._stuck = self._loop.call_later(STUCK_S, self._on_stuck, self._written_bytes - waiting)
+
+    def _cut_off(self) -> None:
+        if not self._is_closing:
+            self.close(CloseCode.NOT_READING, "does not read")
+            self._report_closed(CloseCode.NOT_READING, "does not read")
+
+    def _on_stuck(self, read_before: int) -> None:
+        """Cut off a peer that has read nothing since `read_before` bytes were read."""
+        self._stuck = None
+        if self._transport is None or self._is_closing:
+            return
+        waiting = self._transport.get_write_buffer_size()
+        if waiting and self._written_bytes - waiting <= read_before:
+            self._report_closed(CloseCode.NOT_READING, f"has read nothing for {STUCK_S:g} s")
+            self.abort()
+        else:
+            self._on_written(0, waiting)
+
+    def _feed(self, data: bytes) -> None:
+        """Have the request answered before what stands behind it is looked at, and drop that if it was refused.
+
+        The protocol object would read on at once, and answer a ping before the request, or fail before it is refused.
+        """
+        if self._request_tail is None:
+            super()._feed(data)
+            return
+        end = (self._request_tail + data).find(b"\r\n\r\n")
+        if end < 0:
+            self._request_tail = (self._request_tail + data)[-3:]
+            super()._feed(data)
+            return
+        end += 4 - len(self._request_tail)
+        self._request_tail = None
+        super()._feed(data[:end])
+        if self._is_open and data[end:]:
+            super()._feed(data[end:])
 
     def _on_handshake(self, request: Any) -> None:
-        answer = self._answer(request)
+        answer = self._answer(self, request)
         response = self._protocol.accept(request) if answer is None else self._protocol.reject(*answer)
         if answer is not None:
             del response.headers["Content-Type"]
@@ -2874,7 +3214,8 @@ class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
     def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None:
-        super().__init__(protocol, owner, decoder_from_hub(), is_server=False, backlog_bytes_max=None)
+        fragments_max = CLIENT_MESSAGE_BYTES_MAX // FRAGMENT_BYTES
+        super().__init__(protocol, owner, decoder_from_hub(), fragments_max=fragments_max)
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self._token = token
 
@@ -2882,7 +3223,6 @@ class ClientLink(WebSocketLink):
         super().connection_made(transport)
         request = self._protocol.connect()
         if self._token is not None:
-            request.headers.pop("Authorization", None)  # A user in the URL makes one too; to assign would add to it.
             request.headers["Authorization"] = f"Bearer {self._token}"
         self._protocol.send_request(request)
         self._pump()
@@ -2899,10 +3239,13 @@ class ClientLink(WebSocketLink):
             self.ready.exception()  # Whether or not anybody waits.
 
 
-async def connect_websocket(url: str, owner: LinkOwner) -> Link:
-    """Open a WebSocket to the hub at `url`, with AGENTHUB_TOKEN of the environment as bearer token if there is one.
+async def connect_websocket(
+    url: str, owner: LinkOwner, *, token: str | None = None, ca_file: str | None = None
+) -> Link:
+    """Open a WebSocket to the hub at `url`, with a bearer token if there is one: `token`, or that of the environment.
 
-    Raises Disconnected if that fails, ValueError if it is no such URL or token.
+    The hub's certificate is checked by the system's authorities, or by those in `ca_file` (else AGENTHUB_CA_FILE).
+    Raises Disconnected if that fails, ValueError if it is no such URL, token or file.
     """
     require_websockets()
     from websockets.client import ClientProtocol
@@ -2914,12 +3257,13 @@ async def connect_websocket(url: str, owner: LinkOwner) -> Link:
     except InvalidURI as error:
         raise ValueError(str(error)) from error
     protocol = ClientProtocol(uri, max_size=CLIENT_MESSAGE_BYTES_MAX, logger=WIRE_LOGGER)
-    token = bearer_token()
+    token = bearer_token() if token is None else check_token("the token", token)
+    tls = client_tls(ca_file or os.environ.get("AGENTHUB_CA_FILE") or None) if uri.secure else None
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(HANDSHAKE_S):
             _, link = await loop.create_connection(
-                lambda: ClientLink(protocol, owner, token), uri.host, uri.port, ssl=uri.secure or None
+                lambda: ClientLink(protocol, owner, token), uri.host, uri.port, ssl=tls
             )
             try:
                 await link.ready
@@ -2942,15 +3286,59 @@ def require_websockets() -> None:
 
 
 def bearer_token() -> str | None:
-    """Return the token to connect with, from AGENTHUB_TOKEN; raise ValueError if it is none that can be sent."""
-    token = os.environ.get("AGENTHUB_TOKEN") or None
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise ValueError("AGENTHUB_TOKEN: must be printable ASCII without spaces")
+    """Return the token to connect with: AGENTHUB_TOKEN, or what is in the file AGENTHUB_TOKEN_FILE; None without them.
+
+    Raises ValueError if it cannot be read or cannot be sent.
+    """
+    if token := os.environ.get("AGENTHUB_TOKEN"):
+        return check_token("AGENTHUB_TOKEN", token)
+    if path := os.environ.get("AGENTHUB_TOKEN_FILE"):
+        return token_in(path)
+    return None
+
+
+def token_in(path: str) -> str:
+    """Return the token in a file that nobody else can read; raise ValueError if it is another kind of file."""
+    return check_token(path, read_private(path, stat.S_IRWXG | stat.S_IRWXO, "read").strip())
+
+
+def check_token(where: str, token: str) -> str:
+    """Return a token that a header can carry; raise ValueError, which does not show it, if it is none."""
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError(f"{where}: {'must be printable ASCII without spaces' if token else 'is an empty token'}")
     return token
+
+
+def read_private(path: str | os.PathLike[str], forbidden: int, deed: str) -> str:
+    """Return the text in a file. Raises ValueError if it cannot be read, or its mode has a `forbidden` bit."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & forbidden:
+                raise ValueError(f"{path}: others may {deed} it; chmod 600 helps")
+            text = file.read(PRIVATE_CHARACTERS_MAX + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8") from None
+    if len(text) > PRIVATE_CHARACTERS_MAX:
+        raise ValueError(f"{path}: is larger than {PRIVATE_CHARACTERS_MAX} characters")
+    return text
+
+
+def client_tls(ca_file: str | None) -> ssl.SSLContext:
+    """Return what an agent needs to check its hub's certificate: by the system's authorities, or those of a file."""
+    import ssl
+
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise ValueError(f"{ca_file}: holds no certificate of an authority: {error.strerror or error}") from error
 
 
 def check_url(url: str) -> str:
     """Return a hub's URL; raise ValueError if it is none."""
+    if "@" in url:  # And it is not shown, because what stands there may be a password.
+        raise ValueError("a hub's URL holds no user or password; the token goes into AGENTHUB_TOKEN")
     if not re.fullmatch(r"wss?://[^\s/?#]+(/[^\s#]*)?", url):
         raise ValueError(f"a hub's URL looks like {URL_DEFAULT}, not {url!r}")
     return url
@@ -2987,12 +3375,397 @@ def is_utf8(raw: bytes) -> bool:
 #
 # The hub on an event loop. Every fact goes through `_apply`: the hub is told, its effects are
 # carried out in order, and the one timer is armed for its next deadline.
+#
+# A link that comes in over the network belongs to the Door until it has been let in; then it is
+# handed to the hub of the namespace that its token opens.
 # ============================================================================================
 
 
 WRITE_AGAIN_S = 1.0  # After a write to the journal that failed.
 ROOM_AGAIN_S = 5.0  # Between two looks whether a full disk has room again.
+EFFORT_PER_WRITE_MAX = 500  # Of one connection: so much may be held back for it, as if of so many plain messages.
 HELD_MAX = 100_000  # Effects held back for a write; beyond that who speaks is told to come back later.
+TOKEN_S = 5.0  # For a connection to say its token.
+TOKENS_MAX = 1000  # In an access file.
+TOKEN_LENGTH_MIN = 16  # Shorter ones are warned of; `agenthub token` makes them of 43 characters, or 256 bits.
+FAILURES_FREE = 5  # Wrong tokens from one address before it has to wait for its answers ...
+FAILURE_FORGOTTEN_S = 10.0  # ... of which one is forgotten every so often,
+FAILURE_DELAY_FIRST_S, FAILURE_DELAY_MAX_S = 0.1, 2.0  # and how long: each further one doubles it.
+ADDRESSES_MAX = 10_000  # Whose failures are remembered.
+CONNECTIONS_PER_ADDRESS_MAX = 1000
+CONNECTIONS_OVER = 64  # Connections over a bound that still get an answer (503); the others are cut at once.
+DESCRIPTORS_KEPT = 64  # File descriptors that no connection gets, so that the journal can always be written.
+ACCEPT_AGAIN_S = 0.5  # After the system had no room for another connection.
+NAMESPACE_DEFAULT = "default"
+RIGHTS = ("register", "delegate", "broadcast", "observe")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one token allows: in which namespace, which of RIGHTS, and for which capabilities.
+
+    `register` is to offer capabilities, `delegate` to have tasks done and to discover who does them, `broadcast` to
+    speak to all, `observe` to discover and to see the hub's status and list of tasks. Patterns are those of a shell
+    (`review-*`); None is any. A task's own status, its result and a heartbeat need no right: the hub itself decides.
+    """
+
+    name: str
+    sha256: str  # Of the token, in hex.
+    namespace: str = NAMESPACE_DEFAULT
+    may: frozenset[str] = frozenset(RIGHTS)
+    offers: tuple[str, ...] | None = None
+    calls: tuple[str, ...] | None = None
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What a registration rests on."""
+        return self.namespace, self.offers, "register" in self.may
+
+    def refusal(self, message: AgentMessage) -> str | None:
+        """Say why the holder may not send a message; None if it may."""
+        if isinstance(message, Register):
+            return self._refusal_to_register(message)
+        if isinstance(message, Delegate):
+            return self._refusal_to_delegate(message)
+        if isinstance(message, Broadcast):
+            return None if "broadcast" in self.may else "this token may not broadcast"
+        if isinstance(message, Discover):
+            return None if self.may & {"delegate", "observe"} else "this token may not discover"
+        if isinstance(message, Status) and message.task_id is None:
+            return None if "observe" in self.may else "this token may not observe"
+        return None
+
+    def _refusal_to_register(self, message: Register) -> str | None:
+        names = [one if isinstance(one, str) else one.name for one in message.capabilities]
+        if not self.may & {"register", "delegate", "broadcast"}:
+            return "this token may not register"
+        if names and "register" not in self.may:
+            return "capabilities: this token may not offer any"
+        if not all(fits(name, self.offers) for name in names):
+            return "capabilities: this token may not offer all of these"
+        return None
+
+    def _refusal_to_delegate(self, message: Delegate) -> str | None:
+        if "delegate" not in self.may:
+            return "this token may not delegate"
+        if self.calls is not None and (message.capability is None or not fits(message.capability, self.calls)):
+            return "capability: this token may not call it"
+        return None
+
+
+def fits(name: str, patterns: tuple[str, ...] | None) -> bool:
+    return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+class Access:
+    """The tokens that open a hub, known by their SHA-256. Raises ValueError if there are none, or too many."""
+
+    grants: list[Grant]
+
+    def __init__(self, grants: Iterable[Grant]) -> None:
+        self.grants = list(grants)
+        if not 1 <= len(self.grants) <= TOKENS_MAX:
+            raise ValueError(f"a hub has 1 to {TOKENS_MAX} tokens, not {len(self.grants)}")
+        if len({grant.sha256 for grant in self.grants}) < len(self.grants):
+            raise ValueError("two names have the same token")
+
+    @classmethod
+    def of_token(cls, token: str) -> Access:
+        """Let in who has this one token, for everything."""
+        return cls([Grant("token", hash_of(check_token("the token", token)))])
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> Access:
+        """Read an access file: TOML with a table `tokens.NAME` for each. Raises ValueError, which names the place."""
+        import tomllib
+
+        try:
+            document = tomllib.loads(read_private(path, stat.S_IWGRP | stat.S_IWOTH, "write to"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: is not TOML: {error}") from error
+        tokens = document.get("tokens")
+        if not isinstance(tokens, dict) or set(document) != {"tokens"}:
+            raise ValueError(f"{path}: has tables named tokens.NAME, and nothing else")
+        try:
+            return cls(_grant(name, table) for name, table in tokens.items())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def namespaces(self) -> list[str]:
+        return list(dict.fromkeys(grant.namespace for grant in self.grants))
+
+    def grant(self, token: str) -> Grant | None:
+        """Return what a token allows; None if it is none of these. Takes as long whichever it is, and however wrong."""
+        return self.of_hash(hash_of(token))
+
+    def of_hash(self, sha256: str) -> Grant | None:
+        found = None
+        for grant in self.grants:
+            if hmac.compare_digest(grant.sha256, sha256):
+                found = grant
+        return found
+
+
+def _grant(name: str, table: Any) -> Grant:
+    """Return the grant that a table of an access file describes; raise ValueError, which names the place."""
+    where = f"tokens.{printable(name)}"
+    known = {"sha256", "namespace", "may", "offers", "calls"}
+    if not isinstance(table, dict) or not set(table) <= known:
+        raise ValueError(f"{where}: is a table with {', '.join(sorted(known))}, and nothing else")
+    sha256, namespace = table.get("sha256"), table.get("namespace", NAMESPACE_DEFAULT)
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"{where}.sha256: is the SHA-256 of a token, 64 digits of 0-9 a-f; `agenthub token` prints it")
+    if not isinstance(namespace, str) or not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", namespace):
+        raise ValueError(f"{where}.namespace: is 1 to 64 of a-z 0-9 _ -")
+    lists: dict[str, tuple[str, ...] | None] = {}
+    for key in ("may", "offers", "calls"):
+        given = table.get(key)
+        if given is not None and not (isinstance(given, list) and all(isinstance(one, str) for one in given)):
+            raise ValueError(f"{where}.{key}: is a list of strings")
+        lists[key] = tuple(given) if given is not None else None
+    may = frozenset(RIGHTS if lists["may"] is None else lists["may"])
+    if not may <= set(RIGHTS):
+        raise ValueError(f"{where}.may: is a list of some of {', '.join(RIGHTS)}")
+    return Grant(name, sha256, namespace, may, lists["offers"], lists["calls"])
+
+
+class Failures:
+    """Wrong tokens, by the address that they came from, and how long that has to wait for its next answer."""
+
+    def __init__(self) -> None:
+        self._scores: dict[str, tuple[float, float]] = {}  # A score, and when it was that.
+
+    def add(self, address: str, now: float) -> None:
+        score = self._score(address, now) + 1
+        self._scores.pop(address, None)
+        self._scores[address] = score, now
+        if len(self._scores) > ADDRESSES_MAX:
+            del self._scores[next(iter(self._scores))]
+
+    def delay_s(self, address: str, now: float) -> float:
+        over = self._score(address, now) - FAILURES_FREE
+        return min(FAILURE_DELAY_FIRST_S * 2**over, FAILURE_DELAY_MAX_S) if over >= 0 else 0.0
+
+    def _score(self, address: str, now: float) -> float:
+        score, then = self._scores.get(address, (0.0, now))
+        return min(max(0.0, score - (now - then) / FAILURE_FORGOTTEN_S), 2 * FAILURES_FREE)
+
+
+class Knock(NamedTuple):
+    """A message from who has not been let in, and the token in it ("": something that cannot be one)."""
+
+    message: AgentMessage | InvalidMessage | None  # None: the token came with the handshake.
+    token: str | None
+
+
+def decode_knock(raw: bytes) -> Knock:
+    found = _readable(raw, "id").get("token")
+    token = found if isinstance(found, str) or found is None else ""
+    try:
+        return Knock(decoder_from_agent()(raw), token)
+    except InvalidMessage as error:
+        return Knock(error, token)
+
+
+@dataclass(slots=True, eq=False)
+class Visitor:
+    """Who has not been let in yet, and will be turned away when the timer fires."""
+
+    timer: asyncio.TimerHandle
+    tries: int = 0
+
+
+class Door:
+    """Lets links in that may come in: owns them until then, and after that `admit` does.
+
+    `access` None lets everybody in. `names` are those that the hub goes by in a Host header (None: any), `origins` the
+    pages that may connect. Who is turned away is counted in `turned_away`, by reason.
+    """
+
+    def __init__(
+        self,
+        access: Access | None,
+        names: frozenset[str] | None,
+        origins: frozenset[str],
+        admit: Callable[[Link, Grant | None], LinkOwner],
+    ) -> None:
+        self.access = access
+        self.turned_away: dict[str, int] = {}
+        self._names = names
+        self._origins = origins
+        self._admit = admit
+        self._failures = Failures()
+        self._visitors: dict[Link, Visitor] = {}
+        self._loop = asyncio.get_running_loop()
+
+    def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
+        """Return the answer to an HTTP request that a web page may have made, if it is one; else None.
+
+        A page can make a browser connect to any address, and its name resolve to any, but not lie in these headers:
+        https://datatracker.ietf.org/doc/html/rfc6455#section-10.2.
+        """
+        hosts, origins = request.headers.get_all("Host"), request.headers.get_all("Origin")
+        if self._names is not None and not (len(hosts) == 1 and host_name(hosts[0]) in self._names):
+            self.turn_away(link, "host")
+            return 403, "this hub does not go by that name; --allow-host adds one\n"
+        if origins and not (len(origins) == 1 and origins[0] in self._origins):
+            self.turn_away(link, "origin")
+            return 403, "pages of that origin may not connect; --allow-origin adds one\n"
+        return None
+
+    def turn_away(self, link: Link, why: str) -> None:
+        """Take note that somebody was not let in. `why` is one of a few words of ours, never what was said."""
+        count(self.turned_away, why)
+        log_hub.warning("turned away why=%s address=%s", why, link.address)
+
+    def grant_of(self, link: Link, request: Any) -> Grant | None:
+        """Return what the token of a plain HTTP request allows. Who would have to wait for the answer gets None."""
+        token = bearer_in(request)
+        if self.access is None or token is None or self._failures.delay_s(link.address, self._loop.time()):
+            return None
+        grant = self.access.grant(token)
+        if grant is None:
+            self._failures.add(link.address, self._loop.time())
+            self.turn_away(link, "unauthorized")
+        return grant
+
+    # LinkOwner
+
+    def opened(self, link: Link) -> None:
+        if self.access is None:
+            self._admit(link, None)
+            return
+        self._visitors[link] = Visitor(self._loop.call_later(TOKEN_S, self._close, link, "no token in time"))
+        if isinstance(link, ServerLink) and link.bearer is not None:
+            self._examine(link, Knock(None, link.bearer), 0)
+
+    def received(self, link: Link, knock: Knock, message_bytes: int) -> None:
+        if isinstance(knock, InvalidMessage):  # It was not even text.
+            knock = Knock(knock, None)
+        if link in self._visitors:
+            self._examine(link, knock, message_bytes)
+
+    def closed(self, link: Link, code: int, reason: str) -> None:
+        visitor = self._visitors.pop(link, None)
+        if visitor is not None:
+            visitor.timer.cancel()
+
+    # Who is it?
+
+    def _examine(self, link: Link, knock: Knock, message_bytes: int) -> None:
+        """Let a visitor in, or not: at once, or later if its address has been wrong too often."""
+        delay_s = self._failures.delay_s(link.address, self._loop.time()) if knock.token is not None else 0.0
+        if not delay_s:
+            self._decide(link, knock, message_bytes)
+            return
+
+        def decide() -> None:
+            if link in self._visitors:
+                self._decide(link, knock, message_bytes)
+            link.release("its address has failed")
+
+        link.hold("its address has failed")
+        self._loop.call_later(delay_s, decide)
+
+    def _decide(self, link: Link, knock: Knock, message_bytes: int) -> None:
+        if self.access is None:
+            raise AssertionError("nobody is a visitor where everybody may come in")
+        grant = self.access.grant(knock.token) if knock.token is not None else None
+        if grant is None:
+            self._refuse(link, knock)
+            return
+        self.closed(link, CloseCode.DONE, "let in")
+        owner = self._admit(link, grant)
+        if knock.message is not None:
+            owner.received(link, knock.message, message_bytes)
+
+    def _refuse(self, link: Link, knock: Knock) -> None:
+        text = "say the hub's token first, as a bearer token of the handshake or as `token` in the first message"
+        if knock.token is not None:
+            text = "that is not a token of this hub"
+            self._failures.add(link.address, self._loop.time())
+        if knock.message is not None:
+            reply_to = knock.message.reply_to if isinstance(knock.message, InvalidMessage) else knock.message.id
+            link.send(encode(Error(reply_to=reply_to, code=Code.UNAUTHORIZED, message=text)))
+        visitor = self._visitors[link]
+        visitor.tries += 1
+        if visitor.tries >= TRIES_MAX:
+            self._close(link, "tried too often")
+        else:
+            self.turn_away(link, "unauthorized")
+
+    def _close(self, link: Link, reason: str) -> None:
+        self.turn_away(link, "unauthorized")
+        self.closed(link, CloseCode.NOT_ALLOWED, reason)
+        link.close(CloseCode.NOT_ALLOWED, reason)
+
+
+def bearer_in(request: Any) -> str | None:
+    """Return the bearer token of an HTTP request (RFC 6750 §2.1); None if there is none, or more than one."""
+    headers = request.headers.get_all("Authorization")
+    scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def host_name(header: str) -> str:
+    """Return the name in a Host header, in lower case and without the port (RFC 9110 §7.2)."""
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]*)(?::[0-9]{1,5})?", header.lower())
+    return match[1] if match is not None else ""
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address or name to listen on can be reached from this machine only."""
+    import ipaddress
+
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def network_of(address: str) -> str:
+    """Return what counts as one address: of IPv6 the first 64 bits, because who has one of those has all of them."""
+    import ipaddress
+
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+
+
+def server_tls(cert_file: str, key_file: str | None = None) -> ssl.SSLContext:
+    """Return what a hub needs to speak TLS 1.2 or better. Raises ValueError if the files do not make a pair."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, cert_file, key_file)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> None:
+    """Take up a certificate, for the connections to come. Raises ValueError if the files do not make a pair."""
+
+    def no_password() -> NoReturn:
+        raise ValueError("the key has a password; a hub takes one without")
+
+    try:
+        context.load_cert_chain(cert_file, key_file, no_password)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or "they are not PEM files"
+        text = f"the certificate {cert_file} and its key {key_file or cert_file} cannot be used: {reason}"
+        raise ValueError(text) from error
+
+
+def descriptors_max() -> float:
+    """Return how many files and sockets this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such bound.
+        return math.inf
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
 
 
 class GroupCommit:
@@ -3009,6 +3782,7 @@ class GroupCommit:
         self._loop = asyncio.get_running_loop()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "agenthub-journal")
         self._held: list[Effect] = []
+        self._efforts: dict[Link, int] = {}  # What the messages cost whose effects are held back.
         self._is_closed = False
         self._idle = asyncio.Event()  # Nothing is held back.
         self._idle.set()
@@ -3025,6 +3799,13 @@ class GroupCommit:
         if self._idle.is_set():
             self._idle.clear()
             self._loop.call_soon(self._write)  # With what else comes in during this turn of the loop.
+
+    def spend(self, link: Link, effort: int) -> None:
+        """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
+        if not self._idle.is_set():
+            spent = self._efforts[link] = self._efforts.get(link, 0) + effort
+            if spent > EFFORT_PER_WRITE_MAX:
+                link.hold("waits for the journal")
 
     async def close(self, within_s: float) -> None:
         """Write what is left, for at most `within_s` seconds, and close the journal."""
@@ -3081,13 +3862,20 @@ class GroupCommit:
         try:
             self._carry_out(held)
         finally:  # Whatever fails, the rest goes on.
+            self._read_on()
             if self._held or self._hub.has_changed:
                 self._write()
             else:
                 self._idle.set()
 
+    def _read_on(self) -> None:
+        efforts, self._efforts = self._efforts, {}
+        for link in efforts:
+            link.release("waits for the journal")
+
     def _on_failure(self, error: BaseException, changes: Changes, held: list[Effect]) -> None:
         """Take no new task, give up the reserve, and try again until it is written."""
+        self._read_on()  # Signs of life must not wait for a disk that somebody has to make room on.
         delay_s = WRITE_AGAIN_S
         if not self._hub.is_full:
             log_hub.error("the journal cannot be written: %s; no new task is taken", error)
@@ -3171,6 +3959,10 @@ class LocalHub:
             log_hub.info("took up %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
         self._commit = GroupCommit(self.hub, journal, self._carry_out_late)
 
+    def shut_down(self) -> None:
+        """Take no new task from now on."""
+        self.hub.shut_down()
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
         if not self._is_running:
@@ -3190,6 +3982,8 @@ class LocalHub:
         with contextlib.suppress(TimeoutError):  # Each cuts itself CLOSING_S after its close.
             async with asyncio.timeout(2 * CLOSING_S):
                 await asyncio.gather(*(link.gone.wait() for link in links))
+        for link in links:
+            link.abort()
         if self._commit is not None:
             await self._commit.close(CLOSING_S)
             self._commit = None
@@ -3218,6 +4012,10 @@ class LocalHub:
         if self._commit is not None and self._commit.is_overfull:
             link.close(CloseCode.GOING_AWAY, "the journal cannot be written just now")
             return
+        if link.grant is not None and not isinstance(message, InvalidMessage):
+            refusal = link.grant.refusal(message)
+            if refusal is not None:
+                message = InvalidMessage(refusal, code=Code.UNAUTHORIZED, reply_to=message.id)
         try:
             effects = self.hub.receive(link, message, self._loop.time(), message_bytes)
         except Exception:
@@ -3225,10 +4023,13 @@ class LocalHub:
             reply = Error(reply_to=message.id, code=Code.INTERNAL, message="the hub failed; its log says why")
             effects = [*self.hub._take_effects(), (link, reply)]
         self._apply(effects)
+        if self._commit is not None:
+            self._commit.spend(link, self.hub.effort)
+        link.spend(self.hub.effort)
 
     def closed(self, link: Link, code: int, reason: str) -> None:
         self._links.pop(link, None)
-        self._apply(self.hub.disconnected(link, self._loop.time()))
+        self._apply(self.hub.disconnected(link, self._loop.time(), code))
 
     # The hub's effects and its time.
 
@@ -3281,7 +4082,12 @@ class LocalHub:
 class HubServer(LocalHub):
     """A hub that listens for WebSockets, and answers `GET /healthz` on the same port.
 
-    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken.
+    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken. Without `access`
+    everybody who reaches it may come in: it raises ValueError if that is not only this machine, unless `insecure`.
+    Other namespaces than `default` are hubs of their own behind the same port; a `journal` has a file for each.
+
+    On loopback it answers only to the names of that, and to those in `allow_hosts`; elsewhere to any name, or to those.
+    Web pages may connect if they are its own, or if their origin (`https://example.org`) is in `allow_origins`.
     """
 
     host: str
@@ -3293,56 +4099,247 @@ class HubServer(LocalHub):
         *,
         host: str = "127.0.0.1",
         port: int = 8765,
+        access: Access | None = None,
+        insecure: bool = False,
+        tls: ssl.SSLContext | None = None,
+        allow_origins: Iterable[str] = (),
+        allow_hosts: Iterable[str] = (),
         backlog_bytes_max: int = BACKLOG_BYTES_MAX,
+        connections_per_address_max: int = CONNECTIONS_PER_ADDRESS_MAX,
+        messages_per_s_max: float = MESSAGES_PER_S_MAX,
         journal: Journal | None = None,
     ) -> None:
         super().__init__(settings, journal=journal)
         if backlog_bytes_max <= 0:
             raise ValueError("the backlog must be more than 0 bytes")
+        if connections_per_address_max <= 0:
+            raise ValueError("there must be room for a connection from an address")
+        if not 0 <= messages_per_s_max < math.inf:
+            raise ValueError("messages_per_s_max must be a number of at least 0, which is no bound")
+        if access is None and not insecure and not is_loopback(host):
+            raise ValueError(
+                f"{host} can be reached from elsewhere, and whoever reaches this hub could use it: give it a token"
+                " (AGENTHUB_TOKEN, --token-file or --access; `agenthub token` makes one), or say --insecure"
+            )
         self.host = host
         self.port = port
+        self._access = access
+        self._tls = tls
+        self._allow_origins = frozenset(map(check_origin, allow_origins))
+        self._allow_hosts = frozenset(name.lower() for name in allow_hosts)
         self._backlog_bytes_max = backlog_bytes_max
-        self._server: asyncio.Server | None = None
-        self._sockets: weakref.WeakSet[ServerLink] = weakref.WeakSet()  # Also those that are no WebSocket yet.
+        self._per_address_max = connections_per_address_max
+        self._messages_per_s_max = messages_per_s_max
+        self._rooms: dict[str, LocalHub] = {NAMESPACE_DEFAULT: self}
+        self._accepting: set[asyncio.Task[None]] = set()
+        self._sockets: dict[ServerLink, None] = {}  # Also those that are no WebSocket yet.
+        self._addresses: dict[str, int] = {}  # How many of them are from there.
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"ws://{host}:{self.port}"
+        return f"{'ws' if self._tls is None else 'wss'}://{self._name}:{self.port}"
+
+    @property
+    def _name(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
     async def start(self) -> None:
         require_websockets()
         await super().start()
         try:
-            self._server = await self._loop.create_server(self._accept, self.host, self.port, backlog=1024)
+            self._count_descriptors()
+            for namespace in self._access.namespaces if self._access is not None else ():
+                await self._open_room(namespace)
+            listeners = await self._listen()
         except BaseException:
             await self.stop()  # The journal is another's to open.
             raise
-        self.port = self._server.sockets[0].getsockname()[1]
+        names = self._allow_hosts | {self._name.lower()}
+        if is_loopback(self.host):
+            names |= set(LOOPBACK_NAMES)
+        is_any_name = not is_loopback(self.host) and not self._allow_hosts
+        origins = self._allow_origins | own_origins(names, self.port, is_secure=self._tls is not None)
+        self._door = Door(self._access, None if is_any_name else names, origins, self._admit)
+        self._accepting = {self._loop.create_task(self._accept_all(listener)) for listener in listeners}
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        others = [room.stop(drain_s) for room in self._rooms.values() if room is not self]
+        await asyncio.gather(super().stop(drain_s), *others)
+        await asyncio.gather(*self._accepting, return_exceptions=True)  # Until the port is free again.
+
+    def shut_down(self) -> None:
+        for room in self._rooms.values():
+            room.hub.shut_down()
+
+    async def reload(self, access: Access) -> None:
+        """Take other tokens from now on, for the connections that there are too.
+
+        Whose token is none any more is closed with 1008; who has to register anew by it, with 1001. Raises
+        JournalError, and leaves the tokens as they are, if a new namespace cannot be opened; ValueError if this hub was
+        started without tokens.
+        """
+        if self._access is None:
+            raise ValueError("this hub was started without tokens, and lets everybody in")
+        for namespace in access.namespaces:
+            await self._open_room(namespace)
+        self._access = self._door.access = access
+        for link in list(self._sockets):
+            if link.grant is None:
+                continue
+            grant = access.of_hash(link.grant.sha256)
+            if grant is None:
+                link.close(CloseCode.NOT_ALLOWED, "its token was withdrawn")
+            elif grant.place != link.grant.place:
+                link.close(CloseCode.GOING_AWAY, "its token is for another namespace or other capabilities now")
+            else:
+                link.grant = grant
+        log_hub.info("took up %d tokens of %d namespaces", len(access.grants), len(access.namespaces))
+
+    async def _open_room(self, namespace: str) -> None:
+        """Start the hub of a namespace, if there is none."""
+        if namespace not in self._rooms:
+            journal = self._journal.of_namespace(namespace) if self._journal is not None else None
+            room = LocalHub(self.settings, journal=journal)
+            await room.start()
+            self._rooms[namespace] = room
+
+    def _admit(self, link: Link, grant: Grant | None) -> LinkOwner:
+        room = self._rooms[grant.namespace if grant is not None else NAMESPACE_DEFAULT]
+        link.grant = grant
+        link.hand_over(room, decoder_from_agent())
+        room.opened(link)
+        return room
+
+    # Connections
+
+    async def _listen(self) -> list[socket.socket]:
+        """Open a socket for each address that `host` has, all on the same port."""
+        found = await self._loop.getaddrinfo(
+            self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with contextlib.ExitStack() as opened:
+            listeners = []
+            for family, *_, address in dict.fromkeys(found):
+                where: Any = (address[0], self.port, *address[2:])
+                listener = opened.enter_context(socket.create_server(where, family=family, backlog=1024))
+                listener.setblocking(False)
+                listeners.append(listener)
+                self.port = listener.getsockname()[1]
+            opened.pop_all()
+        return listeners
+
+    def _count_descriptors(self) -> None:
+        """See how many sockets there may be, so that some descriptors are left for the journal."""
+        kept = descriptors_max() - DESCRIPTORS_KEPT
+        if kept < 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if kept < self.settings.connections_max:
+            log_hub.warning("there are file descriptors for %d connections only: ulimit -n", kept)
+        self._sockets_max = min(self.settings.connections_max + CONNECTIONS_OVER, kept)
 
     def _stop_listening(self) -> list[Link]:
-        if self._server is not None:
-            self._server.close()
-        return list(dict.fromkeys([*super()._stop_listening(), *self._sockets]))
+        for task in self._accepting:
+            task.cancel()
+        elsewhere = {link for room in self._rooms.values() if room is not self for link in room._links}
+        return [link for link in dict.fromkeys([*self._links, *self._sockets]) if link not in elsewhere]
 
-    def _accept(self) -> ServerLink:
+    async def _accept_all(self, listener: socket.socket) -> None:
+        with listener:
+            while True:
+                try:
+                    connection, address = await self._loop.sock_accept(listener)
+                except OSError as error:
+                    log_hub.error("a connection cannot be accepted: %s", error.strerror)
+                    await asyncio.sleep(ACCEPT_AGAIN_S)
+                else:
+                    self._accept(connection, network_of(address[0]))
+
+    def _accept(self, connection: socket.socket, network: str) -> None:
+        over = self._addresses.get(network, 0) - self._per_address_max
+        if len(self._sockets) >= self._sockets_max or over >= CONNECTIONS_OVER:
+            count(self._door.turned_away, "connections")
+            connection.close()
+            return
+        task = self._loop.create_task(self._open(connection, network))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+
+    async def _open(self, connection: socket.socket, network: str) -> None:
+        """Make a link of a socket, which takes a while with TLS."""
         link = ServerLink(
-            self,
+            self._door,
             self._answer,
             message_bytes_max=self.settings.message_bytes_max,
             backlog_bytes_max=self._backlog_bytes_max,
+            messages_per_s_max=self._messages_per_s_max,
+            address=network,
+            decode=decode_knock if self._access is not None else None,
+            on_gone=self._on_gone,
         )
-        self._sockets.add(link)
-        return link
+        self._sockets[link] = None
+        self._addresses[network] = self._addresses.get(network, 0) + 1
+        options: dict[str, Any] = {}
+        if self._tls is not None:
+            options = {"ssl": self._tls, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": CLOSING_S}
+        try:
+            await self._loop.connect_accepted_socket(lambda: link, connection, **options)
+        except OSError as error:
+            self._door.turn_away(link, "tls")
+            log_hub.debug("no connection address=%s: %s", network, error)
+            self._on_gone(link)
+        except BaseException:
+            self._on_gone(link)
+            raise
 
-    def _answer(self, request: Any) -> tuple[int, str] | None:
+    def _on_gone(self, link: ServerLink) -> None:
+        """Forget a socket. May be told so twice."""
+        if link in self._sockets:
+            del self._sockets[link]
+            self._addresses[link.address] -= 1
+            if not self._addresses[link.address]:
+                del self._addresses[link.address]
+
+    def _answer(self, link: ServerLink, request: Any) -> tuple[int, str] | None:
         """Answer a plain HTTP request; None lets it become a WebSocket."""
-        if request.path.partition("?")[0] != "/healthz":
-            if len(self._links) < self.settings.connections_max:
-                return None
-            return 503, f"the hub has its {self.settings.connections_max} connections\n"
-        health = "shutting_down" if self.hub.shutting_down else "journal_full" if self.hub.is_full else "ok"
-        return 503 if self.hub.shutting_down else 200, json.dumps({"status": health, **self.hub.summary()}) + "\n"
+        refusal = self._door.check_request(link, request)
+        if refusal is not None:
+            return refusal
+        if request.path.partition("?")[0] == "/healthz":
+            return self._health(link, request)
+        for bound, number, whose in (
+            (self.settings.connections_max, len(self._sockets), "the hub has"),
+            (self._per_address_max, self._addresses[link.address], "that address has"),
+        ):
+            if number > bound:
+                self._door.turn_away(link, "connections")
+                return 503, f"{whose} its {bound} connections\n"
+        link.bearer = bearer_in(request)
+        return None
+
+    def _health(self, link: ServerLink, request: Any) -> tuple[int, str]:
+        """Say how the hub is, and to who may observe a namespace how that is."""
+        room: LocalHub | None = self
+        if self._access is not None:
+            grant = self._door.grant_of(link, request)
+            room = self._rooms[grant.namespace] if grant is not None and "observe" in grant.may else None
+        hub = (room or self).hub
+        health = "shutting_down" if hub.shutting_down else "journal_full" if hub.is_full else "ok"
+        more = {**room.hub.summary(), "turned_away": self._door.turned_away} if room is not None else {}
+        return 503 if hub.shutting_down else 200, json.dumps({"status": health, **more}) + "\n"
+
+
+def check_origin(origin: str) -> str:
+    """Return the origin of web pages, as browsers write it; raise ValueError if it is none."""
+    if not re.fullmatch(r"https?://[^\s/?#@]+", origin):
+        raise ValueError(f"an origin looks like https://example.org, not {origin!r}")
+    return origin
+
+
+def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozenset[str]:
+    """Return the origins of pages that come from this hub, as a browser writes them (RFC 6454 §6.2)."""
+    scheme, usual_port = ("https", 443) if is_secure else ("http", 80)
+    suffix = "" if port == usual_port else f":{port}"
+    return frozenset(f"{scheme}://{name}{suffix}" for name in names)
 
 
 # ============================================================================================
@@ -3358,11 +4355,14 @@ class HubServer(LocalHub):
 log_agent = logging.getLogger("agenthub.agent")
 
 REPLY_S = 10.0  # For the hub to answer a registration.
+REQUEST_S = 60.0  # For it to answer anything else, which may wait for a slow disk.
 LATE_REGISTRATION_S = 120.0  # How long one that was not answered may still be on its way.
 LEAVING_S = 2.0  # For the hub to take note that an agent leaves.
 LATE_S = 5.0  # After a task's deadline, for the word of its end to arrive.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
 DRAIN_S = 30.0  # For running tasks to end when an agent is asked to stop.
+HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 0.01, TTL_MAX_S  # Whatever the hub asks for.
+TASKS_OVER = 100  # Beyond twice its max_tasks, which count those that have just ended, an agent takes none.
 LATE_CODES = (Code.TASK_OVER, Code.NOT_ASSIGNED, Code.STALE_ATTEMPT)  # Something ended meanwhile: nobody's fault.
 REASON_MAX = 4096  # Characters of why a task is cancelled.
 UPDATES_MAX = 1000  # Progress reports, and broadcasts, kept for a reader who is slow; then the oldest go.
@@ -3419,11 +4419,16 @@ class Session:
             self._link.send(raw)
 
     async def request(
-        self, message: AgentMessage, reply_type: type[Reply], at_once: Callable[[Reply], None] | None = None
+        self,
+        message: AgentMessage,
+        reply_type: type[Reply],
+        at_once: Callable[[Reply], None] | None = None,
+        within_s: float | None = REQUEST_S,
     ) -> Reply:
         """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
 
-        Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies.
+        Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies. A hub that has not
+        replied after `within_s` seconds (None: there is no bound) is as good as lost, and so the connection is cut.
         """
         answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
@@ -3441,10 +4446,20 @@ class Session:
             else:
                 answered.set_exception(InvalidMessage(f"the hub replied with {reply.type}"))
 
+        try:
+            async with asyncio.timeout(within_s):
+                if self._link is not None:
+                    await self._link.writable.wait()
+                self.ask(message, then)
+                return await answered
+        except TimeoutError as error:
+            self.cut()
+            raise Disconnected(f"the hub did not answer within {within_s:g} s") from error
+
+    def cut(self) -> None:
+        """Give up a connection on which nothing sensible comes in any more."""
         if self._link is not None:
-            await self._link.writable.wait()
-        self.ask(message, then)
-        return await answered
+            self._link.abort()
 
     async def close(self) -> None:
         """Close, and wait until nothing is left of the connection."""
@@ -3538,7 +4553,7 @@ class Handler:
                 raise ValueError(f"{function.__name__}: a schema is a JSON object")
         description = mark.description or (inspect.getdoc(function) or "").partition("\n")[0]
         offered = Capability(
-            mark.name or function.__name__,
+            check_text("a capability's name", mark.name or function.__name__, VISIBLE_PATTERN),
             description[:4096],
             schema if mark.input_schema is None else mark.input_schema,
             schema_of(hints.get("return")) or None if mark.output_schema is None else mark.output_schema,
@@ -3864,7 +4879,8 @@ class TaskHandle:
     def _cancellation(self, reason: str) -> Result:
         """Call it off on this side, and return the message that does so at the hub."""
         self._is_called_off = True
-        return Result(task_id=self.task_id, success=False, error=ErrorInfo(Code.CANCELLED, reason[:REASON_MAX]))
+        error = ErrorInfo(Code.CANCELLED, error_text(reason[:REASON_MAX]))
+        return Result(task_id=self.task_id, success=False, error=error)
 
     def __aiter__(self) -> AsyncIterator[Progress]:
         return self._follow()
@@ -3914,8 +4930,10 @@ class Agent:
     """A program on the hub: what it can do, and its way to ask others.
 
     `hub` is a LocalHub of this process; without one, `url` (else AGENTHUB_URL, else ws://127.0.0.1:8765) says where
-    the hub is. `name` is the class's by default. At most `max_tasks` tasks run at once. Without a connection it tries
-    again for ever, or for `give_up_after_s` seconds.
+    the hub is, `token` (else AGENTHUB_TOKEN, else what is in the file AGENTHUB_TOKEN_FILE) opens it, and its
+    certificate is checked by the authorities in `ca_file` (else AGENTHUB_CA_FILE, else the system's). `name` is the
+    class's by default. At most `max_tasks` tasks run at once. Without a connection it tries again for ever, or for
+    `give_up_after_s` seconds.
 
     Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the
     hub does not take the registration, Disconnected when it has given up or another took its place.
@@ -3936,6 +4954,8 @@ class Agent:
         description: str | None = None,
         url: str | None = None,
         hub: LocalHubLike | None = None,
+        token: str | None = None,
+        ca_file: str | None = None,
         max_tasks: int = 16,
         metadata: dict[str, Any] | None = None,
         give_up_after_s: float | None = None,
@@ -3950,7 +4970,8 @@ class Agent:
         self.max_tasks = max_tasks
         self.metadata = metadata or {}
         self.give_up_after_s = give_up_after_s
-        self._connector: Connector = hub.connect if hub is not None else functools.partial(connect_websocket, self.url)
+        connect = functools.partial(connect_websocket, self.url, token=token, ca_file=ca_file)
+        self._connector: Connector = hub.connect if hub is not None else connect
         self._handlers: dict[str, Handler] = {}
         self._broadcast_handler: Callable[[Any, str], Any] | None = None
         self._resume: str | None = None
@@ -4037,8 +5058,7 @@ class Agent:
         """Return what this agent says of itself. Raises ValueError if the limits of the protocol do not allow it."""
         if not 1 <= self.max_tasks <= 10_000:
             raise ValueError("max_tasks must be from 1 to 10000")
-        if not 1 <= len(self.name) <= 128:
-            raise ValueError("name must have 1 to 128 characters")
+        check_text("name", self.name, VISIBLE_PATTERN)
         return Register(
             name=self.name,
             description=self.description[:4096],
@@ -4129,7 +5149,7 @@ class Agent:
         """Tell the hub that this agent leaves, again after a reconnect; return whether it answered within `wait_s`."""
         try:
             async with asyncio.timeout(wait_s):
-                await self._request(message, Deregistered)
+                await self._request(message, Deregistered, within_s=None)
         except TimeoutError:
             running = len(self._running)
             log_agent.warning("no answer to deregister in %g s agent=%s tasks=%d", wait_s, self.agent_id, running)
@@ -4232,10 +5252,7 @@ class Agent:
         session = await Session.open(self._connector, self._on_message)
         joined = functools.partial(self._on_registered, session, list(self._handlers))
         try:
-            async with asyncio.timeout(REPLY_S):
-                await session.request(self._registration(), Registered, at_once=joined)
-        except TimeoutError as error:
-            raise Disconnected("the hub did not answer the registration") from error
+            await session.request(self._registration(), Registered, at_once=joined, within_s=REPLY_S)
         except Refused as refusal:
             if refusal.code in (Code.OVERLOADED, Code.INTERNAL):  # Not for ever.
                 raise Disconnected(f"the hub did not let this agent in: {refusal.message}") from refusal
@@ -4272,7 +5289,7 @@ class Agent:
     def _on_registered(self, session: Session, announced: list[str], reply: Registered) -> None:
         log_agent.info("joined agent=%s", printable(reply.agent_id))
         self.agent_id, self._resume = reply.agent_id, reply.resume
-        session.heartbeat_s = reply.heartbeat_s
+        session.heartbeat_s = min(max(HEARTBEAT_MIN_S, reply.heartbeat_s), HEARTBEAT_MAX_S)
         session.message_bytes_max = reply.max_bytes
         self._session = session
         if list(self._handlers) != announced:  # One was added in the meantime.
@@ -4378,6 +5395,10 @@ class Agent:
             if former.attempt == message.attempt:
                 return
             former._stop()
+        elif len(self._running) + len(self._results) >= 2 * self.max_tasks + TASKS_OVER and self._session is not None:
+            log_agent.error("the hub sends more tasks than this agent takes agent=%s", self.agent_id)
+            self._session.cut()
+            return
         task = self._running[message.task_id] = Task(self, message)
         task._work = self._spawn(self._work(task))
         task._work.add_done_callback(lambda _: self._on_worked(task))
@@ -4544,8 +5565,10 @@ class Agent:
         """
         if not 0 < ttl <= TTL_MAX_S:
             raise ValueError(f"ttl must be more than 0 and at most {TTL_MAX_S} seconds")
+        if task_id is not None:
+            check_text("task_id", task_id, ID_PATTERN)
         message = Delegate(
-            task_id=task_id or f"{self.name[:40]}-{os.urandom(8).hex()}",
+            task_id=task_id or f"{readable_id(self.name, 40) or 'task'}-{os.urandom(8).hex()}",
             agent_id=agent_id,
             capability=capability,
             input=check_json(input),
@@ -4642,12 +5665,14 @@ class Agent:
 
     # What the others share.
 
-    async def _request(self, message: AgentMessage, reply_type: type[Reply]) -> Reply:
+    async def _request(
+        self, message: AgentMessage, reply_type: type[Reply], within_s: float | None = REQUEST_S
+    ) -> Reply:
         """Ask the hub what is safe to ask twice: again after a lost connection, until it has answered."""
         while True:
             session = await self._connected()
             try:
-                return await session.request(message, reply_type)
+                return await session.request(message, reply_type, within_s=within_s)
             except Disconnected:
                 await session.over.wait()
 
@@ -4676,12 +5701,21 @@ def _ignore(reply: object) -> None:
 def failure(error: BaseException, task: Task) -> ErrorInfo:
     """Return what the requester is told of an exception that a handler raised."""
     if isinstance(error, TaskFailed) and error.task_id is None:
-        return ErrorInfo(error.code if 1 <= len(error.code) <= 128 else Code.FAILED, error.message[:TEXT_MAX])
+        try:
+            code = check_text("code", error.code, VISIBLE_PATTERN)
+        except ValueError:
+            code = Code.FAILED
+        return ErrorInfo(code, error_text(error.message))
     log_agent.error("handler failed task=%s capability=%s", printable(task.task_id), task.capability, exc_info=error)
     text = (
         repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
     )  # KeyError says the key only.
-    return ErrorInfo(Code.FAILED, text[:TEXT_MAX])
+    return ErrorInfo(Code.FAILED, error_text(text))
+
+
+def error_text(text: str) -> str:
+    """Return as much of an error's text as the protocol takes."""
+    return text.replace("\0", "\\x00").encode(errors="backslashreplace").decode()[:TEXT_MAX]
 
 
 def settled_from(report: Reported) -> Settled:
@@ -4695,11 +5729,6 @@ def settled_from(report: Reported) -> Settled:
         error=report.error,
         attempt=report.attempt or 0,
     )
-
-
-def printable(text: str) -> str:
-    """Return foreign text with its control characters escaped, for logs and terminals."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 async def done_or_set(task: asyncio.Task[Any], event: asyncio.Event) -> None:
@@ -4773,11 +5802,54 @@ def stop_signals() -> Iterator[asyncio.Event]:
 
 HUB_DRAIN_S = 1.5  # With CLOSING_S it keeps the hub's exit under five seconds.
 STDERR_TAIL_BYTES = 4000  # Of a failed command's stderr, told to its requester.
+TOKEN_BYTES = 32  # Of randomness.
+LOG_LINES_PER_S = 100
+CELL_MAX = 200  # Characters in a cell of a table with many rows.
 TERMINATING_S = 1.0  # Between SIGTERM and SIGKILL for a command whose task has ended.
 
 
 class CommandFailed(Exception):
     """Ends the command line with exit code 1 and this one line on stderr."""
+
+
+class LogFormatter(logging.Formatter):
+    """One line per record, whatever others have put into it; a traceback follows with its lines marked."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, exc_info: Any) -> str:
+        return "\n".join(f"  | {printable(line)}" for line in super().formatException(exc_info).splitlines())
+
+
+class LogFloodFilter(logging.Filter):
+    """Leaves out what is beyond LOG_LINES_PER_S of one logger, and says how much that was. It lets errors through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seconds: dict[str, tuple[int, int]] = {}  # By logger: which second it is, and how many lines there were.
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            return True
+        second, lines = self._seconds.get(record.name, (0, 0))
+        if int(record.created) != second:
+            if lines > LOG_LINES_PER_S:
+                left_out = lines - LOG_LINES_PER_S
+                record.msg, record.args = f"[{left_out} lines before this were left out] {record.getMessage()}", None
+            second, lines = int(record.created), 0
+        self._seconds[record.name] = second, lines + 1
+        return lines < LOG_LINES_PER_S
+
+
+def configure_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    handler.addFilter(LogFloodFilter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4786,9 +5858,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal knows every character.
     parser = argument_parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    configure_logging(args.log_level)
     try:
         code: int = args.run(args)
         return code
@@ -4826,6 +5896,7 @@ def argument_parser() -> argparse.ArgumentParser:
         )
     )
     _command(commands, "schema", _run_schema, "print the JSON Schema of all messages")
+    _add_token(_command(commands, "token", _run_token, "make a token that opens a hub"))
     return parser
 
 
@@ -4847,6 +5918,21 @@ def _command(
 def _add_url(parser: argparse.ArgumentParser) -> None:
     url = os.environ.get("AGENTHUB_URL") or URL_DEFAULT
     parser.add_argument("--url", default=url, help="where the hub is; AGENTHUB_URL sets the default")
+    parser.add_argument("--token-file", metavar="PATH", help="a file with the hub's token, else AGENTHUB_TOKEN is it")
+    parser.add_argument("--ca-file", metavar="PATH", help="the authorities that the hub's certificate is checked by")
+
+
+def use_url(args: argparse.Namespace) -> None:
+    """Put what `_add_url` has read where all agents of this process look for it."""
+    os.environ["AGENTHUB_URL"] = check_url(args.url)
+    if args.token_file is not None:
+        token_in(args.token_file)  # Raises ValueError now rather than at each try to connect.
+        os.environ.pop("AGENTHUB_TOKEN", None)
+        os.environ["AGENTHUB_TOKEN_FILE"] = os.path.abspath(args.token_file)
+    if args.ca_file is not None:
+        client_tls(args.ca_file)
+        os.environ["AGENTHUB_CA_FILE"] = os.path.abspath(args.ca_file)
+    bearer_token()
 
 
 def _add_hub(parser: argparse.ArgumentParser) -> None:
@@ -4892,6 +5978,7 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
         help="with --db: full survives a loss of power, normal the end of the process",
     )
     _add_bounds(parser, settings)
+    _add_access(parser)
     parser.add_argument(
         "--with",
         dest="files",
@@ -4899,6 +5986,46 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE[:NAME]",
         help="also run the agents of this file, in the hub's process; again and again",
+    )
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--token-file", metavar="PATH", help="a file with the token to ask for, else AGENTHUB_TOKEN is it"
+    )
+    parser.add_argument(
+        "--access", metavar="PATH", help="a file with tokens and what each allows; SIGHUP reads it again"
+    )
+    parser.add_argument("--insecure", action="store_true", help="let everybody in who can reach the hub, from anywhere")
+    parser.add_argument("--tls-cert", metavar="PATH", help="a certificate, to be reached by wss://")
+    parser.add_argument("--tls-key", metavar="PATH", help="its key, if that is not in the same file")
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin connect, such as https://example.org; again and again",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that the hub goes by; on loopback beside localhost, 127.0.0.1 and [::1]; again and again",
+    )
+    parser.add_argument(
+        "--max-connections-per-address",
+        type=int,
+        default=CONNECTIONS_PER_ADDRESS_MAX,
+        metavar="N",
+        help="connections from one address",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=MESSAGES_PER_S_MAX,
+        metavar="N",
+        help=f"messages per second from one connection, {BURST_S:g} seconds' worth at once; 0: no bound",
     )
 
 
@@ -4997,19 +6124,75 @@ def _run_hub(args: argparse.Namespace) -> int:
     )
     if not 0 <= args.port <= 65_535:
         raise ValueError("--port must be from 0 to 65535")
-    journal = Journal(args.db, sync=args.sync) if args.db is not None else None
-    server = HubServer(settings, host=args.host, port=args.port, backlog_bytes_max=args.backlog, journal=journal)
-    if args.host not in ("127.0.0.1", "::1", "localhost"):
-        log_hub.warning("%s can be reached from elsewhere, and whoever reaches this hub may use it", args.host)
+    if args.tls_key is not None and args.tls_cert is None:
+        raise ValueError("--tls-key needs --tls-cert")
+    tls = server_tls(args.tls_cert, args.tls_key) if args.tls_cert is not None else None
+    server = HubServer(
+        settings,
+        host=args.host,
+        port=args.port,
+        access=_access(args),
+        insecure=args.insecure,
+        tls=tls,
+        allow_origins=args.allow_origin,
+        allow_hosts=args.allow_host,
+        backlog_bytes_max=args.backlog,
+        connections_per_address_max=args.max_connections_per_address,
+        messages_per_s_max=args.rate,
+        journal=Journal(args.db, sync=args.sync) if args.db is not None else None,
+    )
+    _warn_of_openness(args)
+    _raise_descriptors_max(args.max_connections + CONNECTIONS_OVER + 2 * DESCRIPTORS_KEPT)
     agents = [agent for target in args.files for agent in load_agents(target)]
-    asyncio.run(_serve_hub(server, agents))
+    is_reloadable = args.access is not None or args.token_file is not None or tls is not None
+    reload = functools.partial(_reload, server, tls, args) if is_reloadable else None
+    asyncio.run(_serve_hub(server, agents, reload))
     return 0
 
 
-async def _serve_hub(server: HubServer, agents: list[Agent]) -> None:
-    """Run a hub, and agents in its process, until SIGINT or SIGTERM."""
+def _access(args: argparse.Namespace) -> Access | None:
+    """Return who may come in, by the options and AGENTHUB_TOKEN; raise ValueError if that cannot be said."""
+    if args.access is not None and args.token_file is not None:
+        raise ValueError("give either --access or --token-file")
+    if args.access is not None:
+        return Access.of_file(args.access)
+    token = token_in(args.token_file) if args.token_file is not None else os.environ.get("AGENTHUB_TOKEN")
+    if token is None and os.environ.get("AGENTHUB_TOKEN_FILE"):
+        token = bearer_token()
+    if token is None:
+        return None
+    access = Access.of_token(check_token("AGENTHUB_TOKEN", token))
+    if len(token) < TOKEN_LENGTH_MIN:
+        log_hub.warning("the token is so short that it can be guessed; `agenthub token` makes a better one")
+    return access
+
+
+def _warn_of_openness(args: argparse.Namespace) -> None:
+    if is_loopback(args.host):
+        return
+    if args.insecure:
+        log_hub.warning("%s can be reached from elsewhere, and with --insecure whoever does may use the hub", args.host)
+    if args.tls_cert is None:
+        log_hub.warning("without --tls-cert all that is said, tokens too, can be read on its way")
+
+
+def _raise_descriptors_max(needed: int) -> None:
+    """Let this process have as many files and sockets open as it needs, if the system allows."""
+    if descriptors_max() < needed:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (OSError, ValueError) as error:
+            log_hub.debug("the number of file descriptors stays as it is: %s", error)
+
+
+async def _serve_hub(server: HubServer, agents: list[Agent], reload: Callable[[], Awaitable[None]] | None) -> None:
+    """Run a hub, and agents in its process, until SIGINT or SIGTERM; `reload` for each SIGHUP."""
     loop = asyncio.get_running_loop()
-    with stop_signals() as stopped:
+    with stop_signals() as stopped, contextlib.nullcontext() if reload is None else reload_signal(reload):
         try:
             await server.start()
         except OSError as error:
@@ -5022,9 +6205,47 @@ async def _serve_hub(server: HubServer, agents: list[Agent]) -> None:
         running = [asyncio.create_task(_serve_in_hub(agent, stopped)) for agent in agents]
         await stopped.wait()
         last = loop.time() + HUB_DRAIN_S
-        server.hub.shut_down()
+        server.shut_down()
         await asyncio.gather(*running)
         await server.stop(max(0.0, last - loop.time()))
+
+
+@contextlib.contextmanager
+def reload_signal(reload: Callable[[], Awaitable[None]]) -> Iterator[None]:
+    """Call `reload` for each SIGHUP, one after the other, where there is such a signal."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+
+    async def reload_when_asked() -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            await reload()
+
+    reloading = loop.create_task(reload_when_asked())
+    number = getattr(signal, "SIGHUP", None)
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # As `stop_signals`.
+        if number is not None:
+            loop.add_signal_handler(number, asked.set)
+    try:
+        yield
+    finally:
+        reloading.cancel()
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            if number is not None:
+                loop.remove_signal_handler(number)
+
+
+async def _reload(server: HubServer, tls: ssl.SSLContext | None, args: argparse.Namespace) -> None:
+    """Read the certificate, and the token or access file, again; a bad one is told, and the former stays."""
+    try:
+        if tls is not None:
+            load_certificate(tls, args.tls_cert, args.tls_key)
+        access = _access(args)
+        if access is not None:
+            await server.reload(access)
+    except (AgentHubError, ValueError) as error:
+        log_hub.error("not taken up: %s", error)
 
 
 async def _serve_in_hub(agent: Agent, stopped: asyncio.Event) -> None:
@@ -5039,7 +6260,7 @@ async def _serve_in_hub(agent: Agent, stopped: asyncio.Event) -> None:
 
 
 def _run_agent(args: argparse.Namespace) -> int:
-    os.environ["AGENTHUB_URL"] = check_url(args.url)  # For the agents that the file makes.
+    use_url(args)  # For the agents that the file makes.
     if (args.command is None) == (args.target is None):
         raise ValueError("give either a FILE or --exec COMMAND")
     if args.command is None:
@@ -5202,6 +6423,7 @@ def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
 
 
 def _run_status(args: argparse.Namespace) -> int:
+    use_url(args)
     return asyncio.run(_status(args))
 
 
@@ -5234,25 +6456,33 @@ async def _hub_text(session: Session, args: argparse.Namespace) -> str:
     listed = await session.request(Status(tasks=True), Reported)
     if args.json:
         return json_text({"hub": hub, "agents": plain(found)["agents"], "tasks": plain(listed)["tasks"]})
-    counts = ", ".join(f"{count} {state}" for state, count in hub.get("tasks", {}).items())
-    head = f"hub {args.url}, version {hub.get('version')}, up {hub.get('uptime_s', 0):.0f} s; tasks: {counts}"
-    agents = [["AGENT", "RUNNING", "CAPABILITIES", "DESCRIPTION"], *map(_agent_row, found.agents)]
+    counts = hub.get("tasks")  # What a hub says of itself has no form that could be relied on.
+    counts = ", ".join(f"{number} {state}" for state, number in counts.items()) if isinstance(counts, dict) else "?"
+    up_s = hub.get("uptime_s")
+    up = f"{up_s:.0f}" if isinstance(up_s, int | float) else "?"
+    head = printable(f"hub {args.url}, version {hub.get('version')}, up {up} s; tasks: {counts}")
+    agents = [["AGENT", "RUNNING", "CAPABILITIES", "DESCRIPTION"], *map(_agent_row, found.agents[:LIST_MAX])]
     tasks = [
         ["TASK", "STATE", "CAPABILITY", "AGENT", "ATTEMPT", "AGE", "TTL", "PROGRESS"],
-        *map(_task_row, listed.tasks or []),
+        *map(_task_row, (listed.tasks or [])[:LIST_MAX]),
     ]
     return "\n".join([head, "", table(agents), "", table(tasks)])
 
 
 def _agent_row(agent: AgentInfo) -> list[str]:
     names = ", ".join(one.name for one in agent.capabilities)
-    return [agent.agent_id, f"{agent.running}/{agent.max_tasks}", names, agent.description]
+    return cut([agent.agent_id, f"{agent.running}/{agent.max_tasks}", names, agent.description])
+
+
+def cut(cells: list[str]) -> list[str]:
+    """Return the cells of a row at a length that many rows can have."""
+    return [cell if len(cell) <= CELL_MAX else f"{cell[:CELL_MAX]}…" for cell in cells]
 
 
 def _task_row(task: TaskInfo) -> list[str]:
     state = f"{task.state} ({task.code})" if task.code is not None else task.state
     progress = f"{task.progress:.0%}" if task.progress is not None else ""
-    return [
+    row = [
         task.task_id,
         state,
         task.capability or "",
@@ -5262,6 +6492,7 @@ def _task_row(task: TaskInfo) -> list[str]:
         f"{task.ttl:.0f} s",
         progress,
     ]
+    return cut(row)
 
 
 def table(rows: list[list[str]]) -> str:
@@ -5287,6 +6518,7 @@ def shown(value: Any) -> str:
 
 
 def _run_call(args: argparse.Namespace) -> int:
+    use_url(args)
     text = sys.stdin.read() if args.input == "-" else args.input
     try:
         given = check_json(json.loads(text))
@@ -5362,6 +6594,32 @@ def _run_bridge(args: argparse.Namespace) -> int:
 
 def _run_schema(args: argparse.Namespace) -> int:
     print(json_text(json_schema()))
+    return 0
+
+
+# token
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--file", metavar="PATH", help="write it to this new file, that only its owner can read")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the SHA-256 for an access file")
+
+
+def _run_token(args: argparse.Namespace) -> int:
+    token = base64.urlsafe_b64encode(os.urandom(TOKEN_BYTES)).rstrip(b"=").decode()
+    sha256 = hash_of(token)
+    if args.file is not None:
+        try:
+            with open(os.open(args.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(f"{token}\n")
+        except OSError as error:
+            raise CommandFailed(f"{args.file}: cannot be made: {error.strerror}") from error
+    if args.json:
+        said = {"file": args.file} if args.file is not None else {"token": token}
+        print(json_text({**said, "sha256": sha256}))
+        return 0
+    print(args.file if args.file is not None else token)
+    print(f'its SHA-256, for an access file: "{sha256}"', file=sys.stderr)
     return 0
 
 

@@ -743,8 +743,7 @@ def run(args: argparse.Namespace) -> int:
         for name in ("mcp", "uvicorn", "client"):  # "client" is what the MCP package's client logs as.
             logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
         logging.getLogger("mcp.client.stdio").setLevel(logging.CRITICAL)  # What it has to say is told in one line.
-    agenthub.check_url(args.url)
-    agenthub.bearer_token()  # A wrong one is told now, and not to the model.
+    agenthub.use_url(args)  # A wrong URL or token is told now, and not to the model.
     if args.command is not None:
         asyncio.run(serve_tools(args))
     elif args.http is not None:
@@ -962,7 +961,11 @@ def tool_agents(
     """
     agents: list[agenthub.Agent] = []
     taken: set[str] = set()
-    room = places = 0
+    room = schemas_room = places = 0
+    try:
+        agenthub.check_text("name", name[:120], agenthub.VISIBLE_PATTERN)
+    except ValueError:
+        name = agenthub.readable_id(name, 120) or "tools"
     for tool in tools:
         description = (tool.description or "")[:4096]
         offered = agenthub.Capability(f"{prefix}{tool.name}", description, tool.input_schema, tool.output_schema)
@@ -971,16 +974,19 @@ def tool_agents(
                 raise ValueError("another one has that name")
             raw = agenthub.encode(agenthub.Register(name="tools", capabilities=[offered]))
             agenthub.decoder_from_agent()(raw)
+            schemas = agenthub.schemas_bytes([offered])
+            if schemas > agenthub.SCHEMAS_BYTES_MAX:
+                raise ValueError(f"its schemas are larger than {agenthub.SCHEMAS_BYTES_MAX} bytes together")
         except (ValueError, agenthub.InvalidMessage) as error:
             log.warning("the tool %s is left out: %s", short(tool.name, NAME_CHARS_MAX), visible(str(error)))
             continue
         taken.add(offered.name)
-        if room < len(raw) or places == 0:
+        if room < len(raw) or schemas_room < schemas or places == 0:
             number = f"-{len(agents) + 1}" if agents else ""
             about = f"The tools of the MCP server {name}"
             agents.append(agenthub.Agent(f"{name[:120]}{number}", description=about, url=url, max_tasks=max_tasks))
-            room, places = REGISTER_BYTES_MAX, CAPABILITIES_MAX
-        room, places = room - len(raw), places - 1
+            room, schemas_room, places = REGISTER_BYTES_MAX, agenthub.SCHEMAS_BYTES_MAX, CAPABILITIES_MAX
+        room, schemas_room, places = room - len(raw), schemas_room - schemas, places - 1
         add_tool(agents[-1], client, tool.name, offered, ended)
     if not agents:
         raise agenthub.CommandFailed("it has no tools that could be put on the hub")

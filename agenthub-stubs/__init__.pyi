@@ -2,8 +2,10 @@ import asyncio
 import contextlib
 import enum
 import functools
+import logging
 import os
 import pydantic
+import ssl
 import typing
 from _typeshed import Incomplete
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
@@ -12,6 +14,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeV
 
 Id = str
 Name = str
+Keyword = str
 Description = str
 Text = str
 Json = Any
@@ -49,6 +52,8 @@ __all__ = [
     "HubSettings",
     "Hub",
     "Journal",
+    "Grant",
+    "Access",
     "LocalHub",
     "HubServer",
     "capability",
@@ -146,8 +151,9 @@ class CloseCode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bounds of one string or list (by length) or number (by value), for `Annotated`."""
+    """The bounds of one string (one of PATTERNS, and a length), list (length) or number (value), for `Annotated`."""
 
+    pattern: str | None = ...
     min_length: int | None = ...
     max_length: int | None = ...
     gt: float | None = ...
@@ -157,7 +163,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Any JSON that passes `check_json`, of at most `bytes_max` bytes (None: what the message allows)."""
+    """Any JSON that passes `check_json`. What the hub itself reads has at most `bytes_max` bytes, and no NUL."""
 
     bytes_max: int | None = ...
     def check(self, value: Any) -> Any: ...
@@ -176,7 +182,7 @@ class Capability:
 class ErrorInfo:
     """Why a task ended without an output."""
 
-    code: Id
+    code: Name
     message: Text = ...
 
 @dataclass(slots=True)
@@ -223,32 +229,32 @@ class TaskInfo:
 @dataclass(slots=True, kw_only=True)
 class Register:
     type: Literal["register"] = ...
-    id: Id | None = ...
+    id: Opaque | None = ...
     name: Name
     description: Description = ...
     capabilities: Annotated[list[Name | Capability], None] = field(default_factory=list)
     max_tasks: TaskLimit = ...
     metadata: Metadata = field(default_factory=dict)
     agent_id: Id | None = ...
-    resume: Id | None = ...
+    resume: Opaque | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Deregister:
     type: Literal["deregister"] = ...
-    id: Id | None = ...
+    id: Opaque | None = ...
     drain: bool = ...
 
 @dataclass(slots=True, kw_only=True)
 class Discover:
     type: Literal["discover"] = ...
-    id: Id | None = ...
-    capability: Annotated[str, None] = ...
+    id: Opaque | None = ...
+    capability: Keyword = ...
     limit: Annotated[int, None] = ...
 
 @dataclass(slots=True, kw_only=True)
 class Delegate:
     type: Literal["delegate"] = ...
-    id: Id | None = ...
+    id: Opaque | None = ...
     task_id: Id
     agent_id: Id | None = ...
     capability: Name | None = ...
@@ -262,7 +268,7 @@ class Delegate:
 @dataclass(slots=True, kw_only=True)
 class Result:
     type: Literal["result"] = ...
-    id: Id | None = ...
+    id: Opaque | None = ...
     task_id: Id
     success: bool
     output: Json = ...
@@ -272,7 +278,7 @@ class Result:
 @dataclass(slots=True, kw_only=True)
 class Status:
     type: Literal["status"] = ...
-    id: Id | None = ...
+    id: Opaque | None = ...
     task_id: Id | None = ...
     tasks: bool = ...
     progress: Fraction | None = ...
@@ -281,23 +287,23 @@ class Status:
 @dataclass(slots=True, kw_only=True)
 class Broadcast:
     type: Literal["broadcast"] = ...
-    id: Id | None = ...
+    id: Opaque | None = ...
     message: Json
     capability: Name | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Heartbeat:
     type: Literal["heartbeat"] = ...
-    id: Id | None = ...
+    id: Opaque | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Registered:
     type: Literal["register"] = ...
     reply_to: str | None = ...
-    agent_id: str
-    resume: str
-    heartbeat_s: float
-    max_bytes: int
+    agent_id: Id
+    resume: Id
+    heartbeat_s: Annotated[float, None]
+    max_bytes: Annotated[int, None]
     tasks: list[TaskRef]
 
 @dataclass(slots=True, kw_only=True)
@@ -430,7 +436,9 @@ class Codec:
 
     serializers: dict[type, tuple[Callable[..., bytes], bool]]
     def __init__(self) -> None: ...
-    def decoder(self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str) -> Callable[[bytes], Any]:
+    def decoder(
+        self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str, depth_max: int
+    ) -> Callable[[bytes], Any]:
         """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
 
 class TaskState(enum.StrEnum):
@@ -472,6 +480,7 @@ class HubSettings:
     connections_max: int = ...
     capabilities_max: int = ...
     metadata_bytes_max: int = ...
+    join_s: float = ...
     def __post_init__(self) -> None: ...
     @property
     def envelope_bytes(self) -> int:
@@ -583,6 +592,8 @@ class Peer:
     connection: Hashable
     last_seen: float
     agent: AgentRecord | None = ...
+    is_known: bool = ...
+    wrong_secrets: int = ...
 
 class AgentRow(NamedTuple):
     """What a journal keeps of an agent: its registration, without the secret."""
@@ -652,6 +663,7 @@ class Hub:
     settings: HubSettings
     shutting_down: bool
     is_full: bool
+    effort: int
     def __init__(
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None: ...
@@ -661,7 +673,7 @@ class Hub:
         self, connection: Hashable, message: AgentMessage | InvalidMessage, now: float, message_bytes: int = 0
     ) -> list[Effect]:
         """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read."""
-    def disconnected(self, connection: Hashable, now: float) -> list[Effect]:
+    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> list[Effect]:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
     def tick(self, now: float) -> list[Effect]:
         """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
@@ -700,6 +712,8 @@ class Journal:
     path: str
     sync: str
     def __init__(self, path: str | os.PathLike[str], *, sync: str = "full") -> None: ...
+    def of_namespace(self, namespace: str) -> Journal:
+        """Return the journal of another namespace: the file beside this one whose name ends with it."""
     def open(self) -> None:
         """Open the file, or make it, for this process alone. Raises JournalError, and leaves what is there as it is."""
     def close(self) -> None:
@@ -725,6 +739,8 @@ class LinkOwner(Protocol):
 class Link:
     """What all links share: decoding for the owner, and telling it once that the link has closed."""
 
+    address: str
+    grant: Any
     gone: Incomplete
     writable: Incomplete
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
@@ -734,6 +750,14 @@ class Link:
         """Close after what was sent before. The owner's `closed` follows when the link is gone."""
     def abort(self) -> None:
         """Cut the link, without waiting for anything."""
+    def hand_over(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
+        """Give the link to another owner, who is told of all that happens from now on, but not that it has opened."""
+    def spend(self, effort: float) -> None:
+        """Charge the other end with what it cost to handle what it sent; a link may ration that."""
+    def hold(self, why: str) -> None:
+        """Handle nothing more that comes in until `release`, however many reasons there are for it. A link may not."""
+    def release(self, why: str) -> None:
+        """Take back one reason to hold. Without effect if it is none."""
 
 Connector = Callable[[LinkOwner], Awaitable[Link]]
 
@@ -751,8 +775,7 @@ class WebSocketLink(Link, asyncio.Protocol):
     """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
 
     Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
-    of the loop goes out in one write. A peer that does not read is cut off at `backlog_bytes_max` (None: its user looks
-    at `writable` instead): a polite close would wait behind the very bytes that are not read.
+    of the loop goes out in one write. While it is held, nothing that came in is handled, and soon nothing comes in.
     """
 
     TEXT: Incomplete
@@ -760,13 +783,7 @@ class WebSocketLink(Link, asyncio.Protocol):
     CONTINUATION: Incomplete
     CLOSE: Incomplete
     def __init__(
-        self,
-        protocol: Any,
-        owner: LinkOwner,
-        decode: Callable[[bytes], Any],
-        *,
-        is_server: bool,
-        backlog_bytes_max: int | None,
+        self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, fragments_max: int
     ) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def data_received(self, data: bytes) -> None: ...
@@ -777,17 +794,38 @@ class WebSocketLink(Link, asyncio.Protocol):
     def send(self, raw: bytes) -> None: ...
     def close(self, code: int, reason: str = "") -> None: ...
     def abort(self) -> None: ...
+    def hold(self, why: str) -> None: ...
+    def release(self, why: str) -> None: ...
 
 class ServerLink(WebSocketLink):
-    """The hub's end of a WebSocket. `answer(request)` gives (status, body) for a plain HTTP request, else None."""
+    """The hub's end of a WebSocket. `answer(link, request)` gives (status, body) for a plain HTTP request, else None.
+
+    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. One that does not read is
+    not read from at half of `backlog_bytes_max`, and cut off beyond that or when it has read nothing for STUCK_S
+    seconds: to wait for its answer to a close would be to wait behind the very bytes that it does not read.
+    """
+
+    address: Incomplete
+    bearer: str | None
     def __init__(
         self,
         owner: LinkOwner,
-        answer: Callable[[Any], tuple[int, str] | None],
+        answer: Callable[[ServerLink, Any], tuple[int, str] | None],
         *,
         message_bytes_max: int,
         backlog_bytes_max: int,
+        messages_per_s_max: float = 0.0,
+        address: str = "",
+        decode: Callable[[bytes], Any] | None = None,
+        on_gone: Callable[[ServerLink], None] = ...,
     ) -> None: ...
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+    def connection_lost(self, error: Exception | None) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+    def send(self, raw: bytes) -> None:
+        """Send a message: a server's frames are not masked, so they are a header and the bytes as they are."""
+    def spend(self, effort: float) -> None: ...
 
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
@@ -795,6 +833,93 @@ class ClientLink(WebSocketLink):
     ready: asyncio.Future[None]
     def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one token allows: in which namespace, which of RIGHTS, and for which capabilities.
+
+    `register` is to offer capabilities, `delegate` to have tasks done and to discover who does them, `broadcast` to
+    speak to all, `observe` to discover and to see the hub's status and list of tasks. Patterns are those of a shell
+    (`review-*`); None is any. A task's own status, its result and a heartbeat need no right: the hub itself decides.
+    """
+
+    name: str
+    sha256: str
+    namespace: str = ...
+    may: frozenset[str] = ...
+    offers: tuple[str, ...] | None = ...
+    calls: tuple[str, ...] | None = ...
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What a registration rests on."""
+    def refusal(self, message: AgentMessage) -> str | None:
+        """Say why the holder may not send a message; None if it may."""
+
+class Access:
+    """The tokens that open a hub, known by their SHA-256. Raises ValueError if there are none, or too many."""
+
+    grants: list[Grant]
+    def __init__(self, grants: Iterable[Grant]) -> None: ...
+    @classmethod
+    def of_token(cls, token: str) -> Access:
+        """Let in who has this one token, for everything."""
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> Access:
+        """Read an access file: TOML with a table `tokens.NAME` for each. Raises ValueError, which names the place."""
+    @property
+    def namespaces(self) -> list[str]: ...
+    def grant(self, token: str) -> Grant | None:
+        """Return what a token allows; None if it is none of these. Takes as long whichever it is, and however wrong."""
+    def of_hash(self, sha256: str) -> Grant | None: ...
+
+class Failures:
+    """Wrong tokens, by the address that they came from, and how long that has to wait for its next answer."""
+    def __init__(self) -> None: ...
+    def add(self, address: str, now: float) -> None: ...
+    def delay_s(self, address: str, now: float) -> float: ...
+
+class Knock(NamedTuple):
+    """A message from who has not been let in, and the token in it ("": something that cannot be one)."""
+
+    message: AgentMessage | InvalidMessage | None
+    token: str | None
+
+@dataclass(slots=True, eq=False)
+class Visitor:
+    """Who has not been let in yet, and will be turned away when the timer fires."""
+
+    timer: asyncio.TimerHandle
+    tries: int = ...
+
+class Door:
+    """Lets links in that may come in: owns them until then, and after that `admit` does.
+
+    `access` None lets everybody in. `names` are those that the hub goes by in a Host header (None: any), `origins` the
+    pages that may connect. Who is turned away is counted in `turned_away`, by reason.
+    """
+
+    access: Incomplete
+    turned_away: dict[str, int]
+    def __init__(
+        self,
+        access: Access | None,
+        names: frozenset[str] | None,
+        origins: frozenset[str],
+        admit: Callable[[Link, Grant | None], LinkOwner],
+    ) -> None: ...
+    def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
+        """Return the answer to an HTTP request that a web page may have made, if it is one; else None.
+
+        A page can make a browser connect to any address, and its name resolve to any, but not lie in these headers:
+        https://datatracker.ietf.org/doc/html/rfc6455#section-10.2.
+        """
+    def turn_away(self, link: Link, why: str) -> None:
+        """Take note that somebody was not let in. `why` is one of a few words of ours, never what was said."""
+    def grant_of(self, link: Link, request: Any) -> Grant | None:
+        """Return what the token of a plain HTTP request allows. Who would have to wait for the answer gets None."""
+    def opened(self, link: Link) -> None: ...
+    def received(self, link: Link, knock: Knock, message_bytes: int) -> None: ...
+    def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 class GroupCommit:
     """Holds the hub's effects back until the changes that they follow from are in the journal.
@@ -805,6 +930,8 @@ class GroupCommit:
     def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None: ...
     def add(self, effects: list[Effect]) -> None:
         """Carry out effects: now if they follow from nothing that is to be written, else as soon as it is."""
+    def spend(self, link: Link, effort: int) -> None:
+        """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
     async def close(self, within_s: float) -> None:
         """Write what is left, for at most `within_s` seconds, and close the journal."""
     async def flush(self, within_s: float) -> None:
@@ -829,6 +956,8 @@ class LocalHub:
     async def __aenter__(self) -> typing.Self: ...
     async def __aexit__(self, *_: object) -> None: ...
     async def start(self) -> None: ...
+    def shut_down(self) -> None:
+        """Take no new task from now on."""
     async def stop(self, drain_s: float = 0.0) -> None:
         """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
     async def connect(self, owner: LinkOwner) -> Link:
@@ -840,7 +969,12 @@ class LocalHub:
 class HubServer(LocalHub):
     """A hub that listens for WebSockets, and answers `GET /healthz` on the same port.
 
-    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken.
+    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken. Without `access`
+    everybody who reaches it may come in: it raises ValueError if that is not only this machine, unless `insecure`.
+    Other namespaces than `default` are hubs of their own behind the same port; a `journal` has a file for each.
+
+    On loopback it answers only to the names of that, and to those in `allow_hosts`; elsewhere to any name, or to those.
+    Web pages may connect if they are its own, or if their origin (`https://example.org`) is in `allow_origins`.
     """
 
     host: str
@@ -851,12 +985,28 @@ class HubServer(LocalHub):
         *,
         host: str = "127.0.0.1",
         port: int = 8765,
+        access: Access | None = None,
+        insecure: bool = False,
+        tls: ssl.SSLContext | None = None,
+        allow_origins: Iterable[str] = (),
+        allow_hosts: Iterable[str] = (),
         backlog_bytes_max: int = ...,
+        connections_per_address_max: int = ...,
+        messages_per_s_max: float = ...,
         journal: Journal | None = None,
     ) -> None: ...
     @property
     def url(self) -> str: ...
     async def start(self) -> None: ...
+    async def stop(self, drain_s: float = 0.0) -> None: ...
+    def shut_down(self) -> None: ...
+    async def reload(self, access: Access) -> None:
+        """Take other tokens from now on, for the connections that there are too.
+
+        Whose token is none any more is closed with 1008; who has to register anew by it, with 1001. Raises
+        JournalError, and leaves the tokens as they are, if a new namespace cannot be opened; ValueError if this hub was
+        started without tokens.
+        """
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Reply = TypeVar("Reply")
@@ -883,12 +1033,19 @@ class Session:
     def ask(self, message: AgentMessage, then: Callable[[HubMessage | AgentHubError], None]) -> None:
         """Send; `then` gets the reply, in its place among what comes in, or why there is none. Raises as `pack`."""
     async def request(
-        self, message: AgentMessage, reply_type: type[Reply], at_once: Callable[[Reply], None] | None = None
+        self,
+        message: AgentMessage,
+        reply_type: type[Reply],
+        at_once: Callable[[Reply], None] | None = None,
+        within_s: float | None = ...,
     ) -> Reply:
         """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
 
-        Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies.
+        Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies. A hub that has not
+        replied after `within_s` seconds (None: there is no bound) is as good as lost, and so the connection is cut.
         """
+    def cut(self) -> None:
+        """Give up a connection on which nothing sensible comes in any more."""
     async def close(self) -> None:
         """Close, and wait until nothing is left of the connection."""
     def opened(self, link: Link) -> None: ...
@@ -1018,8 +1175,10 @@ class Agent:
     """A program on the hub: what it can do, and its way to ask others.
 
     `hub` is a LocalHub of this process; without one, `url` (else AGENTHUB_URL, else ws://127.0.0.1:8765) says where
-    the hub is. `name` is the class's by default. At most `max_tasks` tasks run at once. Without a connection it tries
-    again for ever, or for `give_up_after_s` seconds.
+    the hub is, `token` (else AGENTHUB_TOKEN, else what is in the file AGENTHUB_TOKEN_FILE) opens it, and its
+    certificate is checked by the authorities in `ca_file` (else AGENTHUB_CA_FILE, else the system's). `name` is the
+    class's by default. At most `max_tasks` tasks run at once. Without a connection it tries again for ever, or for
+    `give_up_after_s` seconds.
 
     Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the
     hub does not take the registration, Disconnected when it has given up or another took its place.
@@ -1039,6 +1198,8 @@ class Agent:
         description: str | None = None,
         url: str | None = None,
         hub: LocalHubLike | None = None,
+        token: str | None = None,
+        ca_file: str | None = None,
         max_tasks: int = 16,
         metadata: dict[str, Any] | None = None,
         give_up_after_s: float | None = None,
@@ -1125,6 +1286,17 @@ async def serve(*agents: Agent, drain_s: float = ...) -> None:
 
 class CommandFailed(Exception):
     """Ends the command line with exit code 1 and this one line on stderr."""
+
+class LogFormatter(logging.Formatter):
+    """One line per record, whatever others have put into it; a traceback follows with its lines marked."""
+    def __init__(self) -> None: ...
+    def formatMessage(self, record: logging.LogRecord) -> str: ...
+    def formatException(self, exc_info: Any) -> str: ...
+
+class LogFloodFilter(logging.Filter):
+    """Leaves out what is beyond LOG_LINES_PER_S of one logger, and says how much that was. It lets errors through."""
+    def __init__(self) -> None: ...
+    def filter(self, record: logging.LogRecord) -> bool: ...
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""

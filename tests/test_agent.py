@@ -749,6 +749,8 @@ class Circle(list[Any]):
         "\udc80",
         {"\udc80": 1},
         10**5000,
+        2**64,
+        -(2**63) - 1,
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -763,7 +765,7 @@ async def test_output_that_is_not_json_fails_its_task_alone(hub: LocalHub, outpu
         assert online(hub) == 2
 
 
-@pytest.mark.parametrize("output", [None, False, 0, 1.5, "", "é\n\x00", [], {"a": [None]}, (1, 2), 2**70, 10**400])
+@pytest.mark.parametrize("output", [None, False, 0, 1.5, "", "é\n\x00", [], {"a": [None]}, (1, 2), 2**64 - 1, -(2**63)])
 async def test_output_arrives_as_it_was(hub: LocalHub, output: Any) -> None:
     async def work() -> Any:
         return output

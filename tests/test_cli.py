@@ -131,7 +131,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 # The whole.
 
-COMMANDS = ("hub", "agent", "status", "call", "bridge", "schema")
+COMMANDS = ("hub", "agent", "status", "call", "bridge", "schema", "token")
 
 
 def test_version_is_that_of_the_module(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +223,7 @@ def test_bounds_and_the_journal_of_the_command_line_reach_the_hub(
 ) -> None:
     servers: list[agenthub.HubServer] = []
 
-    async def note(server: agenthub.HubServer, agents: list[Agent]) -> None:
+    async def note(server: agenthub.HubServer, agents: list[Agent], reload: object) -> None:
         servers.append(server)
 
     monkeypatch.setattr(agenthub, "_serve_hub", note)
@@ -329,7 +329,7 @@ def test_taken_port_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_address_that_is_none_is_one_line_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert agenthub_main("hub", "--host", "no such host", "--port", "0") == 1
+    assert agenthub_main("hub", "--host", "no such host", "--insecure", "--port", "0") == 1
     complaint = complaint_of(capsys)
     assert "no such host" in complaint
     assert "Unknown error" not in complaint
@@ -928,7 +928,17 @@ def test_help_of_the_bridge_names_its_options(capsys: pytest.CaptureFixture[str]
     assert agenthub_main("bridge", "--help") == 0
     output = capsys.readouterr().out
     options = re.findall(r"^  (--[\w-]+)", output, re.MULTILINE)
-    assert options == ["--log-level", "--http", "--serve", "--name", "--prefix", "--max-tasks", "--url"]
+    assert options == [
+        "--log-level",
+        "--http",
+        "--serve",
+        "--name",
+        "--prefix",
+        "--max-tasks",
+        "--url",
+        "--token-file",
+        "--ca-file",
+    ]
     assert "[--http PORT | --serve COMMAND]" in " ".join(output.split())
 
 

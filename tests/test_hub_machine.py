@@ -318,7 +318,7 @@ class HubMachine(RuleBasedStateMachine):
             request.capability = capability
         if parent is not None and program.registration is not None:
             mine = list(self.agents()[program.agent_id].running)
-            request.parent_id = pick(mine, parent) if mine else pick([*self.books, "t?"], parent)
+            request.parent_id = pick(mine, parent) if mine else pick([*self.books, "t-none"], parent)
         self.books[request.task_id] = book = self.book_of(program, request)
         if isinstance(self.do(program, request, quiet=quiet), Error):
             del self.books[request.task_id]

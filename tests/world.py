@@ -34,6 +34,7 @@ class World:
 
     def __init__(self, *, seed: int = 1, **settings: Any) -> None:
         settings.setdefault("heartbeat_s", 1e9)  # Nobody is silent too long, except where a story is about that.
+        settings.setdefault("join_s", 1e9)
         self.now = 1000.0
         self.hub = Hub(HubSettings(**settings), entropy=random.Random(seed).randbytes, now=self.now)
         self.programs: dict[str, Program] = {}
@@ -174,8 +175,8 @@ class Program:
         return self.world.join(fields.pop("name", "back"), *capabilities, **fields)
 
 
-# The time, and who is alive, are noted whatever is said; the other two belong to the step.
-PASSING = {"_now", "last_seen", "_effects", "_message_bytes"}
+# The time, who is alive and what was refused are noted whatever is said; the others belong to the step.
+PASSING = {"_now", "last_seen", "_refusals", "wrong_secrets", "_effects", "_message_bytes", "effort"}
 
 
 def snapshot(value: Any, seen: dict[int, int] | None = None) -> Any:
