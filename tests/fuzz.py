@@ -1,0 +1,1551 @@
+"""Fuzzing: hostile input at the three doors of the hub, and what must hold whatever comes in.
+
+    decode      bytes into both decoders
+    bytes       bytes into the links of a HubServer, on a loop without sockets and with a clock of its own
+    sequences   messages with hostile values, from several connections, into a Hub
+
+    python -m tests.fuzz                                        all three, for a minute
+    python -m tests.fuzz --target bytes --seconds 600 --seed 7
+    python -m tests.fuzz --engine atheris --target decode       guided by coverage, where atheris is installed
+
+A case is a plain Python value, so that what is printed when something is found can be pasted into a test:
+`check("decode", b"...")`. It is made from one seed, and made smaller here when it fails: strategies of Hypothesis gave
+a tenth of the cases in the same time. tests/test_fuzz.py runs each target for a moment, and keeps what has ever found
+something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import agenthub
+from agenthub import (
+    FINAL_STATES,
+    AgentRecord,
+    Close,
+    Code,
+    Delegate,
+    Delegated,
+    Deregister,
+    Error,
+    HubServer,
+    HubSettings,
+    InvalidMessage,
+    Relayed,
+    Reported,
+    Settled,
+    TaskRecord,
+    TaskState,
+    decoder_from_agent,
+    decoder_from_hub,
+    encode,
+)
+from tests.test_hub_machine import HubMachine
+from tests.world import World, snapshot
+
+CPU_S_MAX = 1.0  # For one input. All of them are small, so more is an input that can stop a hub.
+TEXT_MAX = 600  # Characters of an error's text: it names a field and lists the types, but quotes nothing.
+
+
+class Violation(AssertionError):
+    """Something that must hold does not."""
+
+
+def demand(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise Violation(otherwise)
+
+
+@contextlib.contextmanager
+def no_input_may_stop_the_hub() -> Iterator[None]:
+    """Bound the time of the processor, which does not depend on what else the machine has to do."""
+    started = time.thread_time()
+    try:
+        yield
+    finally:
+        spent = time.thread_time() - started
+        demand(spent < CPU_S_MAX, f"it took {spent:.1f} s of CPU")
+
+
+# ============================================================================================
+# Hostile JSON
+#
+# A message is a tree of objects (Pairs, so that a key may come twice), lists and fragments, which
+# are bytes that go out as they are. It is changed at some places, written, and perhaps damaged.
+# ============================================================================================
+
+MARK = "47114711"  # In keys, texts and numbers alike: an error that echoes its input holds it.
+
+
+class Pairs(list[list[Any]]):
+    """An object of JSON: [key, value] in order, with the key as it is written."""
+
+
+def text(value: str) -> bytes:
+    return json.dumps(value).encode()
+
+
+NUMBERS = [
+    *(b"0", b"-0", b"-0.0", b"-1", b"1", b"1.0", b"1e0", b"0.5", b"2", b"17", b"100", b"101", b"1e15", b"1e22"),
+    *(b"%d" % (sign * 2**bits + more) for bits in (31, 32, 53, 63, 64) for sign in (1, -1) for more in (-1, 0, 1)),
+    *(b"47114711", b"-47114711", b"47114711.5", b"0.47114711", b"47114711e3", b"47114711" * 5, b"1e400", b"0.1"),
+    *(b"9" * 4299, b"9" * 4300, b"9" * 4301, b"9" * 5000, b"0." + b"3" * 5000, b"1" * 400 + b".0"),
+    *(b"1e308", b"1e309", b"1e999", b"-1e999", b"1e-999", b"5e-324", b"2.2250738585072014e-308"),
+]
+NO_NUMBERS = [b"NaN", b"Infinity", b"-Infinity", b"nan", b"01", b"+1", b".5", b"1.", b"0x10", b"1_000", b"--1", b"1e"]
+TEXTS = [
+    *(text(one) for one in ("", "a", "a b", "v" + MARK, MARK, "1", "true", "null", "NaN", "Infinity", "t0")),
+    *(text(character) for character in "\0\x01\x1f\x7f\x85\xad\u200b\u200d\u202e\u2028\u2066\ufeff\ufffe\U000e0041"),
+    *(text(MARK + character) for character in "\0\n\u202e\ud800"),
+    *(text("x" * length) for length in (127, 128, 129, 4096, 4097, 65_536, 65_537)),
+    *(b'"\\ud800"', b'"\\udc00"', b'"\\ud83d\\ude00"', b'"\\ud800\\u0041"', b'"\\ud800\\ud800"', b'"\\udc00\\ud800"'),
+    *(b'"\xff' + MARK.encode() + b'"', b'"\xc0\x80"', b'"\xed\xa0\x80"', b'"\xf4\x90\x80\x80"', b'"\xe2\x82"'),
+    *(b'"\x00"', b'"\n"', b'"\t"', b'"\x1f"', b'"\\x"', b'"\\u12"', b'"\\u00zz"', b"'a'", b'"\\/"'),
+    *(b'"\\\\"', b'"\\""'),
+    *(b'"\\\\u0000"', b'"\\\\\\u0000"', b'"[[[[{{{{"', b'"' + b"[" * 200 + b'"', b'"\\\\\\"[[[["'),
+    b'"\xf0\x9f\x98\x80"',
+    *(b'"' + b'\\"' * 10_000, b'"' + b"\\" * 10_001, b'"' + b"[" * 30_000, b'"' + b"\\\\" * 10_000 + b'"'),
+]  # fmt: skip
+KEYS = [
+    *(text(one) for one in ("k" + MARK, MARK, "", "__proto__", "constructor", "__class__", "toString", "x")),
+    *(text(one) for one in ("sender", "state", "seq", "is_saved", "\0", "\ud800", "\u202e", "k" * 300)),
+    *(b'"\xff"', b"unquoted", b"1", b'"\\u0074ype"', b"null"),
+]
+DEPTHS = (1, 2, 62, 63, 64, 65, 66, 67, 100, 126, 199, 200, 201, 260)
+NESTED = [
+    *(b"[" * depth + b"]" * depth for depth in DEPTHS),
+    *(b'{"":' * depth + b"1" + b"}" * depth for depth in DEPTHS),
+    *(b'[{"a":' * (depth // 2) + b'"]"' + b"}]" * (depth // 2) for depth in DEPTHS),
+    *(b"[" * 100_000, b'{"":' * 100_000, b"[" * 100_000 + b"]" * 100_000, b"[" * 65 + b"]" * 64, b"[" * 64 + b"]" * 65),
+]
+OTHERS = [
+    *(b"null", b"true", b"false", b"[]", b"{}", b"[null]", b"True", b"None", b"undefined", b"tru", b"", b" ", b"//"),
+    *(b'{"k47114711":"v47114711"}', b'["v47114711"]', b'{"a":1,"a":2}', b'{"a":{"b":1,"b":[2]}}', b"[1,]", b"{,}"),
+    *(b'{"__proto__":{"k47114711":1}}', b'{"name":"v47114711"}', b'{"name":"a","name":"b"}', b'{"code":"v47114711"}'),
+    *(b"[NaN]", b'{"a":[1e999]}', b'["NaN",Infinity]', b'{"NaN":1}', b'[{"name":"a"},1]', b'["a","a"]', b"[1,2,3]"),
+    *(b"[" + b",".join([b'"a"'] * count) + b"]" for count in (64, 65, 5000)),
+    *(b"{" + b",".join(b'"%d":0' % number for number in range(count)) + b"}" for count in (100, 5000)),
+]
+HOSTILE = NUMBERS + NO_NUMBERS + TEXTS + NESTED + OTHERS
+SMALL = [one for one in HOSTILE if len(one) <= 400]
+
+# Of each type one with all its fields.
+FROM_AGENT: list[dict[str, Any]] = [
+    {
+        "type": "register",
+        "id": "r1",
+        "name": "ada",
+        "description": "adds",
+        "capabilities": [
+            "a",
+            {"name": "b", "description": "c", "input_schema": {}, "output_schema": {"type": "object"}},
+        ],
+        "max_tasks": 4,
+        "metadata": {"k": [1, None]},
+        "agent_id": "ada-1",
+        "resume": "secret",
+        "token": "token",
+    },
+    {"type": "deregister", "id": "r1", "drain": True},
+    {"type": "discover", "id": "r1", "capability": "a", "limit": 10},
+    {
+        "type": "delegate",
+        "id": "r1",
+        "task_id": "t1",
+        "agent_id": "ada-1",
+        "capability": "a",
+        "input": {"x": [1, 2.5, None, "y"]},
+        "ttl": 60,
+        "priority": -3,
+        "max_retries": 2,
+        "parent_id": "t0",
+        "wait": False,
+    },
+    {"type": "result", "id": "r1", "task_id": "t1", "success": True, "output": {"x": None}, "attempt": 1},
+    {"type": "result", "task_id": "t1", "success": False, "error": {"code": "failed", "message": "no"}},
+    {"type": "result", "task_id": "t1", "success": False, "error": "no"},
+    {"type": "status", "id": "r1", "task_id": "t1", "tasks": False, "progress": 0.5, "detail": {"x": [None]}},
+    {"type": "broadcast", "id": "r1", "message": {"x": 1}, "capability": "a"},
+    {"type": "heartbeat", "id": "r1"},
+]
+FROM_HUB: list[dict[str, Any]] = [
+    {
+        "type": "register",
+        "reply_to": "r1",
+        "agent_id": "ada-1",
+        "resume": "secret",
+        "heartbeat_s": 30.0,
+        "max_bytes": 1_048_576,
+        "tasks": [{"task_id": "t1", "attempt": 1}],
+    },
+    {"type": "deregister", "reply_to": "r1"},
+    {
+        "type": "discover",
+        "reply_to": "r1",
+        "total": 1,
+        "agents": [
+            {
+                "agent_id": "ada-1",
+                "name": "ada",
+                "description": "adds",
+                "capabilities": [{"name": "a", "description": "b"}],
+                "running": 0,
+                "max_tasks": 4,
+                "metadata": {"k": None},
+            }
+        ],
+    },
+    {
+        "type": "delegate",
+        "task_id": "t1",
+        "sender": "bob-1",
+        "agent_id": "ada-1",
+        "capability": None,
+        "input": {"x": None},
+        "ttl": 59.9,
+        "priority": 0,
+        "max_retries": 0,
+        "parent_id": None,
+        "attempt": 1,
+    },
+    {
+        "type": "result",
+        "task_id": "t1",
+        "sender": "ada-1",
+        "success": False,
+        "state": "failed",
+        "output": None,
+        "error": {"code": "failed", "message": "no"},
+        "attempt": 1,
+    },
+    {"type": "status", "reply_to": "r1", "hub": {"version": "1", "tasks": {"pending": 0}}},
+    {
+        "type": "status",
+        "task_id": "t1",
+        "state": "completed",
+        "requester": "bob-1",
+        "agent_id": "ada-1",
+        "attempt": 1,
+        "priority": 0,
+        "max_retries": 0,
+        "ttl": 0.0,
+        "age_s": 1.5,
+        "seq": 1,
+        "progress": 1,
+        "detail": [1],
+        "input": {"x": 1},
+        "output": [None],
+    },
+    {"type": "broadcast", "sender": "bob-1", "message": None, "capability": "a"},
+    {"type": "heartbeat_ack", "reply_to": "r1"},
+    {"type": "error", "reply_to": "r1", "code": "no_agent", "message": "nobody is there", "task_id": "t1"},
+]
+
+
+def tree_of(value: Any) -> Any:
+    """Return some JSON as a tree that can be changed."""
+    if isinstance(value, dict):
+        return Pairs([text(key), tree_of(item)] for key, item in value.items())
+    if isinstance(value, list):
+        return [tree_of(item) for item in value]
+    return value if isinstance(value, bytes) else json.dumps(value).encode()
+
+
+def written(tree: Any) -> bytes:
+    if isinstance(tree, Pairs):
+        return b"{" + b",".join(key + b":" + written(value) for key, value in tree) + b"}"
+    if isinstance(tree, list):
+        return b"[" + b",".join(map(written, tree)) + b"]"
+    return bytes(tree)
+
+
+def objects_in(tree: Any) -> list[Pairs]:
+    """Return the objects of a tree that are not empty, itself first."""
+    items = [value for _, value in tree] if isinstance(tree, Pairs) else tree if isinstance(tree, list) else []
+    inner = [found for item in items for found in objects_in(item)]
+    return [tree, *inner] if isinstance(tree, Pairs) and tree else inner
+
+
+def payload(rng: Random, depth: int = 3) -> Any:
+    """Return any JSON, as Python has it."""
+    kind = rng.randrange(8 if depth else 6)
+    if kind < 2:
+        return rng.choice([None, True, False, 0, 1, -1, 0.5, -0.0, 1e15, 2**64 - 1])
+    if kind == 2:
+        return rng.randint(-(2**70), 2**70)
+    if kind == 3:
+        return struct.unpack("d", rng.randbytes(8))[0]  # Any float, also those that are no JSON.
+    if kind < 6:
+        return "".join(
+            chr(rng.choice([97, 98, 34, 92, 47, 0, 0xE9, 0x202E, 0xD800, 0x1F600])) for _ in range(rng.randrange(5))
+        )
+    if kind == 6:
+        return [payload(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {str(payload(rng, 0)): payload(rng, depth - 1) for _ in range(rng.randrange(4))}
+
+
+def value(rng: Random, fragments: list[bytes]) -> bytes:
+    if rng.randrange(3):
+        return rng.choice(fragments)
+    return json.dumps(payload(rng), ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
+
+
+def change(rng: Random, tree: Any, fragments: list[bytes]) -> None:
+    """Change a tree at some place, anywhere in it."""
+    found = objects_in(tree)
+    if not found:
+        return
+    pairs = rng.choice(found)
+    index = rng.randrange(len(pairs))
+    how = rng.choice(["replace"] * 6 + ["drop", "repeat", "rename", "add", "wrap"])
+    if how == "replace":
+        pairs[index][1] = value(rng, fragments)
+    elif how == "drop":
+        del pairs[index]
+    elif how == "repeat":
+        pairs.insert(rng.randint(0, len(pairs)), [pairs[index][0], value(rng, fragments)])
+    elif how == "rename":
+        pairs[index][0] = rng.choice(KEYS)
+    elif how == "add":
+        pairs.insert(index, [rng.choice(KEYS), value(rng, fragments)])
+    else:
+        pairs[index][1] = [value(rng, fragments), pairs[index][1]]
+
+
+SPLINTERS = [
+    b"",
+    b"\0",
+    b'"',
+    b"\\",
+    b",",
+    b"}",
+    b"]",
+    b"{",
+    b"[",
+    b":",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+    b" \r\n\t",
+]
+
+
+def damaged(rng: Random, raw: bytes) -> bytes:
+    """Damage some bytes: cut, insert, take out, or write them as somebody else would."""
+    how = rng.choice(["cut", "insert", "insert", "take out", "byte order mark", "UTF-16", "twice", "spaces"])
+    at = rng.randint(0, min(len(raw), 400))
+    if how == "cut":
+        return raw[:at]
+    if how == "insert":
+        return raw[:at] + rng.choice([rng.choice(SPLINTERS), rng.randbytes(rng.randint(1, 4))]) + raw[at:]
+    if how == "take out":
+        return raw[:at] + raw[at + rng.randint(1, 8) :]
+    if how == "byte order mark":
+        return b"\xef\xbb\xbf" + raw
+    if how == "UTF-16":
+        return raw.decode("latin-1").encode("utf-16")
+    return raw + raw if how == "twice" else b" \n" * at + raw + b"\r\t" * at
+
+
+def document(rng: Random, templates: list[dict[str, Any]], fragments: list[bytes] = HOSTILE) -> bytes:
+    """Return bytes that are a message, or almost one, or nothing of the kind."""
+    kind = rng.randrange(20)
+    if kind == 0:
+        return rng.choice([rng.randbytes(rng.randrange(60)), value(rng, fragments)])
+    tree = tree_of(rng.choice(templates))
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        change(rng, tree, fragments)
+    raw = written(tree)
+    return damaged(rng, raw) if kind <= 4 else raw
+
+
+# ============================================================================================
+# Target decode
+# ============================================================================================
+
+
+def check_decode(raw: bytes) -> None:
+    """Give some bytes to both decoders."""
+    for decode in (decoder_from_agent(), decoder_from_hub()):
+        try:
+            with no_input_may_stop_the_hub():
+                message = decode(raw)
+        except InvalidMessage as error:
+            check_refusal(error)
+        else:
+            if decode is decoder_from_agent() or is_plain(json.loads(raw)):
+                check_message(raw, message, decode)
+            encode(message).decode()  # An agent believes its hub, and passes nothing on as it came.
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether some JSON is such that every parser reads it alike."""
+    if isinstance(value, dict | list):
+        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**64
+
+
+def check_refusal(error: InvalidMessage) -> None:
+    """See that an error says nothing of the input but its id, and that the hub can send it."""
+    demand(MARK not in error.message, f"the error echoes what came in: {error.message[:200]!r}")
+    demand(0 < len(error.message) <= TEXT_MAX, f"the error's text has {len(error.message)} characters")
+    demand(error.message.isprintable(), f"the error's text is not printable: {error.message!r}")
+    demand(error.code in (Code.INVALID_MESSAGE, Code.UNSUPPORTED_TYPE), f"the error's code is {error.code}")
+    reply = Error(reply_to=error.reply_to, code=error.code, message=error.message)
+    demand(decoder_from_hub()(encode(reply)) == reply, "the reply to it reads differently")
+
+
+def check_message(raw: bytes, message: Any, decode: Callable[[bytes], Any]) -> None:
+    """See that a message goes out as it came in, and that everybody reads it alike."""
+    again = encode(message)
+    document = strictly(again)
+    demand(isinstance(document, dict), "a message is not an object")
+    copy = decode(again)
+    demand(copy == message, f"it reads differently the second time: {again[:300]!r}")
+    demand(repr(copy) == repr(message), f"it reads differently the second time, in its types: {again[:300]!r}")
+    if decode is decoder_from_agent():
+        demand(depth_of(document) <= agenthub.DEPTH_MAX + 1, "it is nested too deep")
+    # Another parser must have read the same. The last of several equal keys counts, as in nearly all languages.
+    original = json.loads(raw, parse_constant=refuse_constant)
+    for name in ("input", "output", "detail", "message", "metadata", "task_id", "id", "reply_to", "sender"):
+        if hasattr(message, name) and original.get(name) is not None:
+            demand(repr(getattr(message, name)) == repr(original[name]), f"{name} is read in two ways")
+
+
+def refuse_constant(constant: str) -> None:
+    raise Violation(f"{constant} is not JSON")
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    demand(len(dict(pairs)) == len(pairs), "it has a key twice")
+    return dict(pairs)
+
+
+def strictly(raw: bytes) -> Any:
+    """Return what is in some JSON, read as the strictest of clients would."""
+    return json.loads(raw.decode(), parse_constant=refuse_constant, parse_int=of_64_bits, object_pairs_hook=unique)
+
+
+def of_64_bits(digits: str) -> int:
+    demand(len(digits) <= 20 and -(2**63) <= int(digits) < 2**64, f"{digits[:30]} does not fit 64 bits")
+    return int(digits)
+
+
+def depth_of(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if items is None else 1 + max(map(depth_of, items), default=0)
+
+
+# ============================================================================================
+# Target bytes
+#
+# A case is a list of steps, each a tuple: what happens, and to which connection (modulo their
+# number). The server is the real one; only the loop under it, and the sockets, are played.
+# ============================================================================================
+
+MESSAGE_BYTES_MAX = 4096
+BACKLOG_BYTES_MAX = 65_536
+CONNECTIONS_MAX = 3
+CHUNK_BYTES_MAX = 65_536  # What comes in at once.
+# What a link may hold: a message, a chunk, and what is gathered before it is written. Each may overshoot by a message.
+HELD_BYTES_MAX = CHUNK_BYTES_MAX + agenthub.OUT_BYTES_MAX + 4 * MESSAGE_BYTES_MAX
+UNREAD_BYTES_MAX = BACKLOG_BYTES_MAX + agenthub.OUT_BYTES_MAX + 4 * MESSAGE_BYTES_MAX
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """An event loop without sockets, whose time goes on only when there is nothing else to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._selector = self  # Which is what BaseEventLoop waits with.
+        self.now = 1000.0
+        self.failures: list[str] = []
+        self.set_exception_handler(self.on_failure)
+        self.sockets: list[Socket] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def select(self, timeout: float | None) -> list[Any]:
+        demand(timeout is not None, "everybody waits for what never comes")
+        self.now += timeout or 0.0
+        return []
+
+    def on_failure(self, loop: Any, context: dict[str, Any]) -> None:
+        self.failures.append(f"{context.get('message')}: {context.get('exception')!r}")
+
+    async def getaddrinfo(self, *args: Any, **options: Any) -> list[Any]:
+        """Say that there is nowhere to listen: connections come by `connect_accepted_socket`."""
+        return []
+
+    async def connect_accepted_socket(self, factory: Callable[[], Any], sock: Any, **options: Any) -> Any:
+        self.sockets.append(Socket(self, factory()))
+
+    def _process_events(self, events: list[Any]) -> None:
+        pass
+
+    def _write_to_self(self) -> None:
+        pass
+
+
+class Socket(asyncio.Transport):
+    """The hub's end of a connection, which keeps asyncio's word to its protocol; and what the peer does with it."""
+
+    def __init__(self, loop: VirtualLoop, link: Any) -> None:
+        super().__init__()
+        self.loop = loop
+        self.link = link
+        self.written = bytearray()
+        self.high_water_bytes = 65_536
+        self.unread_bytes = 0  # Written, and not read by a peer that is stuck.
+        self.is_stuck = self.is_paused = self.is_writing_paused = self.is_ended = self.is_lost = self.is_deaf = False
+        self.is_half_closed = False
+        self.incoming: collections.deque[bytes | None] = collections.deque()  # None is the end.
+        self.link.connection_made(self)
+
+    # What the peer does.
+
+    def feed(self, data: bytes | None) -> None:
+        if not self.is_deaf:
+            self.is_deaf = data is None
+            self.incoming.append(data)
+            self.hand_over()
+
+    def cut(self) -> None:
+        self.lose(ConnectionResetError("reset by peer"))
+
+    def set_stuck(self, is_stuck: bool) -> None:
+        self.is_stuck = is_stuck
+        if not is_stuck:
+            self.unread_bytes = 0
+            self.watch_the_backlog()
+            if self.is_ended:
+                self.lose(None)
+
+    def hand_over(self) -> None:
+        while self.incoming and not (self.is_paused or self.is_ended):
+            data = self.incoming.popleft()
+            if data is None:
+                if not self.link.eof_received():
+                    self.close()
+            elif data:
+                with no_input_may_stop_the_hub():
+                    self.link.data_received(data)
+                held = held_bytes(self.link)
+                demand(held <= HELD_BYTES_MAX, f"the link holds {held} bytes after {len(data)} more")
+                demand(
+                    self.unread_bytes <= UNREAD_BYTES_MAX, f"{self.unread_bytes} bytes wait for a peer that is stuck"
+                )
+
+    # asyncio.Transport
+
+    def write(self, data: Any) -> None:
+        demand(not (self.is_ended or self.is_half_closed), "something is written after the end")
+        self.written += data
+        if self.is_stuck:
+            self.unread_bytes += len(data)
+            self.watch_the_backlog()
+
+    def watch_the_backlog(self) -> None:
+        if self.unread_bytes > self.high_water_bytes and not self.is_writing_paused:
+            self.is_writing_paused = True
+            self.link.pause_writing()
+        elif not self.unread_bytes and self.is_writing_paused:
+            self.is_writing_paused = False
+            self.link.resume_writing()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.high_water_bytes = 65_536 if high is None else high
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.is_half_closed = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread_bytes
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 40_000) if name == "peername" else default
+
+    def is_closing(self) -> bool:
+        return self.is_ended
+
+    def is_reading(self) -> bool:
+        return not (self.is_paused or self.is_ended)
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
+        self.loop.call_soon(self.hand_over)
+
+    def close(self) -> None:
+        if not self.is_ended:
+            self.is_ended = True
+            if not self.unread_bytes:
+                self.lose(None)
+
+    def abort(self) -> None:
+        self.lose(None)
+
+    def lose(self, error: Exception | None) -> None:
+        self.is_ended = True
+        if not self.is_lost:
+            self.is_lost = True
+            self.loop.call_soon(self.link.connection_lost, error)
+
+
+def held_bytes(link: Any) -> int:
+    """Return how many bytes a link keeps, wherever: in itself, in its protocol object, and in what that reads from."""
+    reader = getattr(link._protocol, "reader", None)
+    total = 0
+    for owner in (link, link._protocol, reader):
+        for value in vars(owner).values() if owner is not None else ():
+            if isinstance(value, bytes | bytearray):
+                total += len(value)
+            elif isinstance(value, list | collections.deque):
+                parts = (getattr(part, "data", part) for part in value)
+                total += sum(len(part) for part in parts if isinstance(part, bytes | bytearray))
+    return total
+
+
+class WatchedServer(HubServer):
+    """The real server, and whether what it is told of its links is in order."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.told: dict[Any, str] = {}
+
+    def opened(self, link: Any) -> None:
+        demand(link not in self.told, "a link is opened twice")
+        self.told[link] = "opened"
+        super().opened(link)
+
+    def received(self, link: Any, message: Any, message_bytes: int) -> None:
+        demand(self.told.get(link) == "opened", f"a message comes on a link that is {self.told.get(link)}")
+        demand(message_bytes <= MESSAGE_BYTES_MAX, f"a message of {message_bytes} bytes is let through")
+        super().received(link, message, message_bytes)
+
+    def closed(self, link: Any, code: int, reason: str) -> None:
+        demand(self.told.get(link) == "opened", f"a link is closed that is {self.told.get(link)}")
+        self.told[link] = "closed"
+        super().closed(link, code, reason)
+
+
+class Listener(logging.Handler):
+    """Keeps what is logged as an error: the server goes on after a defect, and only its log says so."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self.lines.append(f"{record.getMessage()}: {error!r}")
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[str]]:
+    logger, listener = logging.getLogger("agenthub"), Listener()
+    level, propagates = logger.level, logger.propagate
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    logger.addHandler(listener)
+    try:
+        yield listener.lines
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+def check_bytes(steps: list[tuple[Any, ...]]) -> None:
+    """Play one case on a loop of its own."""
+    loop = VirtualLoop()
+    try:
+        with listening() as errors:
+            loop.run_until_complete(play_bytes(loop, steps, errors))
+    finally:
+        loop.close()
+
+
+async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: list[str]) -> None:
+    server = WatchedServer(
+        HubSettings(message_bytes_max=MESSAGE_BYTES_MAX, connections_max=CONNECTIONS_MAX),
+        access=agenthub.Access.of_token("token") if ("guarded",) in steps else None,
+        backlog_bytes_max=BACKLOG_BYTES_MAX,
+    )
+    await server.start()
+    server.hub._entropy = Random(1).randbytes  # A case replays.
+    sockets = loop.sockets
+    for what, *details in steps:
+        if what == "open":
+            await server._open(types.SimpleNamespace(close=lambda: None), "127.0.0.1")  # type: ignore[arg-type]
+        elif what == "wait":
+            await asyncio.sleep(details[0])
+        elif sockets:
+            socket = sockets[details[0] % len(sockets)]
+            if what == "data":
+                for start in range(0, len(details[1]), CHUNK_BYTES_MAX):
+                    socket.feed(details[1][start : start + CHUNK_BYTES_MAX])
+            elif what == "eof":
+                socket.feed(None)
+            elif what == "cut":
+                socket.cut()
+            else:
+                socket.set_stuck(what == "stuck")
+        demand(not errors and not loop.failures, f"{errors + loop.failures}")
+    await asyncio.sleep(0)
+    await server.stop()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    demand(not errors and not loop.failures, f"{errors + loop.failures}")
+    for socket in sockets:
+        demand(socket.link.gone.is_set(), "a link outlives its server")
+        demand(server.told.get(socket.link) in (None, "closed"), "nobody was told that a link has closed")
+        check_written(bytes(socket.written))
+    demand(not server.hub._peers, "the hub remembers a connection that has ended")
+
+
+class Frame(NamedTuple):
+    opcode: int
+    payload: bytes
+
+
+def check_written(raw: bytes) -> None:
+    """Read what a link has written: an HTTP response, and after 101 frames to the end (RFC 6455 §5.2)."""
+    if not raw:
+        return
+    head, end, rest = raw.partition(b"\r\n\r\n")
+    status = re.fullmatch(rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+((?:\r\n[A-Za-z-]+: [\x20-\x7e]*)*)", head)
+    demand(status and end, f"this is no response: {head[:200]!r}")
+    assert status is not None
+    if status[1] != b"101":
+        length = re.search(rb"\r\ncontent-length: (\d+)", head.lower())
+        demand(length is not None and int(length[1]) == len(rest), f"the body has not the length it claims: {raw!r}")
+        return
+    frames = frames_of(rest)
+    after_close = itertools.dropwhile(lambda frame: frame.opcode != 8, frames)
+    # A ping is answered until the other side closes too (RFC 6455 §5.5.2).
+    demand([frame.opcode for frame in after_close if frame.opcode != 10] in ([], [8]), "it speaks after its close")
+    for frame in frames:
+        if frame.opcode == 1:
+            demand(len(frame.payload) <= MESSAGE_BYTES_MAX, f"the hub sends {len(frame.payload)} bytes")
+            message = decoder_from_hub()(frame.payload)
+            strictly(frame.payload)
+            demand(getattr(message, "code", None) != Code.INTERNAL, "the hub fails")
+        elif frame.opcode == 8 and frame.payload:
+            code = int.from_bytes(frame.payload[:2], "big")
+            frame.payload[2:].decode()
+            demand(code in (*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)), f"it is closed with {code}")
+        else:
+            demand(frame.opcode in (8, 10), f"the hub sends a frame of opcode {frame.opcode}")
+
+
+def frames_of(raw: bytes) -> list[Frame]:
+    frames = []
+    while raw:
+        demand(
+            len(raw) >= 2 and raw[0] & 0xF0 == 0x80 and raw[1] < 128, f"this is no whole unmasked frame: {raw[:20]!r}"
+        )
+        length, start = raw[1], 2
+        if length >= 126:
+            start = 4 if length == 126 else 10
+            is_short, length = length, int.from_bytes(raw[2:start], "big")
+            demand(length >= (126 if is_short == 126 else 65_536), "a length is not written in the shortest way")
+        demand(len(raw) >= start + length, "the last frame is not whole")
+        demand(raw[0] & 15 < 8 or length < 126, "a control frame is too long")
+        frames.append(Frame(raw[0] & 15, raw[start : start + length]))
+        raw = raw[start + length :]
+    return frames
+
+
+# What a peer may send.
+
+HANDSHAKE = [
+    b"GET / HTTP/1.1",
+    b"Host: 127.0.0.1:8765",
+    b"Upgrade: websocket",
+    b"Connection: Upgrade",
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    b"Sec-WebSocket-Version: 13",
+]
+OPENING = b"\r\n".join([*HANDSHAKE, b"", b""])
+REQUEST_LINES = [
+    *(b"GET /healthz HTTP/1.1", b"GET /healthz?x HTTP/1.1", b"GET /" + b"x" * 9000 + b" HTTP/1.1", b"GET * HTTP/1.1"),
+    *(b"GET / HTTP/1.0", b"POST / HTTP/1.1", b"HEAD /healthz HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/2", b"GET /"),
+    *(b"GET /\xff\x00 HTTP/1.1", b"GET http://[::1/ HTTP/1.1", b"PRI * HTTP/2.0", b"", b"\x16\x03\x01\x02\x00\x01"),
+]
+HEADER_LINES = [
+    *(b"Origin: http://evil.example", b"Origin: null", b"Origin: http://127.0.0.1:8765", b"Origin: \xff"),
+    *(b"Host: evil.example", b"Host: ", b"Host: [::1", b"Host: localhost:99999", b"Host: \x80", b"Host: a,b"),
+    *(b"Authorization: Bearer token", b"Authorization: Basic \xff", b"Authorization: " + b"x" * 8000),
+    *(b"Sec-WebSocket-Key: ", b"Sec-WebSocket-Key: !!!!", b"Sec-WebSocket-Key: AAAA", b"Sec-WebSocket-Key: \xff"),
+    *(b"Sec-WebSocket-Version: 8", b"Sec-WebSocket-Version: x", b"Sec-WebSocket-Protocol: a, b", b"Upgrade: h2c"),
+    *(b"Sec-WebSocket-Extensions: permessage-deflate", b"Sec-WebSocket-Extensions: ;;;", b"Connection: close"),
+    *(b"Content-Length: 5", b"Content-Length: 99999999999999999999", b"Content-Length: -1", b"Content-Length: x"),
+    *(
+        b"Transfer-Encoding: chunked",
+        b"no colon",
+        b": empty",
+        b" folded",
+        b"X: " + b"x" * 9000,
+        b"X: \x00",
+        b"X\x00: a",
+    ),
+    b"\r\n".join(b"X-%d: y" % number for number in range(130)),
+]
+
+
+def handshake(rng: Random) -> bytes:
+    """Return a handshake: most often one that is granted."""
+    if rng.randrange(10) < 7:
+        return OPENING
+    if rng.randrange(10) == 0:
+        return rng.randbytes(rng.randrange(40))
+    lines = list(HANDSHAKE)
+    for _ in range(rng.randint(1, 3)):
+        how = rng.choice(["first", "add", "add", "replace", "drop"])
+        at = rng.randint(1, len(lines) - 1) if len(lines) > 1 else 0
+        if how == "first":
+            lines[0] = rng.choice(REQUEST_LINES)
+        elif how == "drop":
+            del lines[at]
+        elif how == "replace" and at:
+            lines[at] = rng.choice(HEADER_LINES)
+        else:
+            lines.insert(at + 1, rng.choice(HEADER_LINES))
+    return rng.choice([b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r"]).join([*lines, b"", b""])
+
+
+def frame(
+    payload: bytes,
+    opcode: int = 1,
+    *,
+    fin: bool = True,
+    reserved: int = 0,
+    mask: bytes | None = b"\x01\x80\xff\x00",
+    length: int | None = None,
+    length_as: int = 0,
+) -> bytes:
+    """Return a frame as a client writes it, or as none should: it claims `length`, written as for `length_as`."""
+    claimed = len(payload) if length is None else length
+    first = bytes([fin << 7 | reserved << 4 | opcode])
+    second = 128 if mask is not None else 0
+    if max(claimed, length_as) < 126:
+        header = first + bytes([second | claimed])
+    elif max(claimed, length_as) < 65_536:
+        header = first + bytes([second | 126]) + claimed.to_bytes(2, "big")
+    else:
+        header = first + bytes([second | 127]) + claimed.to_bytes(8, "big")
+    return header + (payload if mask is None else mask + masked(payload, mask))
+
+
+def masked(payload: bytes, mask: bytes) -> bytes:
+    repeated = (mask * (len(payload) // 4 + 1))[: len(payload)]
+    return (int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")).to_bytes(len(payload), "big")
+
+
+LENGTHS = [0, 1, 125, 126, 127, 4095, 4096, 4097, 65_535, 65_536, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
+CLOSES = [
+    b"",
+    b"\x03",
+    b"\x03\xe8",
+    b"\x03\xe8bye",
+    b"\x03\xe8\xff",
+    b"\x00\x00",
+    b"\x03\xed",
+    b"\x03\xee",
+    b"\x0f\xa0",
+    b"\xff\xff",
+]
+# What makes a hub say much.
+CHATTER = [
+    b'{"type":"register","id":"1","name":"a","capabilities":["a"],"metadata":{"x":"' + b"x" * 3000 + b'"}}',
+    b'{"type":"register","name":"b","capabilities":["b"],"max_tasks":100}',
+    b'{"type":"discover","id":"1"}',
+    b'{"type":"status","id":"1","tasks":true}',
+    b'{"type":"broadcast","message":"' + b"x" * 2000 + b'"}',
+    b'{"type":"delegate","task_id":"t","capability":"a","wait":true,"input":"' + b"x" * 2000 + b'"}',
+    b'{"type":"heartbeat","id":"1"}',
+]
+
+
+def some_frames(rng: Random) -> bytes:
+    """Return some bytes that follow a handshake."""
+    kind = rng.choice([*["message"] * 5, *["chatter"] * 3, "parts", "control", "header", "flood", "garbage"])
+    mask = rng.choice([b"\0\0\0\0", b"\x01\x80\xff\x00"])
+    if kind == "message":
+        return frame(document(rng, FROM_AGENT, SMALL), mask=mask)
+    if kind == "chatter":
+        return frame(rng.choice(CHATTER), mask=mask)
+    if kind == "parts":
+        return fragmented(rng, mask)
+    if kind == "control":
+        opcode = rng.choice([8, 8, 9, 9, 10])
+        said = rng.choice(CLOSES) if opcode == 8 else b"x" * rng.choice([0, 1, 125, 126])
+        return frame(said, opcode, mask=mask, fin=rng.randrange(10) > 0)
+    if kind == "header":
+        return frame(
+            rng.randbytes(rng.randrange(10)),
+            rng.choice([0, 1, 1, 2, 3, 7, 8, 9, 11, 15]),
+            fin=rng.random() < 0.5,
+            reserved=rng.choice([0, 0, 0, 1, 4, 7]),
+            mask=rng.choice([mask, mask, None]),
+            length=rng.choice([None, rng.choice(LENGTHS)]),
+            length_as=rng.choice([0, 0, 126, 65_536]),
+        )
+    if kind == "flood":
+        return some_frames(rng)[:20_000] * rng.choice([10, 100, 1000])
+    return rng.randbytes(rng.randint(1, 20))
+
+
+def fragmented(rng: Random, mask: bytes) -> bytes:
+    """Return a message in parts, perhaps too large, not to its end, or with something between its parts."""
+    whole = rng.choice([document(rng, FROM_AGENT, SMALL), b"x" * 4096, b"x" * 4097, b"\xff", b"\xe2\x82\xac" * 9])
+    cuts = sorted(rng.randint(0, len(whole)) for _ in range(rng.randrange(4)))
+    parts = [whole[start:end] for start, end in itertools.pairwise([0, *cuts, len(whole)])]
+    raw = b""
+    for index, part in enumerate(parts):
+        is_last = index == len(parts) - 1 and rng.randrange(10) > 0
+        raw += frame(part, rng.choice([1, 1, 1, 2]) if index == 0 else 0, fin=is_last, mask=mask)
+        if rng.randrange(6) == 0:
+            raw += frame(b"between", rng.choice([9, 9, 1]), mask=mask)
+    return raw
+
+
+def wire(rng: Random) -> list[tuple[Any, ...]]:
+    """Return what some peers do, one step after the other."""
+    steps: list[tuple[Any, ...]] = [("guarded",)] if rng.randrange(3) == 0 else []
+    chunks: list[collections.deque[bytes]] = []
+    for _ in range(rng.choice([1, 1, 2, 2, 5])):
+        steps.append(("open",))
+        stream = handshake(rng) + b"".join(some_frames(rng) for _ in range(rng.randrange(7)))
+        cuts = sorted(rng.randint(0, len(stream)) for _ in range(rng.randrange(5)))
+        if rng.randrange(15) == 0:
+            stream, cuts = stream[:300], list(range(min(len(stream), 300)))  # Byte by byte.
+        pieces = (stream[start:end] for start, end in itertools.pairwise([0, *cuts, len(stream)]))
+        chunks.append(collections.deque(piece for piece in pieces if piece))
+    while any(chunks):
+        who = rng.choice([index for index, queue in enumerate(chunks) if queue])
+        steps.append(("data", who, chunks[who].popleft()))
+        happening = rng.randrange(30)
+        if happening < 12:
+            steps.append(("wait", 0))
+        elif happening < 15:
+            steps.append(("wait", rng.choice([0.01, 1.0, 5.0, 31.0, 100.0])))
+        elif happening < 20:
+            steps.append((rng.choice(["eof", "cut", "stuck", "stuck", "reads"]), who))
+    return steps
+
+
+# ============================================================================================
+# Target sequences
+#
+# A case is the hub's settings, and steps: connect, say, say again what was said before, lose a
+# connection, let time pass. In what is said, @A0@ and @S0@ stand for the id and the secret of an
+# agent (modulo their number), and @M@ for a text that nobody but requester and assignee may see.
+# ============================================================================================
+
+TASK_IDS = [b'"t%d"' % number for number in range(5)]
+NAMES = [b'"a"', b'"b"', b'"a"', b'"\xc3\xa4"', b'"A b"', b'"x y-z"']
+AGENT_IDS = [b'"@A%d@"' % number for number in range(4)]
+PRIVATE = [
+    *(b'"@M@"', b'"@M@"', b'{"x":["@M@",null]}', b'["@M@",1e15,-0.0]', b'{"@M@":null}', b'["@M@","\\u0000\\u202e"]'),
+    *(b'["@M@","' + b"x" * 700 + b'"]', b'["@M@"' + b",1e15" * 150 + b"]"),
+]
+
+FIELDS: dict[str, dict[str, list[bytes]]] = {
+    "register": {
+        "name": NAMES,
+        "capabilities": [b"[]", b'["a"]', b'["a","b"]', b'["b",{"name":"a","description":"x y"}]', b'["a","a"]'],
+        "max_tasks": [b"1", b"2", b"100"],
+        "metadata": [b"{}", b'{"x":null}', b'{"x":"' + b"x" * 900 + b'"}'],
+        "agent_id": AGENT_IDS,
+        "resume": [b'"@S0@"', b'"@S1@"', b'"@S2@"', b'"guessed"'],
+    },
+    "deregister": {"drain": [b"true", b"false", b"true"]},
+    "discover": {"capability": [b'""', b'"a"', b'"X"', b'"\xc3\x84"'], "limit": [b"1", b"1000"]},
+    "delegate": {
+        "task_id": TASK_IDS,
+        "agent_id": AGENT_IDS,
+        "capability": NAMES,
+        "input": PRIVATE,
+        "ttl": [b"60", b"1", b"0.001", b"604800", b"5e-324", b"1e-9"],
+        "priority": [b"0", b"100", b"-100"],
+        "max_retries": [b"0", b"1", b"100"],
+        "parent_id": TASK_IDS,
+        "wait": [b"true", b"false"],
+    },
+    "result": {
+        "task_id": TASK_IDS,
+        "success": [b"true", b"true", b"false"],
+        "output": PRIVATE,
+        "error": [b'"@M@"', b'{"code":"x","message":"@M@"}', b'{"code":"agent_lost"}', b'""', b"null"],
+        "attempt": [b"1", b"1", b"2", b"1000000"],
+    },
+    "status": {
+        "task_id": TASK_IDS,
+        "tasks": [b"true", b"false"],
+        "progress": [b"0", b"1", b"0.5", b"-0.0", b"null", b"5e-324"],
+        "detail": PRIVATE,
+    },
+    "broadcast": {"message": [b"null", b'{"x":null}', b'"' + b"x" * 900 + b'"'], "capability": NAMES},
+    "heartbeat": {},
+}  # fmt: skip
+ALWAYS = {"name", "capabilities", "task_id", "success", "message", "input", "output"}
+SELDOM = {"parent_id", "agent_id", "resume"}
+TYPES = (
+    ["register"] * 3
+    + ["delegate"] * 6
+    + ["result"] * 5
+    + ["status"] * 3
+    + ["broadcast", "heartbeat", "discover", "deregister"]
+)
+
+
+def saying(rng: Random, kind: str | None = None) -> bytes:
+    """Return a message that mostly makes sense, with a hostile value here and there."""
+    kind = kind or rng.choice(TYPES)
+    tree = Pairs([[b'"type"', text(kind)]])
+    if rng.randrange(5):
+        tree.append([b'"id"', b'"r%d"' % rng.randrange(10)])
+    for name, fragments in FIELDS[kind].items():
+        chances = 12 if name in ALWAYS else 2 if name in SELDOM else 5
+        if rng.randrange(12) < chances:
+            tree.append([text(name), rng.choice(fragments)])
+    if rng.randrange(8) == 0:
+        tree.append([b'"sender"', b'"@A0@"'])
+    if rng.randrange(5) == 0:
+        change(rng, tree, SMALL)
+    return written(tree)
+
+
+def story(rng: Random) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
+    """Return a hub's settings, and what happens to it."""
+    options = {
+        "grace_s": rng.choice([10.0, 0.0, 100.0]),
+        "retention_s": rng.choice([100.0, 5.0]),
+        "heartbeat_s": rng.choice([1e5, 1e5, 20.0]),
+        "message_bytes_max": rng.choice([4096, 1024, 65_536]),
+        "records_bytes_max": rng.choice([1_000_000, 8000]),
+        "open_tasks_max": rng.choice([100, 2]),
+        "pending_tasks_max": rng.choice([100, 2]),
+        "agents_max": rng.choice([100, 3]),
+    }
+    steps: list[tuple[Any, ...]] = []
+    for index in range(rng.randint(2, 3)):
+        steps += [("connect",), ("say", index, saying(rng, "register"))]
+    for _ in range(rng.randint(1, 60)):
+        what = rng.randrange(30)
+        who = rng.randrange(5)
+        if what < 22:
+            steps.append(("say", who, saying(rng)))
+        elif what < 24:
+            steps.append(("again", who, rng.randrange(20)))
+        elif what < 26:
+            steps.append(("wait", rng.choice([0.0, 0.001, 1.0, 10.0, 61.0, 120.0])))
+        elif what < 28:
+            steps += [("connect",), ("say", -1, saying(rng, "register"))]
+        else:
+            steps.append(("lose", who))
+    return options, steps
+
+
+class Story:
+    """A hub, what is said to it, and whether its answers keep the protocol's promises."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.world = World(**options)
+        self.world.apply = self.look_at  # type: ignore[method-assign]  # the story listens in
+        self.said: list[bytes] = []
+        self.secrets: dict[str, str] = {}  # By agent_id.
+        self.owners: dict[bytes, list[TaskRecord]] = {}  # Of what is private: the tasks it belongs to.
+        self.known: dict[int, tuple[TaskRecord, TaskState, bool]] = {}  # By arrival; and whether the hub has it still.
+        self.told: collections.Counter[int] = collections.Counter()
+        self.asked: collections.Counter[int] = collections.Counter()
+        self.draining: set[tuple[str, str]] = set()  # Connections, and the ids of their wishes to leave.
+        self.effects: list[tuple[str, Any]] = []  # Of this step.
+        self.agent_before: dict[str, AgentRecord] = {}  # By connection.
+        self.assignee_before: dict[int, AgentRecord | None] = {}  # By arrival.
+
+    def agents(self) -> dict[str, AgentRecord]:
+        return self.world.hub._agents
+
+    def records(self) -> list[TaskRecord]:
+        hub = self.world.hub
+        return [*hub._open.values(), *hub._ended.values(), *hub._undelivered.values()]
+
+    def agents_by_connection(self) -> dict[str, AgentRecord]:
+        peers = self.world.hub._peers.items()
+        return {str(connection): peer.agent for connection, peer in peers if peer.agent is not None}
+
+    def look_at(self, effects: list[Any]) -> None:
+        self.effects += effects
+        World.apply(self.world, effects)
+
+    # The steps
+
+    def begin(self) -> None:
+        self.effects = []
+        self.agent_before = self.agents_by_connection()
+        self.assignee_before = {task.arrival: task.assignee for task in self.records()}
+
+    def connection(self, number: int) -> str | None:
+        connections = list(self.world.programs)
+        return connections[number % len(connections)] if connections else None
+
+    def say(self, connection: str, template: bytes) -> None:
+        raw = self.filled_in(template)
+        if len(raw) > self.world.hub.settings.message_bytes_max:
+            return  # The link would have closed.
+        self.begin()
+        message: Any
+        try:
+            message = decoder_from_agent()(raw)
+        except InvalidMessage as error:
+            message = error
+        known = None if isinstance(message, InvalidMessage) else self.task_of(message)
+        was_over = known is not None and known.state in FINAL_STATES
+        memory = snapshot(self.world.hub)
+        self.world.apply(self.world.hub.receive(connection, message, self.world.now, len(raw)))
+        is_refused = self.check_replies(connection, message)
+        if is_refused and connection in self.world.programs:  # Too many wrong secrets are a close.
+            demand(snapshot(self.world.hub) == memory, "a message that was refused changed something")
+        else:
+            task = known or self.task_of(message)
+            if task is not None:
+                self.asked[task.arrival] += isinstance(message, Delegate) and was_over
+                for private in re.findall(rb"private-\d+-", raw):
+                    self.owners.setdefault(private, []).append(task)
+        self.end(message)
+
+    def task_of(self, message: Any) -> TaskRecord | None:
+        return self.world.hub._find(getattr(message, "task_id", None) or "")
+
+    def filled_in(self, template: bytes) -> bytes:
+        agents = list(self.secrets.items()) or [("nobody", "nothing")]
+        raw = re.sub(rb"@A(\d+)@", lambda match: agents[int(match[1]) % len(agents)][0].encode(), template)
+        raw = re.sub(rb"@S(\d+)@", lambda match: agents[int(match[1]) % len(agents)][1].encode(), raw)
+        self.said.append(raw.replace(b"@M@", b"private-%d-" % len(self.said)))
+        return self.said[-1]
+
+    def step(self, what: str, *details: Any) -> None:
+        if what == "wait":
+            self.pass_time(details[0])
+        elif what == "connect":
+            if len(self.world.programs) < 8:
+                self.begin()
+                self.world.connect()
+                self.end(None)
+        elif (connection := self.connection(details[0])) is not None:
+            if what == "lose":
+                self.begin()
+                self.draining = {one for one in self.draining if one[0] != connection}
+                self.world.programs[connection].lose_connection()
+                self.end(None)
+            elif what == "say":
+                self.say(connection, details[1])
+            elif self.said:
+                self.say(connection, self.said[details[1] % len(self.said)])
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.world.now + seconds
+        ticks = 0
+        while (due := self.world.hub.next_deadline()) <= end:
+            ticks += 1
+            demand(ticks < 10_000, "the hub does not come to rest")
+            self.tick(max(self.world.now, due))
+        self.world.now = end
+
+    def tick(self, now: float) -> None:
+        self.begin()
+        self.world.now = now
+        self.world.apply(self.world.hub.tick(now))
+        self.end(None)
+
+    def leave(self) -> None:
+        """End the story: all go, and what was kept for them must go too."""
+        for connection in list(self.world.programs):
+            self.begin()
+            self.draining = {one for one in self.draining if one[0] != connection}
+            self.world.programs[connection].lose_connection()
+            self.end(None)
+        kept = self.world.hub.settings
+        for seconds in (agenthub.TTL_MAX_S, kept.grace_s + 60, kept.retention_s + 60):  # Each with one late tick.
+            self.tick(self.world.now + seconds)
+            self.pass_time(0)
+        demand(all(state in FINAL_STATES for _, state, _ in self.known.values()), "a task never ends")
+        demand(self.world.is_empty(), "the hub remembers something of those who have left")
+
+    # What must hold after each of them
+
+    def check_replies(self, connection: str, message: Any) -> bool:
+        """See that a request has one reply, and everything else none; return whether it was refused."""
+        to_sender = [effect for to, effect in self.effects if to == connection]
+        errors = [effect for effect in to_sender if isinstance(effect, Error)]
+        message_id = message.reply_to if isinstance(message, InvalidMessage) else message.id
+        replies = [effect for effect in to_sender if getattr(effect, "reply_to", None) == message_id]
+        demand(
+            len(errors) == 1 or not isinstance(message, InvalidMessage), "an invalid message has no error, or several"
+        )
+        if message_id is None:
+            replies = errors
+            demand(len(errors) <= 1, "a message has several errors")
+        elif isinstance(message, Deregister) and message.drain and not replies:
+            self.draining.add((connection, message_id))
+        else:
+            wished_before = (connection, message_id) in self.draining  # An id may be used twice.
+            self.draining -= {(connection, message_id)} if wished_before and len(replies) == 2 else set()
+            demand(len(replies) in (1, 1 + wished_before), f"{message_id} has {len(replies)} replies")
+        for to, effect in self.effects:
+            reply_to = getattr(effect, "reply_to", None)
+            if reply_to is not None and (to, reply_to) != (connection, message_id):
+                demand((to, reply_to) in self.draining, f"{to} gets a reply to {reply_to}, which nobody asked")
+                self.draining.discard((to, reply_to))
+        return bool(errors)
+
+    def end(self, message: Any) -> None:
+        """Look at all that the hub did in this step."""
+        agents = {**self.agent_before, **self.agents_by_connection()}
+        for agent in self.agents().values():
+            if agent.resume:
+                self.secrets[agent.agent_id] = agent.resume
+        told_now: set[int] = set()
+        for connection, effect in self.effects:
+            if isinstance(effect, Close):
+                self.draining = {one for one in self.draining if one[0] != connection}
+                continue
+            raw = encode(effect)
+            strictly(raw)
+            decoder_from_hub()(raw)
+            self.check_who_is_told(raw, effect, agents.get(connection))
+            self.check_sender(effect, agents.get(connection), message)
+            if isinstance(effect, Settled):
+                told_now.add(self.check_settled(effect))
+        self.check_states(told_now)
+        self.check_counters()
+        if self.world.hub.next_deadline() > self.world.now:  # A task whose deadline is now waits for the tick.
+            for holds in HUB_INVARIANTS:
+                holds(self)
+
+    def check_who_is_told(self, raw: bytes, effect: Any, hearer: AgentRecord | None) -> None:
+        """See that what is private stays with those whom it concerns."""
+        for private in set(re.findall(rb"private-\d+-", raw)):
+            tasks = self.owners.get(private)
+            demand(tasks, f"{private!r} was refused, and goes out")
+            may_hear = [one for task in tasks or () for one in (task.requester, task.assignee)]
+            may_hear += [self.assignee_before.get(task.arrival) for task in tasks or ()]
+            if isinstance(effect, Delegated):
+                may_hear = [hearer] if hearer is not None and hearer.agent_id == effect.agent_id else []
+            demand(hearer is not None and hearer in may_hear, f"{private!r} is shown to somebody else")
+        for agent_id, secret in self.secrets.items():
+            if secret.encode() in raw:
+                demand(hearer is not None and hearer.agent_id == agent_id, f"the secret of {agent_id} is given away")
+
+    def check_sender(self, effect: Any, hearer: AgentRecord | None, message: Any) -> None:
+        """See that whoever is named as the sender is the one who has spoken."""
+        task = self.task_of(effect)
+        if isinstance(effect, Delegated):
+            demand(hearer is not None and effect.agent_id == hearer.agent_id, "a task is handed to somebody else")
+            demand(task is None or effect.sender == task.requester.agent_id, "a task has the wrong sender")
+        elif isinstance(effect, Relayed):
+            demand(effect.sender in [agent.agent_id for agent in self.agent_before.values()], "a voice from nowhere")
+            demand(hearer is not None and effect.sender != hearer.agent_id, "a broadcast comes back to its sender")
+        elif isinstance(effect, Reported) and effect.sender is not None:
+            demand(task is not None and task.assignee is not None, "a report on a task that nobody works on")
+            demand(task is None or task.assignee is None or effect.sender == task.assignee.agent_id, "a false reporter")
+        elif isinstance(effect, Settled) and effect.sender is not None:
+            by = task.assignee if task is not None else None
+            demand(by is not None and effect.sender == by.agent_id, "a false result")
+
+    def check_settled(self, settled: Settled) -> int:
+        task = self.task_of(settled)
+        demand(task is not None, "an end is told of a task that the hub does not know")
+        assert task is not None
+        demand(settled.state == task.state and task.state in FINAL_STATES, "an end is told that is none")
+        self.told[task.arrival] += 1
+        demand(self.told[task.arrival] <= 1 + self.asked[task.arrival], "an end is told too often")
+        return task.arrival
+
+    def check_states(self, told_now: set[int]) -> None:
+        """See that a final state stays, and that its requester hears of it if it is there."""
+        records = {task.arrival: task for task in self.records()}
+        demand(len(records) == len(self.records()), "a task is listed twice")
+        for arrival, (task, state, is_kept) in self.known.items():
+            demand(task.state is state or state not in FINAL_STATES, f"{state} was final, and now it is {task.state}")
+            demand(arrival in records or task.state in FINAL_STATES, "an open task is forgotten")
+            demand(is_kept or arrival not in records, "a task comes back")
+        for arrival, task in {**{arrival: one[0] for arrival, one in self.known.items()}, **records}.items():
+            state = self.known[arrival][1] if arrival in self.known else TaskState.PENDING
+            if task.state in FINAL_STATES and state not in FINAL_STATES and task.requester.peer is not None:
+                demand(arrival in told_now, f"{task.task_id} has ended and its requester was not told")
+            self.known[arrival] = task, task.state, arrival in records
+
+    def check_counters(self) -> None:
+        hub = self.world.hub
+        records = self.records()
+        counted = collections.Counter(task.state for task in records)
+        demand(hub._counts == {state: counted[state] for state in TaskState}, f"the hub counts {hub._counts}")
+        demand(min(hub._totals.values()) >= 0 and hub.in_progress >= 0, "a counter is negative")
+        demand(hub._records_bytes == sum(task.bytes for task in records), "the bytes of records are counted wrong")
+        demand(hub._ended_bytes == sum(task.bytes for task in hub._ended.values()), "those of ended ones are")
+        demand(all(task.bytes > 0 for task in records), "a record has no size")
+        told = collections.Counter(task.requester for task in hub._ended.values())
+        demand(all(agent.told == told[agent] for agent in self.agents().values()), "told is counted wrong")
+
+
+# Of the machine's invariants those that need no books but the hub's own.
+HUB_INVARIANTS: list[Callable[[Any], None]] = [
+    HubMachine.agents_hold_what_the_records_say,
+    HubMachine.pools_agree_with_the_agents,
+    HubMachine.queues_agree_with_the_pending_tasks,
+    HubMachine.no_task_waits_while_an_agent_is_free_for_it,
+    HubMachine.no_child_outlives_its_parent,
+    HubMachine.deadlines_are_those_of_tasks_connections_and_agents_away,
+]
+
+
+def check_sequence(case: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> None:
+    """Play one story to its end."""
+    options, steps = case
+    with listening() as errors, no_input_may_stop_the_hub():
+        story = Story(options)
+        for step in steps:
+            story.step(*step)
+        story.leave()
+        demand(not errors, f"{errors}")
+
+
+# ============================================================================================
+# The engines
+# ============================================================================================
+
+
+class Target(NamedTuple):
+    make: Callable[[Random], Any]
+    check: Callable[[Any], None]
+
+
+TARGETS = {
+    "decode": Target(lambda rng: document(rng, rng.choice([FROM_AGENT, FROM_HUB])), check_decode),
+    "bytes": Target(wire, check_bytes),
+    "sequences": Target(story, check_sequence),
+}
+SHRINK_S = 60.0  # How long a finding is made smaller.
+PROGRESS_S = 10.0
+
+
+def case_of(target: str, seed: int) -> Any:
+    """Return the case of a seed: the same on every machine."""
+    return TARGETS[target].make(Random(seed))
+
+
+def check(target: str, case: Any) -> None:
+    """Replay one case; raise what it violates."""
+    TARGETS[target].check(case)
+
+
+def failure(target: str, case: Any) -> BaseException | None:
+    try:
+        check(target, case)
+    except Exception as error:
+        return error
+    return None
+
+
+def smaller(value: Any) -> Iterator[Any]:
+    """Yield what is left of a case when something is taken out of it, the largest pieces first."""
+    if isinstance(value, list | bytes):
+        size = len(value)
+        while size > 1:
+            size = size // 2
+            for start in range(0, len(value), size):
+                yield value[:start] + value[start + size :]
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            if isinstance(item, list | tuple | bytes):
+                for less in smaller(item):
+                    yield value[:index] + type(value)([less]) + value[index + 1 :]
+
+
+def smallest(target: str, case: Any, error: BaseException) -> tuple[Any, BaseException]:
+    """Take out of a case what it does not need to fail in the same way, for some time."""
+
+    def kind(error: BaseException) -> tuple[type, str]:
+        return type(error), re.sub(r"\d+|b['\"].*", "", str(error))[:40]
+
+    last = time.monotonic() + SHRINK_S
+    is_smallest = False
+    while not is_smallest:
+        is_smallest = True
+        for less in smaller(case):
+            if time.monotonic() > last:
+                break
+            again = failure(target, less)
+            if again is not None and kind(again) == kind(error):
+                case, error, is_smallest = less, again, False
+                break
+    return case, error
+
+
+class Run:
+    """The cases of one target for some time, until one fails."""
+
+    def __init__(self, target: str, seconds: float) -> None:
+        self.target = target
+        self.seconds = seconds
+        self.started = self.spoke = time.monotonic()
+        self.cases = 0
+        self.failing: tuple[Any, BaseException] | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def is_over(self) -> bool:
+        return self.failing is not None or self.elapsed >= self.seconds
+
+    def one(self, case: Any) -> None:
+        self.cases += 1
+        error = failure(self.target, case)
+        if error is not None:
+            self.failing = smallest(self.target, case, error)
+        elif time.monotonic() > self.spoke + PROGRESS_S:
+            self.spoke = time.monotonic()
+            rate = self.cases / self.elapsed
+            progress = f"{self.cases} cases, {rate:.0f} per second, {self.elapsed:.0f} of {self.seconds:g} s"
+            print(f"{self.target}: {progress}", file=sys.stderr, flush=True)
+
+    def report(self) -> int:
+        """Say what came of it; return how many findings there were."""
+        found = "nothing found" if self.failing is None else "1 finding"
+        print(f"{self.target}: {self.cases} cases in {self.elapsed:.0f} s, {found}")
+        if self.failing is not None:
+            case, error = self.failing
+            print(f"  {type(error).__name__}: {error}")
+            print(f"  from tests.fuzz import check; check({self.target!r}, {case!r})")
+        sys.stdout.flush()
+        return 0 if self.failing is None else 1
+
+
+def run_seeds(target: str, seconds: float, seed: int) -> Run:
+    """Try the cases of one seed after the other until the time is over or one has failed."""
+    run = Run(target, seconds)
+    for number in itertools.count(seed):
+        run.one(case_of(target, number))
+        if run.is_over:
+            break
+    return run
+
+
+def run_atheris(target: str, seconds: float, seed: int) -> None:
+    """Let libFuzzer choose the bytes, guided by coverage. It never comes back: the process ends with the answer."""
+    import atheris
+
+    instrument(atheris)
+    run = Run(target, seconds)
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+    def one(raw: bytes) -> None:
+        run.one(raw if target == "decode" else wire_of(raw))
+        if run.is_over:
+            shutil.rmtree(folder)
+            os._exit(run.report())
+
+    words = {word for message in FROM_AGENT + FROM_HUB for word in re.findall(r'"\w+"', json.dumps(message))}
+    escaped = (word.replace('"', '\\"') for word in sorted(words))
+    (folder / "words").write_text("".join(f'"{word}"\n' for word in escaped), encoding="ascii")
+    (folder / "corpus").mkdir()
+    for number, message in enumerate(FROM_AGENT + FROM_HUB):
+        (folder / "corpus" / f"{number}").write_bytes(json.dumps(message).encode())
+    options = [f"-seed={seed + 1}", f"-dict={folder / 'words'}", "-max_len=8192", "-timeout=60", "-verbosity=0"]
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder}/", str(folder / "corpus")], one)
+    atheris.Fuzz()
+
+
+def wire_of(raw: bytes) -> list[tuple[Any, ...]]:
+    """Return what a peer does that libFuzzer makes up: lines, each of them a message, a frame's head or plain bytes."""
+    steps: list[tuple[Any, ...]] = [("open",), ("data", 0, OPENING)]
+    for line in raw.split(b"\n"):
+        kind, rest = line[:1], line[1:]
+        if kind == b"!":
+            steps.append(("data", 0, rest))
+        elif kind == b"#" and rest:
+            steps.append(("data", 0, frame(rest[1:], rest[0] & 15, fin=rest[0] < 128)))
+        else:
+            steps.append(("data", 0, frame(line)))
+    return steps
+
+
+def instrument(atheris: Any) -> None:
+    """Make the coverage of the hub, and of the library that reads its frames, known to libFuzzer."""
+    modules = [agenthub, *(module for name, module in sorted(sys.modules.items()) if name.startswith("websockets."))]
+    for module in modules:
+        scopes = [module, *(one for one in vars(module).values() if isinstance(one, type))]
+        for scope in scopes:
+            for function in list(vars(scope).values()):
+                if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                    atheris.instrument_func(function)
+
+
+def natural(number: str) -> int:
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError("must be a number from 0 on")
+    return int(number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line asks for; return 1 if something was found."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Try to break the hub with what comes in."
+    )
+    parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all targets together (default 60)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="the first of the seeds (default 0)")
+    parser.add_argument("--engine", choices=["seeds", "atheris"], default="seeds")
+    args = parser.parse_args(argv)
+    check_decode(b"{}")  # The decoders are compiled at their first use.
+    targets = list(TARGETS) if args.target == "all" else [args.target]
+    seconds = args.seconds / len(targets)
+    findings = 0
+    for target in targets:
+        if args.engine == "seeds" or target == "sequences":
+            findings += run_seeds(target, seconds, args.seed).report()
+        elif args.target == "all":  # libFuzzer takes the process for itself.
+            options = ["--engine", "atheris", "--target", target, "--seconds", str(seconds), "--seed", str(args.seed)]
+            findings += subprocess.run([sys.executable, "-m", "tests.fuzz", *options], check=False).returncode != 0
+        else:
+            run_atheris(target, seconds, args.seed)
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The fuzzer for a moment, and everything that has ever found something, again.
+
+    python -m tests.fuzz --seconds 600
+
+goes on from here; what it finds is added to FOUND, with what it was.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Any, NamedTuple
+
+import pytest
+
+from agenthub import Hub, InvalidMessage, decoder_from_agent, decoder_from_hub
+from tests.fuzz import OPENING, TARGETS, Violation, case_of, check, check_refusal, demand, frame, main, smallest
+
+REFUSED = OPENING.replace(b"GET / ", b"GET /healthz ")
+NESTED = b"[" * 62 + b"]" * 62
+CASES = {"decode": 1500, "bytes": 120, "sequences": 100}
+
+
+class Found(NamedTuple):
+    target: str
+    case: Any
+    what: str
+
+
+FOUND = {
+    "string without an end": Found(
+        "decode",
+        b'{"type":"heartbeat","x":"' + b'\\"' * 30_000,
+        "The search for an id began again at each quote of a string that does not end: 11 s for 60 KB.",
+    ),
+    "replies in front of the response": Found(
+        "bytes",
+        [("open",), ("data", 0, OPENING + frame(b"")), ("wait", 0)],
+        "What the hub said to a message behind the handshake was written before the 101.",
+    ),
+    "message behind a refused request": Found(
+        "bytes",
+        [("open",), ("data", 0, REFUSED + frame(b"")), ("wait", 0)],
+        "A frame was taken for an HTTP request: AttributeError from data_received.",
+    ),
+    "garbage behind a refused request": Found(
+        "bytes",
+        [("open",), ("data", 0, REFUSED + b"\xff\xff"), ("wait", 0)],
+        "The protocol object was to end the connection twice: AssertionError from data_received.",
+    ),
+    "ping behind a refused request": Found(
+        "bytes",
+        [("open",), ("data", 0, REFUSED + frame(b"x", 9)), ("wait", 0)],
+        "The pong was written before the response.",
+    ),
+    "answer that is not read, and half a close": Found(
+        "bytes",
+        [("open",), ("data", 0, REFUSED), ("stuck", 0), ("eof", 0)],
+        "Its socket was still there when the server had stopped.",
+    ),
+    "many small questions with large answers": Found(
+        "bytes",
+        [
+            ("open",),
+            ("data", 0, OPENING + frame(b'{"type":"register","name":"a","metadata":{"x":"%s"}}' % (b"x" * 3000))),
+            ("stuck", 0),
+            ("data", 0, frame(b'{"type":"discover","id":"1"}') * 1900),
+            ("wait", 1),
+        ],
+        "All answers of one turn were gathered in memory before anybody looked at how much that was.",
+    ),
+    "metadata as deep as may be": Found(
+        "bytes",
+        [
+            ("open",),
+            ("data", 0, OPENING + frame(b'{"type":"register","name":"a","metadata":{"x":%s}}' % NESTED)),
+            ("data", 0, frame(b'{"type":"discover","id":"1"}')),
+            ("wait", 0),
+        ],
+        "In the reply to discover it was deeper yet, so that no agent could read that.",
+    ),
+    "wrong secrets": Found(
+        "sequences",
+        ({}, [("connect",), ("say", 0, b'{"type":"register","name":"a"}'), ("connect",)]
+         + [("say", 1, b'{"type":"register","id":"r","name":"b","agent_id":"@A0@"}')] * 4),
+        "Nothing but the fuzzer's own: a close may follow the third refusal.",
+    ),
+    "task that ends as it begins": Found(
+        "sequences",
+        ({}, [("connect",), ("say", 0, b'{"type":"register","name":"a","capabilities":["a"]}'), ("connect",),
+              ("say", 1, b'{"type":"register","name":"b"}'),
+              ("say", 1, b'{"type":"delegate","id":"r","task_id":"t","capability":"a","ttl":5e-324}'), ("wait", 0)]),
+        "Nothing but the fuzzer's own: a task whose deadline is now waits for the tick, though an agent is free.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_has_found_something_once_finds_nothing_now(name: str) -> None:
+    check(FOUND[name].target, FOUND[name].case)
+
+
+@pytest.mark.parametrize("target", CASES)
+def test_fuzzing_for_a_moment_finds_nothing(target: str) -> None:
+    for seed in range(CASES[target]):
+        case = case_of(target, seed)
+        try:
+            check(target, case)
+        except Exception as error:
+            case, error = smallest(target, case, error)
+            pytest.fail(f"{error!r}\nfrom tests.fuzz import check; check({target!r}, {case!r})")
+
+
+# The fuzzer itself: one that cannot see anything finds nothing either.
+
+
+def test_a_seed_makes_the_same_case_each_time() -> None:
+    for target in TARGETS:
+        assert repr(case_of(target, 7)) == repr(case_of(target, 7))
+        assert repr(case_of(target, 7)) != repr(case_of(target, 8))
+
+
+def test_messages_are_accepted_and_refused_in_fair_shares() -> None:
+    shares: collections.Counter[str] = collections.Counter()
+    for seed in range(400):
+        raw = case_of("decode", seed)
+        for decode in (decoder_from_agent(), decoder_from_hub()):
+            try:
+                shares[type(decode(raw)).__name__] += 1
+            except InvalidMessage:
+                shares["refused"] += 1
+    assert 100 < shares["refused"] < 780
+    assert len(shares) > 12
+
+
+def test_finding_is_made_smaller_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def check_for_a_bracket(raw: bytes) -> None:
+        demand(b"[" not in raw, "there is a bracket")
+
+    monkeypatch.setitem(TARGETS, "decode", TARGETS["decode"]._replace(check=check_for_a_bracket))
+    assert main(["--target", "decode", "--seconds", "20"]) == 1
+    out = capsys.readouterr().out
+    assert "1 finding" in out
+    assert "check('decode', b'[')" in out
+
+
+def test_run_that_finds_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--target", "decode", "--seconds", "0.01"]) == 0
+    assert "nothing found" in capsys.readouterr().out
+
+
+def test_leak_of_a_payload_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that shows everybody everything is found out."""
+    honest = Hub._task_report
+
+    def indiscreet(hub: Hub, task: Any, asker: Any, reply_to: Any) -> Any:
+        return honest(hub, task, task.requester, reply_to)
+
+    monkeypatch.setattr(Hub, "_task_report", indiscreet)
+    register, delegate = (
+        b'{"type":"register","name":"a","capabilities":["a"]}',
+        b'{"type":"delegate","task_id":"t","capability":"a","input":"@M@"}',
+    )
+    steps = [("connect",), ("say", 0, register), ("connect",), ("say", 1, register), ("say", 0, delegate)]
+    check("sequences", ({}, [*steps, ("say", 1, b'{"type":"status","id":"r","task_id":"t"}')]))
+    with pytest.raises(Violation, match="is shown to somebody else"):
+        check("sequences", ({}, [*steps, ("connect",), ("say", 2, b'{"type":"status","id":"r","task_id":"t"}')]))
+
+
+def test_echo_of_the_input_would_be_seen() -> None:
+    check_refusal(InvalidMessage("name: must be a string"))
+    with pytest.raises(Violation, match="echoes"):
+        check_refusal(InvalidMessage("name: must not be 47114711"))
