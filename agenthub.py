@@ -34,6 +34,7 @@ docs/protocol.md.
 from __future__ import annotations
 
 import argparse
+import array
 import asyncio
 import base64
 import collections
@@ -297,6 +298,7 @@ SCAN_BYTES = 65_536  # How far into a message that is not JSON its id is looked 
 # A string without an end goes to the end of what there is: to look for another one in it would take quadratic time.
 JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
 BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
+BRACKETS_TO_STEPS = bytes.maketrans(b"[]", b"\x01\xff")
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -793,11 +795,8 @@ def depth_of(raw: bytes) -> int:
     without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     outside_of_strings = b"".join(without_escapes.split(b'"')[::2])
     brackets = outside_of_strings.translate(BRACES_TO_BRACKETS, NO_BRACKETS)
-    depth = 0
-    while brackets:
-        brackets = brackets.replace(b"[]", b"")
-        depth += 1
-    return depth
+    steps = array.array("b", brackets.translate(BRACKETS_TO_STEPS))
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _refuse_constants(raw: bytes, id_field: str) -> None:
@@ -994,6 +993,7 @@ EFFORT_BYTES = 16_384
 EFFORT_AGENTS = 50  # Looked at by `discover`.
 EFFORT_TASKS = 4  # Listed by `status`.
 CLOSE_CODES = frozenset((*CloseCode, 1002, 1006, 1007))  # Those that are counted each by itself.
+WARNING_CLOSE_CODES = CLOSE_CODES - {CloseCode.DONE, CloseCode.GOING_AWAY, CloseCode.REPLACED, 1006}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1737,11 +1737,13 @@ class Hub:
         """Forget a connection, and start the grace time of its agent."""
         del self._peers[peer.connection]
         self._deadlines.discard(peer)
-        count(self._closes, str(code) if code in CLOSE_CODES else "other")
+        key = str(code) if code in CLOSE_CODES else "other"
+        count(self._closes, key)
+        level = logging.WARNING if code in WARNING_CLOSE_CODES else logging.DEBUG
+        log_hub.log(level, "closed code=%s agent=%s", key, peer.agent.agent_id if peer.agent is not None else None)
         agent, peer.agent = peer.agent, None
         if agent is not None:
             agent.peer = None
-            log_hub.debug("away agent=%s", agent.agent_id)
             self._list(agent)
             self._deadlines.push(agent, self._now + self.settings.grace_s)
 
@@ -2422,6 +2424,7 @@ def same_content(one: Delegate, other: Delegate) -> bool:
 JOURNAL_VERSION = 1
 JOURNAL_ID = 0x41484A4C  # "AHJL", PRAGMA application_id: tells a journal from other files of SQLite.
 RESERVE_BYTES = 8_388_608  # Kept beside the journal, and given up when the disk is full, so that tasks can end.
+CLOCK_STEP_S = 0.8  # By so much the machine's clock must have been set for the times in the file to be set too.
 WAL_BYTES_MAX = 67_108_864  # What is left of the write-ahead log after it was emptied.
 JOURNAL_TABLES = """
     CREATE TABLE agents (
@@ -2457,6 +2460,7 @@ class Journal:
         self.sync = sync
         self._database: sqlite3.Connection | None = None
         self._writes = 0  # So many, counted on from the last that told an end; its number is what `told` holds.
+        self._clock_offset = math.nan  # With which the times in the file were made.
 
     @property
     def _reserve(self) -> Path:
@@ -2570,6 +2574,7 @@ class Journal:
     def _load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
         database = self._connected()
         agents, tasks, last = [], [], -math.inf
+        self._clock_offset = clock_offset
         (self._writes,) = database.execute("SELECT coalesce(max(told), 0) FROM tasks").fetchone()
         for agent_id, resume_hash, raw, there, departed in database.execute("SELECT * FROM agents"):
             register = self._read(decoder_from_agent(), raw, Register)
@@ -2623,6 +2628,10 @@ class Journal:
         """Write changes, all or none. Raises sqlite3.Error; then nothing was written, and it may be tried again."""
         database = self._connected()
         self._writes += 1
+        step_s = clock_offset - self._clock_offset
+        is_set = abs(step_s) > CLOCK_STEP_S
+        if abs(step_s) <= CLOCK_STEP_S:  # All times in the file are by the same offset.
+            clock_offset = self._clock_offset
         new = [(*self._kept(row, clock_offset), *self._moving(row, clock_offset)) for row in changes.new]
         moved = [(*self._moving(row, clock_offset), row.arrival) for row in changes.moved]
         agents = [
@@ -2630,6 +2639,8 @@ class Journal:
         ]
         try:
             database.execute("BEGIN IMMEDIATE")
+            if is_set:
+                self._set_clock(database, step_s)
             database.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?)", agents)
             # OR REPLACE, because a commit that fails may have taken place, and is tried again.
             database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", new)
@@ -2645,6 +2656,13 @@ class Journal:
             if database.in_transaction:
                 database.execute("ROLLBACK")
             raise
+        self._clock_offset = clock_offset
+
+    @staticmethod
+    def _set_clock(database: sqlite3.Connection, step_s: float) -> None:
+        """Move all times, because the machine's clock was set; else deadlines would move at the next start."""
+        database.execute("UPDATE tasks SET accepted_at = accepted_at + ?, deadline = deadline + ?", (step_s, step_s))
+        database.execute("UPDATE tasks SET ended_at = ended_at + ? WHERE end IS NOT NULL", (step_s,))
 
     @staticmethod
     def _kept(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
@@ -2692,7 +2710,7 @@ class Journal:
 # ============================================================================================
 
 BACKLOG_BYTES_MAX = 8 * 1_048_576  # What may wait for a peer that does not read.
-BACKLOGS_AT_ONCE = 4  # What is sent in one turn of the loop may be so much more, if the peer reads it.
+
 HANDSHAKE_S = 10.0  # For a connection to become a WebSocket.
 STUCK_S = 10.0  # For a peer to read something of what waits for it.
 CLOSING_S = 2.0  # For a peer to answer a close, or to read what is still to be read; then the socket is cut.
@@ -2703,6 +2721,10 @@ OUT_BYTES_MAX = 262_144  # Are gathered in one turn of the loop before they are 
 FRAGMENT_BYTES = 16  # A message may have as many fragments as if each had so many bytes; RFC 6455 has no bound.
 FRAME_EFFORT = 0.25  # What a ping or a fragment costs to handle; a plain message costs 1.
 MESSAGES_PER_S_MAX = 2000.0  # From one connection, in the long run.
+CPU_SHARE = 0.25  # Of a second of computing, what one connection may have per second in the long run.
+CPU_COUNTED_BYTES = 4096  # From this size on what a message costs is measured; below it all cost about the same.
+VISITOR_BYTES_MAX = 131_072  # The largest message of who has not been let in.
+HOLD_MAX_S = 10.0  # For what a connection has sent too much of: well within the silence that is too long.
 BURST_S = 2.0  # So many seconds' worth of messages may come at once.
 
 # `websockets` logs frames with what is in them at DEBUG; payloads are nobody's business.
@@ -2726,6 +2748,7 @@ class Link:
 
     address = ""  # Where the other end is.
     grant: Any = None  # What the other end may do; None: everything.
+    is_stuffed = False  # So much waits to be read that more should come as `postpone`.
 
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
         self._owner = owner
@@ -2739,6 +2762,14 @@ class Link:
     def send(self, raw: bytes) -> None:
         """Send an encoded message; without effect when the link is closing."""
         raise NotImplementedError
+
+    def postpone(self, message: Any) -> None:
+        """Send a message that its owner has in memory anyway, and encode it only when there is room for it."""
+        raise NotImplementedError
+
+    def take_unsent(self) -> list[Any]:
+        """Return what was postponed and has not been sent; it will not be."""
+        return []
 
     def close(self, code: int, reason: str = "") -> None:
         """Close after what was sent before. The owner's `closed` follows when the link is gone."""
@@ -2871,6 +2902,13 @@ class WebSocketLink(Link, asyncio.Protocol):
             self._go_on()
 
     def eof_received(self) -> None:
+        # TLS tells of the end though reading is paused, and the transport ends then: what came before has its turn now.
+        self._holds.discard("others have a turn")
+        self._handle_events()
+        while self._unread and not self._holds:
+            slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
+            self._feed(slice_)
+        self._unread = b""
         self._protocol.receive_eof()
         self._pump()
         self._flush()
@@ -2912,9 +2950,10 @@ class WebSocketLink(Link, asyncio.Protocol):
         self._is_closing = True
         if not self._is_open:
             self.abort()
-        elif not self._is_mute:
-            self._is_mute = True
-            self._protocol.send_close(code, reason)
+        else:
+            if not self._is_mute:
+                self._is_mute = True
+                self._protocol.send_close(code, reason)
             self._pump()
 
     def abort(self) -> None:
@@ -2949,9 +2988,12 @@ class WebSocketLink(Link, asyncio.Protocol):
 
     def _feed(self, data: bytes) -> None:
         self._protocol.receive_data(data)
-        if self._protocol.close_expected():  # Its answer to a close, or a failure, is on its way out already.
+        if (
+            self._protocol.close_expected()
+        ):  # Its answer to a close, or a failure, waits until all before it is handled.
             self._is_mute = True
-        self._queue()  # Its pongs go before the answers to what came after the pings.
+        else:
+            self._queue()  # Its pongs go before the answers to what came after the pings.
         self._events.extend(self._protocol.events_received())
         self._handle_events()
 
@@ -3031,6 +3073,8 @@ class WebSocketLink(Link, asyncio.Protocol):
 
     def _pump(self) -> None:
         """Queue what the protocol object has to say, and see to the end if it has come."""
+        if self._events and not self._is_closing and self._protocol.close_expected():
+            return  # What came in before the end is held.
         self._queue()
         if self._is_open and not self._is_closing and self._protocol.close_expected():
             failed = self._protocol.close_sent  # The peer broke the rules, or sent too much.
@@ -3073,9 +3117,10 @@ class WebSocketLink(Link, asyncio.Protocol):
 class ServerLink(WebSocketLink):
     """The hub's end of a WebSocket. `answer(link, request)` gives (status, body) for a plain HTTP request, else None.
 
-    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. One that does not read is
-    not read from at half of `backlog_bytes_max`, and cut off beyond that or when it has read nothing for STUCK_S
-    seconds: to wait for its answer to a close would be to wait behind the very bytes that it does not read.
+    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. At half of
+    `backlog_bytes_max` to be read it is not read from either, and what is sent waits here. It is cut off beyond that
+    bound, or when it has read nothing for STUCK_S seconds: to wait for its answer to a close would be to wait behind
+    the very bytes that it does not read.
     """
 
     def __init__(
@@ -3097,6 +3142,7 @@ class ServerLink(WebSocketLink):
         super().__init__(protocol, owner, decode, fragments_max=message_bytes_max // FRAGMENT_BYTES)
         self.address = address
         self.bearer: str | None = None  # The token that came with the handshake.
+        self.is_answered = False  # Its request was there, and has an answer.
         self._answer = answer
         self._on_gone = on_gone
         self._backlog_bytes_max = backlog_bytes_max
@@ -3105,8 +3151,12 @@ class ServerLink(WebSocketLink):
         self._allowance = self._rate * BURST_S  # A token bucket, filled up again when it is found empty.
         self._allowed_at = self._loop.time()
         self._out_bytes = 0
+        self._out_bytes_max = min(OUT_BYTES_MAX, backlog_bytes_max // 4)
         self._written_bytes = 0  # Since the connection was made.
-        self._is_over = False  # So much waits for the peer that no more is taken.
+        self._later: collections.deque[Any] = (
+            collections.deque()
+        )  # To be sent when it is not stuffed; bytes, or not yet.
+        self._later_bytes = 0  # Of those that are bytes.
         self._stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -3122,22 +3172,72 @@ class ServerLink(WebSocketLink):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.is_stuffed = True
         self.hold("does not read")
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.release("does not read")
+        self._send_later()
+        if not self._later and self.writable.is_set():
+            self.is_stuffed = False
+            self.release("does not read")
 
     def send(self, raw: bytes) -> None:
-        """Send a message: a server's frames are not masked, so they are a header and the bytes as they are."""
-        if self._is_mute or self._is_over:
+        if not self.is_stuffed:
+            self._send_frame(raw)
+        elif self._later_bytes <= self._backlog_bytes_max // 2:
+            self._later.append(raw)
+            self._later_bytes += len(raw)
+        else:
+            self._loop.call_soon(self._cut_off)  # Not now: its owner is in the midst of sending.
+
+    def postpone(self, message: Any) -> None:
+        self._later.append(message)
+
+    def take_unsent(self) -> list[Any]:
+        unsent = [message for message in self._later if not isinstance(message, bytes)]
+        self._later.clear()
+        return unsent
+
+    def close(self, code: int, reason: str = "") -> None:
+        if not self._is_closing and self._later_bytes:
+            self._send_later(is_last=True)
+        super().close(code, reason)
+
+    def _send_later(self, is_last: bool = False) -> None:
+        """Send what waits here while there is room for it, or as much as may wait because it is the last."""
+        sent_bytes = 0
+        while self._later and (sent_bytes <= self._backlog_bytes_max if is_last else self.writable.is_set()):
+            message = self._later.popleft()
+            raw = message if isinstance(message, bytes) else encode(message)
+            sent_bytes += len(raw)
+            self._later_bytes -= len(raw) if raw is message else 0
+            self._send_frame(raw)
+        self._flush()
+
+    def _send_frame(self, raw: bytes) -> None:
+        """A server's frames are not masked, so they are a header and the bytes as they are."""
+        if self._is_mute:
             return
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out += (frame_header(len(raw)), raw)
         self._out_bytes += len(raw)
-        if self._out_bytes > OUT_BYTES_MAX:
+        if self._out_bytes > self._out_bytes_max:
             self._flush()
+
+    def _deliver(self, raw: bytes) -> None:
+        if len(raw) < CPU_COUNTED_BYTES or self._rate == math.inf:
+            super()._deliver(raw)
+            return
+        began = time.thread_time()
+        super()._deliver(raw)
+        self.spend((time.thread_time() - began) * self._rate / CPU_SHARE)
+
+    def limit_messages(self, bytes_max: int) -> None:
+        """Take no larger messages from now on."""
+        self._protocol.max_size = bytes_max  # Its name until websockets 15, and the next one since 16.
+        self._protocol.max_message_size = bytes_max
 
     def spend(self, effort: float) -> None:
         self._allowance -= effort
@@ -3147,7 +3247,7 @@ class ServerLink(WebSocketLink):
     def _ration(self) -> None:
         now = self._loop.time()
         earned = (now - self._allowed_at) * self._rate
-        self._allowance = min(self._rate * BURST_S, self._allowance + earned)
+        self._allowance = max(-self._rate * HOLD_MAX_S, min(self._rate * BURST_S, self._allowance + earned))
         self._allowed_at = now
         if self._allowance < 0:
             self.hold("sends too much")
@@ -3157,15 +3257,13 @@ class ServerLink(WebSocketLink):
         self._out_bytes = 0
         self._written_bytes += size
         if waiting > self._backlog_bytes_max:
-            # What was decided in one turn still goes out, and the peer can come back for the rest; but not all of it.
-            self._is_over = waiting > BACKLOGS_AT_ONCE * self._backlog_bytes_max
-            self._loop.call_soon(self._cut_off)  # Not now: its owner may be in the midst of sending.
+            self._loop.call_soon(self._cut_off)
         elif waiting and self._stuck is None:
             self._stuck = self._loop.call_later(STUCK_S, self._on_stuck, self._written_bytes - waiting)
 
     def _cut_off(self) -> None:
         if not self._is_closing:
-            self.close(CloseCode.NOT_READING, "does not read")
+            super().close(CloseCode.NOT_READING, "does not read")
             self._report_closed(CloseCode.NOT_READING, "does not read")
 
     def _on_stuck(self, read_before: int) -> None:
@@ -3200,6 +3298,7 @@ class ServerLink(WebSocketLink):
             super()._feed(data[end:])
 
     def _on_handshake(self, request: Any) -> None:
+        self.is_answered = True
         answer = self._answer(self, request)
         response = self._protocol.accept(request) if answer is None else self._protocol.reject(*answer)
         if answer is not None:
@@ -3232,6 +3331,10 @@ class ClientLink(WebSocketLink):
             self._set_open()
             if not self.ready.done():
                 self.ready.set_result(None)
+
+    def _on_written(self, size: int, waiting: int) -> None:
+        if waiting > CLIENT_MESSAGE_BYTES_MAX + BACKLOG_BYTES_MAX:  # As the answers to pings may.
+            self.abort()
 
     def _on_lost(self, error: Exception | None) -> None:
         if not self.ready.done():
@@ -3394,7 +3497,8 @@ FAILURE_DELAY_FIRST_S, FAILURE_DELAY_MAX_S = 0.1, 2.0  # and how long: each furt
 ADDRESSES_MAX = 10_000  # Whose failures are remembered.
 CONNECTIONS_PER_ADDRESS_MAX = 1000
 CONNECTIONS_OVER = 64  # Connections over a bound that still get an answer (503); the others are cut at once.
-DESCRIPTORS_KEPT = 64  # File descriptors that no connection gets, so that the journal can always be written.
+DESCRIPTORS_KEPT = 64  # File descriptors that no connection gets, so that the journals can always be written ...
+DESCRIPTORS_OF_JOURNAL = 4  # ... beside those that each of them has open.
 ACCEPT_AGAIN_S = 0.5  # After the system had no room for another connection.
 NAMESPACE_DEFAULT = "default"
 RIGHTS = ("register", "delegate", "broadcast", "observe")
@@ -3484,6 +3588,8 @@ class Access:
             document = tomllib.loads(read_private(path, stat.S_IWGRP | stat.S_IWOTH, "write to"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: is not TOML: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{path}: is not TOML that can be read: it is nested too deep") from None
         tokens = document.get("tokens")
         if not isinstance(tokens, dict) or set(document) != {"tokens"}:
             raise ValueError(f"{path}: has tables named tokens.NAME, and nothing else")
@@ -3519,6 +3625,8 @@ def _grant(name: str, table: Any) -> Grant:
         raise ValueError(f"{where}.sha256: is the SHA-256 of a token, 64 digits of 0-9 a-f; `agenthub token` prints it")
     if not isinstance(namespace, str) or not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", namespace):
         raise ValueError(f"{where}.namespace: is 1 to 64 of a-z 0-9 _ -")
+    if namespace.endswith(("-wal", "-shm", "-journal", "-reserve")):
+        raise ValueError(f"{where}.namespace: ends like a file that stands beside a journal")
     lists: dict[str, tuple[str, ...] | None] = {}
     for key in ("may", "offers", "calls"):
         given = table.get(key)
@@ -3566,6 +3674,8 @@ def decode_knock(raw: bytes) -> Knock:
     try:
         return Knock(decoder_from_agent()(raw), token)
     except InvalidMessage as error:
+        if not is_utf8(raw):
+            raise
         return Knock(error, token)
 
 
@@ -3588,13 +3698,12 @@ class Door:
         self,
         access: Access | None,
         names: frozenset[str] | None,
-        origins: frozenset[str],
         admit: Callable[[Link, Grant | None], LinkOwner],
     ) -> None:
         self.access = access
+        self.origins: frozenset[str] = frozenset()
         self.turned_away: dict[str, int] = {}
         self._names = names
-        self._origins = origins
         self._admit = admit
         self._failures = Failures()
         self._visitors: dict[Link, Visitor] = {}
@@ -3610,7 +3719,7 @@ class Door:
         if self._names is not None and not (len(hosts) == 1 and host_name(hosts[0]) in self._names):
             self.turn_away(link, "host")
             return 403, "this hub does not go by that name; --allow-host adds one\n"
-        if origins and not (len(origins) == 1 and origins[0] in self._origins):
+        if origins and not (len(origins) == 1 and origins[0] in self.origins):
             self.turn_away(link, "origin")
             return 403, "pages of that origin may not connect; --allow-origin adds one\n"
         return None
@@ -3712,7 +3821,7 @@ def bearer_in(request: Any) -> str | None:
 def host_name(header: str) -> str:
     """Return the name in a Host header, in lower case and without the port (RFC 9110 §7.2)."""
     match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]*)(?::[0-9]{1,5})?", header.lower())
-    return match[1] if match is not None else ""
+    return match[1] if match is not None and match[1] else "?"  # Which is nobody's name.
 
 
 def is_loopback(host: str) -> bool:
@@ -3750,7 +3859,11 @@ def load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str | No
     def no_password() -> NoReturn:
         raise ValueError("the key has a password; a hub takes one without")
 
+    import ssl
+
     try:
+        # Into another one first: a pair that does not fit would leave the certificate without a key.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, no_password)
         context.load_cert_chain(cert_file, key_file, no_password)
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or "they are not PEM files"
@@ -4003,6 +4116,9 @@ class LocalHub:
     # LinkOwner
 
     def opened(self, link: Link) -> None:
+        if not self._is_running:  # Of several namespaces one may have stopped before the others.
+            link.close(CloseCode.GOING_AWAY, "the hub is shutting down")
+            return
         self._links[link] = None
         self._apply(self.hub.connected(link, self._loop.time()))
 
@@ -4030,6 +4146,9 @@ class LocalHub:
     def closed(self, link: Link, code: int, reason: str) -> None:
         self._links.pop(link, None)
         self._apply(self.hub.disconnected(link, self._loop.time(), code))
+        for message in link.take_unsent():
+            if isinstance(message, Settled):
+                self._apply(self.hub.tell_again(message.task_id, self._loop.time()))
 
     # The hub's effects and its time.
 
@@ -4046,6 +4165,9 @@ class LocalHub:
         for link, action in effects:
             if isinstance(action, Close):
                 link.close(action.code, action.reason)
+                continue
+            if link.is_stuffed and isinstance(action, Delegated | Settled):  # Whose payloads are in the records.
+                link.postpone(action)
                 continue
             if action is not sent:  # A broadcast is one message to many, encoded once.
                 sent, raw = action, encode(action)
@@ -4124,6 +4246,8 @@ class HubServer(LocalHub):
         self.host = host
         self.port = port
         self._access = access
+        bytes_max = self.settings.message_bytes_max
+        self._first_bytes_max = bytes_max if access is None else min(bytes_max, VISITOR_BYTES_MAX)
         self._tls = tls
         self._allow_origins = frozenset(map(check_origin, allow_origins))
         self._allow_hosts = frozenset(name.lower() for name in allow_hosts)
@@ -4131,6 +4255,7 @@ class HubServer(LocalHub):
         self._per_address_max = connections_per_address_max
         self._messages_per_s_max = messages_per_s_max
         self._rooms: dict[str, LocalHub] = {NAMESPACE_DEFAULT: self}
+        self._reloading = asyncio.Lock()
         self._accepting: set[asyncio.Task[None]] = set()
         self._sockets: dict[ServerLink, None] = {}  # Also those that are no WebSocket yet.
         self._addresses: dict[str, int] = {}  # How many of them are from there.
@@ -4145,21 +4270,19 @@ class HubServer(LocalHub):
 
     async def start(self) -> None:
         require_websockets()
+        names = self._allow_hosts | {self._name.lower()} | set(LOOPBACK_NAMES if is_loopback(self.host) else ())
+        is_any_name = not is_loopback(self.host) and not self._allow_hosts
+        self._door = Door(self._access, None if is_any_name else names, self._admit)
         await super().start()
         try:
-            self._count_descriptors()
             for namespace in self._access.namespaces if self._access is not None else ():
                 await self._open_room(namespace)
+            self._count_descriptors()
             listeners = await self._listen()
         except BaseException:
             await self.stop()  # The journal is another's to open.
             raise
-        names = self._allow_hosts | {self._name.lower()}
-        if is_loopback(self.host):
-            names |= set(LOOPBACK_NAMES)
-        is_any_name = not is_loopback(self.host) and not self._allow_hosts
-        origins = self._allow_origins | own_origins(names, self.port, is_secure=self._tls is not None)
-        self._door = Door(self._access, None if is_any_name else names, origins, self._admit)
+        self._door.origins = self._allow_origins | own_origins(names, self.port, is_secure=self._tls is not None)
         self._accepting = {self._loop.create_task(self._accept_all(listener)) for listener in listeners}
 
     async def stop(self, drain_s: float = 0.0) -> None:
@@ -4180,8 +4303,10 @@ class HubServer(LocalHub):
         """
         if self._access is None:
             raise ValueError("this hub was started without tokens, and lets everybody in")
-        for namespace in access.namespaces:
-            await self._open_room(namespace)
+        async with self._reloading:
+            for namespace in access.namespaces:
+                await self._open_room(namespace)
+            self._count_descriptors()
         self._access = self._door.access = access
         for link in list(self._sockets):
             if link.grant is None:
@@ -4197,7 +4322,7 @@ class HubServer(LocalHub):
 
     async def _open_room(self, namespace: str) -> None:
         """Start the hub of a namespace, if there is none."""
-        if namespace not in self._rooms:
+        if namespace not in self._rooms and self._is_running:
             journal = self._journal.of_namespace(namespace) if self._journal is not None else None
             room = LocalHub(self.settings, journal=journal)
             await room.start()
@@ -4207,6 +4332,8 @@ class HubServer(LocalHub):
         room = self._rooms[grant.namespace if grant is not None else NAMESPACE_DEFAULT]
         link.grant = grant
         link.hand_over(room, decoder_from_agent())
+        if self._access is not None and isinstance(link, ServerLink):
+            link.limit_messages(self.settings.message_bytes_max)
         room.opened(link)
         return room
 
@@ -4218,24 +4345,30 @@ class HubServer(LocalHub):
             self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         with contextlib.ExitStack() as opened:
-            listeners = []
+            listeners: list[socket.socket] = []
             for family, *_, address in dict.fromkeys(found):
                 where: Any = (address[0], self.port, *address[2:])
-                listener = opened.enter_context(socket.create_server(where, family=family, backlog=1024))
+                try:
+                    listener = socket.create_server(where, family=family, backlog=1024)
+                except OSError as error:
+                    if error.errno != errno.EADDRNOTAVAIL or (address == found[-1][-1] and not listeners):
+                        raise
+                    log_hub.warning("%s is no address of this machine", address[0])  # `localhost` without IPv6.
+                    continue
+                listeners.append(opened.enter_context(listener))
                 listener.setblocking(False)
-                listeners.append(listener)
                 self.port = listener.getsockname()[1]
             opened.pop_all()
         return listeners
 
     def _count_descriptors(self) -> None:
-        """See how many sockets there may be, so that some descriptors are left for the journal."""
-        kept = descriptors_max() - DESCRIPTORS_KEPT
-        if kept < 1:
+        """See how many sockets there may be, so that some descriptors are left for the journals."""
+        left = descriptors_max() - DESCRIPTORS_KEPT - DESCRIPTORS_OF_JOURNAL * len(self._rooms)
+        if left < 1:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        if kept < self.settings.connections_max:
-            log_hub.warning("there are file descriptors for %d connections only: ulimit -n", kept)
-        self._sockets_max = min(self.settings.connections_max + CONNECTIONS_OVER, kept)
+        if left < self.settings.connections_max:
+            log_hub.warning("there are file descriptors for %d connections only: ulimit -n", left)
+        self._sockets_max = min(self.settings.connections_max + CONNECTIONS_OVER, left)
 
     def _stop_listening(self) -> list[Link]:
         for task in self._accepting:
@@ -4253,47 +4386,56 @@ class HubServer(LocalHub):
                     await asyncio.sleep(ACCEPT_AGAIN_S)
                 else:
                     self._accept(connection, network_of(address[0]))
+                    await asyncio.sleep(0)  # `sock_accept` does not wait while there is another one.
 
     def _accept(self, connection: socket.socket, network: str) -> None:
         over = self._addresses.get(network, 0) - self._per_address_max
         if len(self._sockets) >= self._sockets_max or over >= CONNECTIONS_OVER:
             count(self._door.turned_away, "connections")
+            log_hub.warning("turned away why=connections address=%s", network)
             connection.close()
             return
-        task = self._loop.create_task(self._open(connection, network))
-        self._accepting.add(task)
-        task.add_done_callback(self._accepting.discard)
-
-    async def _open(self, connection: socket.socket, network: str) -> None:
-        """Make a link of a socket, which takes a while with TLS."""
         link = ServerLink(
             self._door,
             self._answer,
-            message_bytes_max=self.settings.message_bytes_max,
+            message_bytes_max=self._first_bytes_max,
             backlog_bytes_max=self._backlog_bytes_max,
             messages_per_s_max=self._messages_per_s_max,
             address=network,
             decode=decode_knock if self._access is not None else None,
             on_gone=self._on_gone,
         )
-        self._sockets[link] = None
+        self._sockets[link] = None  # Now, and not in the task: the next one is accepted before that runs.
         self._addresses[network] = self._addresses.get(network, 0) + 1
+        task = self._loop.create_task(self._open(link, connection, network))
+        self._accepting.add(task)
+        task.add_done_callback(functools.partial(self._on_opened, link))
+
+    def _on_opened(self, link: ServerLink, task: asyncio.Task[None]) -> None:
+        self._accepting.discard(task)
+        if task.cancelled():  # Even before it began.
+            self._on_gone(link)
+            link.gone.set()
+
+    async def _open(self, link: ServerLink, connection: socket.socket, network: str) -> None:
+        """Make a socket into a link, which takes a while with TLS."""
         options: dict[str, Any] = {}
         if self._tls is not None:
             options = {"ssl": self._tls, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": CLOSING_S}
         try:
             await self._loop.connect_accepted_socket(lambda: link, connection, **options)
-        except OSError as error:
-            self._door.turn_away(link, "tls")
-            log_hub.debug("no connection address=%s: %s", network, error)
-            self._on_gone(link)
-        except BaseException:
-            self._on_gone(link)
-            raise
+        except BaseException as error:
+            self._on_gone(link, "tls")
+            link.gone.set()  # It was never made, and so is never lost.
+            if not isinstance(error, OSError):
+                raise
+            log_hub.debug("no TLS address=%s: %s", network, error)
 
-    def _on_gone(self, link: ServerLink) -> None:
+    def _on_gone(self, link: ServerLink, why: str = "handshake") -> None:
         """Forget a socket. May be told so twice."""
         if link in self._sockets:
+            if not link.is_answered and self._is_running:
+                self._door.turn_away(link, why)
             del self._sockets[link]
             self._addresses[link.address] -= 1
             if not self._addresses[link.address]:
@@ -4483,7 +4625,7 @@ class Session:
         if then is not None:
             then(message)
         elif isinstance(message, InvalidMessage):
-            log_agent.error("the hub sent something that is no message: %s", printable(message.message))
+            log_agent.warning("the hub sent something that is no message: %s", printable(message.message))
         else:
             self._on_message(message)
 
@@ -5280,7 +5422,8 @@ class Agent:
     async def _leave(self, session: Session) -> None:
         """Have done with a session."""
         self._session = None
-        self._next_session = asyncio.get_running_loop().create_future()
+        if self._next_session is None or self._next_session.done():
+            self._next_session = asyncio.get_running_loop().create_future()
         session.over.set()
         await session.close()
 
@@ -5292,6 +5435,9 @@ class Agent:
         session.heartbeat_s = min(max(HEARTBEAT_MIN_S, reply.heartbeat_s), HEARTBEAT_MAX_S)
         session.message_bytes_max = reply.max_bytes
         self._session = session
+        if len(reply.tasks) > self._tasks_held_max:
+            self._refuse_tasks(session)
+            return
         if list(self._handlers) != announced:  # One was added in the meantime.
             session.ask(self._registration(), _log_refusal)
         self._agree({ref.task_id: ref.attempt for ref in reply.tasks})
@@ -5395,13 +5541,20 @@ class Agent:
             if former.attempt == message.attempt:
                 return
             former._stop()
-        elif len(self._running) + len(self._results) >= 2 * self.max_tasks + TASKS_OVER and self._session is not None:
-            log_agent.error("the hub sends more tasks than this agent takes agent=%s", self.agent_id)
-            self._session.cut()
+        elif len(self._running) + len(self._results) >= self._tasks_held_max and self._session is not None:
+            self._refuse_tasks(self._session)
             return
         task = self._running[message.task_id] = Task(self, message)
         task._work = self._spawn(self._work(task))
         task._work.add_done_callback(lambda _: self._on_worked(task))
+
+    @property
+    def _tasks_held_max(self) -> int:
+        return 2 * self.max_tasks + TASKS_OVER
+
+    def _refuse_tasks(self, session: Session) -> None:
+        log_agent.error("the hub sends more tasks than this agent takes agent=%s", printable(self.agent_id or ""))
+        session.cut()
 
     def _on_worked(self, task: Task) -> None:
         task._timer.cancel()
@@ -5876,7 +6029,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="agenthub", description="A hub for agents: they find each other and delegate tasks."
+        prog="agenthub", description="A hub for agents: they find each other and delegate tasks.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"agenthub {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -5908,6 +6061,7 @@ def _command(
         help=purpose,
         description=purpose[0].upper() + purpose[1:] + ".",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # `--token SECRET` would be --token-file.
     )
     parser.set_defaults(run=run)
     levels = ("debug", "info", "warning", "error")
@@ -6157,8 +6311,8 @@ def _access(args: argparse.Namespace) -> Access | None:
     if args.access is not None:
         return Access.of_file(args.access)
     token = token_in(args.token_file) if args.token_file is not None else os.environ.get("AGENTHUB_TOKEN")
-    if token is None and os.environ.get("AGENTHUB_TOKEN_FILE"):
-        token = bearer_token()
+    if token is None and "AGENTHUB_TOKEN_FILE" in os.environ:
+        token = token_in(os.environ["AGENTHUB_TOKEN_FILE"])
     if token is None:
         return None
     access = Access.of_token(check_token("AGENTHUB_TOKEN", token))
@@ -6192,7 +6346,8 @@ def _raise_descriptors_max(needed: int) -> None:
 async def _serve_hub(server: HubServer, agents: list[Agent], reload: Callable[[], Awaitable[None]] | None) -> None:
     """Run a hub, and agents in its process, until SIGINT or SIGTERM; `reload` for each SIGHUP."""
     loop = asyncio.get_running_loop()
-    with stop_signals() as stopped, contextlib.nullcontext() if reload is None else reload_signal(reload):
+    started = asyncio.Event()
+    with stop_signals() as stopped, contextlib.nullcontext() if reload is None else reload_signal(reload, started):
         try:
             await server.start()
         except OSError as error:
@@ -6200,6 +6355,7 @@ async def _serve_hub(server: HubServer, agents: list[Agent], reload: Callable[[]
             reason = os.strerror(number) if number > 0 else error.strerror
             raise CommandFailed(f"cannot listen on {server.url}: {reason}") from error
         print(f"listening on {server.url}", flush=True)
+        started.set()
         for agent in agents:
             agent.use_hub(server)
         running = [asyncio.create_task(_serve_in_hub(agent, stopped)) for agent in agents]
@@ -6211,16 +6367,20 @@ async def _serve_hub(server: HubServer, agents: list[Agent], reload: Callable[[]
 
 
 @contextlib.contextmanager
-def reload_signal(reload: Callable[[], Awaitable[None]]) -> Iterator[None]:
-    """Call `reload` for each SIGHUP, one after the other, where there is such a signal."""
+def reload_signal(reload: Callable[[], Awaitable[None]], started: asyncio.Event) -> Iterator[None]:
+    """Call `reload` for each SIGHUP since `started`, one after the other, where there is such a signal."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
 
     async def reload_when_asked() -> None:
+        await started.wait()
         while True:
             await asked.wait()
             asked.clear()
-            await reload()
+            try:
+                await reload()
+            except Exception:
+                log_hub.exception("not taken up")
 
     reloading = loop.create_task(reload_when_asked())
     number = getattr(signal, "SIGHUP", None)
@@ -6327,13 +6487,13 @@ def exec_agent(command: str, name: str, capabilities: list[str], description: st
 
     A task's input is its stdin, as JSON; its stdout is the output, as JSON if it is that and else as text. A non-zero
     exit fails the task with the end of stderr. The command sees AGENTHUB_TASK_ID, AGENTHUB_CAPABILITY and
-    AGENTHUB_ATTEMPT. When its task ends, its process group ends too (on Windows: the process).
+    AGENTHUB_ATTEMPT, and not AGENTHUB_TOKEN. When its task ends, its process group ends too (on Windows: the process).
     """
     agent = Agent(name, description=description, max_tasks=max_tasks)
 
     async def run_command(task: Task) -> Any:
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "AGENTHUB_TOKEN"},
             "AGENTHUB_TASK_ID": task.task_id,
             "AGENTHUB_CAPABILITY": task.capability or "",
             "AGENTHUB_ATTEMPT": str(task.attempt),

@@ -741,11 +741,16 @@ class Link:
 
     address: str
     grant: Any
+    is_stuffed: bool
     gone: Incomplete
     writable: Incomplete
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
     def send(self, raw: bytes) -> None:
         """Send an encoded message; without effect when the link is closing."""
+    def postpone(self, message: Any) -> None:
+        """Send a message that its owner has in memory anyway, and encode it only when there is room for it."""
+    def take_unsent(self) -> list[Any]:
+        """Return what was postponed and has not been sent; it will not be."""
     def close(self, code: int, reason: str = "") -> None:
         """Close after what was sent before. The owner's `closed` follows when the link is gone."""
     def abort(self) -> None:
@@ -800,13 +805,15 @@ class WebSocketLink(Link, asyncio.Protocol):
 class ServerLink(WebSocketLink):
     """The hub's end of a WebSocket. `answer(link, request)` gives (status, body) for a plain HTTP request, else None.
 
-    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. One that does not read is
-    not read from at half of `backlog_bytes_max`, and cut off beyond that or when it has read nothing for STUCK_S
-    seconds: to wait for its answer to a close would be to wait behind the very bytes that it does not read.
+    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. At half of
+    `backlog_bytes_max` to be read it is not read from either, and what is sent waits here. It is cut off beyond that
+    bound, or when it has read nothing for STUCK_S seconds: to wait for its answer to a close would be to wait behind
+    the very bytes that it does not read.
     """
 
     address: Incomplete
     bearer: str | None
+    is_answered: bool
     def __init__(
         self,
         owner: LinkOwner,
@@ -821,10 +828,15 @@ class ServerLink(WebSocketLink):
     ) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
+    is_stuffed: bool
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
-    def send(self, raw: bytes) -> None:
-        """Send a message: a server's frames are not masked, so they are a header and the bytes as they are."""
+    def send(self, raw: bytes) -> None: ...
+    def postpone(self, message: Any) -> None: ...
+    def take_unsent(self) -> list[Any]: ...
+    def close(self, code: int, reason: str = "") -> None: ...
+    def limit_messages(self, bytes_max: int) -> None:
+        """Take no larger messages from now on."""
     def spend(self, effort: float) -> None: ...
 
 class ClientLink(WebSocketLink):
@@ -899,13 +911,10 @@ class Door:
     """
 
     access: Incomplete
+    origins: frozenset[str]
     turned_away: dict[str, int]
     def __init__(
-        self,
-        access: Access | None,
-        names: frozenset[str] | None,
-        origins: frozenset[str],
-        admit: Callable[[Link, Grant | None], LinkOwner],
+        self, access: Access | None, names: frozenset[str] | None, admit: Callable[[Link, Grant | None], LinkOwner]
     ) -> None: ...
     def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
         """Return the answer to an HTTP request that a web page may have made, if it is one; else None.

@@ -705,7 +705,8 @@ async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: li
     sockets = loop.sockets
     for what, *details in steps:
         if what == "open":
-            await server._open(types.SimpleNamespace(close=lambda: None), "127.0.0.1")  # type: ignore[arg-type]
+            server._accept(types.SimpleNamespace(close=lambda: None), "127.0.0.1")  # type: ignore[arg-type]
+            await asyncio.gather(*server._accepting)
         elif what == "wait":
             await asyncio.sleep(details[0])
         elif sockets:

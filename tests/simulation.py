@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from agenthub import (
+    CLOCK_STEP_S,
     FINAL_STATES,
     Acknowledged,
     AgentMessage,
@@ -219,6 +220,7 @@ class Ledger:
         self._simulation = simulation
         self.books: dict[str, Book] = {}
         self.away_since: dict[str, float | None] = {}  # By agent_id; None while it is online.
+        self.journal_skew_s = simulation.skew_s  # Of the wall clock by which the times in the journal are.
         self.tainted_agents: set[str] = set()
 
     def fail(self, text: str) -> NoReturn:
@@ -360,14 +362,22 @@ class Ledger:
 
     # What a restart means.
 
-    def wrote(self, changes: Changes, skew_s: float) -> None:
-        """Take note of what is on disk from now on."""
+    def wrote(self, changes: Changes, skew_s: float) -> list[str]:
+        """Take note of what is on disk from now on; return the tasks that were set with the clock."""
+        moved = []
+        if abs(skew_s - self.journal_skew_s) > CLOCK_STEP_S:
+            for task_id, book in self.books.items():
+                if book.due_wall is not None:
+                    book.due_wall += skew_s - self.journal_skew_s
+                    moved.append(task_id)
+            self.journal_skew_s = skew_s
         for row in changes.new:
             book = self.books[row.request.task_id]
-            book.due_wall = None if book.due is None else book.due + skew_s
+            book.due_wall = None if book.due is None else book.due + self.journal_skew_s
         for row in changes.new + changes.moved:
             if row.end is not None:
                 self.books[row.request.task_id].is_over = True
+        return moved
 
     def died(self) -> None:
         """Forget with the hub what it had not written: nothing was said of it."""
@@ -378,6 +388,7 @@ class Ledger:
 
     def restarted(self, now: float, skew_s: float) -> None:
         """Count time on by the wall clock; but nothing lives longer than its ttl from here on."""
+        self.journal_skew_s = skew_s
         for book in self.books.values():
             if book.due_wall is not None and not book.is_over:
                 book.due = min(book.due_wall - skew_s, now + book.request.ttl)
@@ -1238,10 +1249,11 @@ class Simulation:
         if self._verbose:
             rows = [(row.request.task_id, row.state.value, row.attempt) for row in changes.new + changes.moved]
             self.note(f"write {rows} forgotten={changes.forgotten} agents={[row.agent_id for row in changes.agents]}")
-        self.ledger.wrote(changes, skew_s)
+        moved = self.ledger.wrote(changes, skew_s)
         if self.plan.sync == "full":
             return
         tasks, agents = self._unsynced
+        tasks.update(dict.fromkeys(moved))
         for row in changes.new:
             self._task_ids[row.arrival] = row.request.task_id
         tasks.update((row.request.task_id, None) for row in changes.new + changes.moved)

@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -118,7 +119,9 @@ class Scene:
         assert (summary["refused"], summary["closed"]) == (refused, closed)
         lines = [record.getMessage() for record in self.log.records]
         for code, number in refused.items():
-            assert len([line for line in lines if line.startswith(f"refused code={code} ")]) == number
+            assert len([line for line in lines if f"refused code={code} " in line]) == number
+        for code, number in closed.items():
+            assert len([line for line in lines if f"closed code={code} " in line]) == number
         assert not [line for line in lines if MARK in line]
         assert not [record for record in self.log.records if record.levelno >= logging.ERROR]
 
@@ -128,6 +131,7 @@ async def a_scene(
     log: pytest.LogCaptureFixture, settings: HubSettings | None = None, **options: Any
 ) -> AsyncIterator[Scene]:
     log.set_level(logging.DEBUG, "agenthub")
+    log.clear()  # Of a hub before this one.
     async with (
         HubServer(settings, port=0, **options) as server,
         raw_client(server.url) as requester,
@@ -704,6 +708,22 @@ async def test_wall_clock_set_back_while_the_hub_is_down_gives_nobody_more_than_
         await scene.nobody_noticed()
 
 
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+async def test_wall_clock_set_while_the_hub_is_up_moves_no_deadline_over_a_restart(
+    jump_s: float, wall: WallClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
+        await scene.requester.delegate("long", capability="nobody", wait=True, ttl=60)
+        deadline = scene.server.hub._open["long"].deadline  # Of a clock that goes on over a restart here.
+        wall.ahead_s = jump_s
+        await scene.bystanders_go_on()  # Which is written.
+    async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
+        report = await scene.requester.request(type="status", task_id="long")
+        assert report["state"] == "pending"
+        assert scene.server.hub._open["long"].deadline == pytest.approx(deadline, abs=0.5)
+        await scene.nobody_noticed()
+
+
 # 13. Who does not read.
 
 
@@ -800,6 +820,37 @@ async def test_peer_that_has_read_all_is_not_stuck() -> None:
     assert pair.owner.ends == []
 
 
+async def test_worker_that_reads_gets_all_the_tasks_that_it_takes_at_once(scene: Scene) -> None:
+    for number in range(16):  # Twice what may wait for a connection that does not read.
+        await scene.requester.delegate(f"big-{number}", capability="big", wait=True, input="x" * 1_000_000)
+    worker = Agent("big", url=scene.server.url)
+
+    @worker.capability("big")
+    async def big(task: agenthub.Task) -> int:
+        return len(task.input)
+
+    async with worker:
+        for number in range(16):
+            assert (await scene.requester.message("result", task_id=f"big-{number}"))["output"] == 1_000_000
+    await scene.nobody_noticed(closed={"1000": 1})
+
+
+async def test_agent_that_reads_gets_all_the_results_that_wait_for_it(scene: Scene) -> None:
+    async with raw_client(scene.server.url) as client:
+        joined = await client.register("away")
+        for number in range(40):
+            await client.delegate(f"big-{number}", capability="bystander")
+    for number in range(40):  # More than twice what may wait for a connection that does not read.
+        output = f"{number}" * 250_000
+        await scene.worker.request(type="result", task_id=f"big-{number}", success=True, output=output)
+    scene.worker.seen.clear()
+    async with raw_client(scene.server.url) as client:
+        await client.register("away", agent_id=joined["agent_id"], resume=joined["resume"])
+        for number in range(40):
+            assert (await client.message("result", task_id=f"big-{number}"))["output"] == f"{number}" * 250_000
+    await scene.nobody_noticed(closed={"1000": 2})
+
+
 @posix_only
 async def test_hub_with_a_full_backlog_still_stops_in_time() -> None:
     with hub_process() as (url, process):
@@ -813,32 +864,70 @@ async def test_hub_with_a_full_backlog_still_stops_in_time() -> None:
     assert agenthub.HUB_DRAIN_S + agenthub.CLOSING_S < 5
 
 
-async def test_requests_of_who_does_not_read_the_answers_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    async with a_scene(caplog) as scene, contextlib.AsyncExitStack() as stack:
-        big = {"name": "c", "input_schema": {"a": "x" * 65_000}}
+@contextlib.asynccontextmanager
+async def large_answers(scene: Scene) -> AsyncIterator[tuple[RawClient, Any]]:
+    """Have a megabyte of agents to discover; yield one that does not read the answers, and the hub's link to it."""
+    big = {"name": "c", "input_schema": {"a": "x" * 65_000}}
+    async with contextlib.AsyncExitStack() as stack:
         for number in range(14):
             agent = await stack.enter_async_context(raw_client(scene.server.url))
             await agent.register(f"big-{number}", big)
-        async with deaf_agent(scene.server.url, "deaf") as deaf:
-            (link,) = [one for one in scene.server._links if one not in known_links(scene, 16)]
-            tracemalloc.start()
-            try:
-                requests = b"".join(message(type="discover", id=f"{number:05}") for number in range(65_536 // 44))
-                deaf.connection.transport.write(requests)  # Nearly a megabyte is the answer to each.
-                await until(lambda: "does not read" in link._holds)
-                await scene.bystanders_go_on()
-                _, peak = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
+        before = set(scene.server._links)
+        deaf = await stack.enter_async_context(deaf_agent(scene.server.url, "deaf"))
+        (link,) = set(scene.server._links) - before
+        tracemalloc.start()
+        try:
+            yield deaf, link
+            _, peak = tracemalloc.get_traced_memory()
             assert peak < 4 * agenthub.BACKLOG_BYTES_MAX
-            assert link._transport.get_write_buffer_size() < agenthub.BACKLOG_BYTES_MAX
-            assert scene.server.hub.summary()["connections"] == 17  # It may still begin to read.
-        await scene.nobody_noticed(closed={"1006": 1})
+            assert (
+                link._transport.get_write_buffer_size() <= agenthub.BACKLOG_BYTES_MAX + 2 * agenthub.MESSAGE_BYTES_MAX
+            )
+        finally:
+            tracemalloc.stop()
 
 
-def known_links(scene: Scene, number: int) -> list[Any]:
-    """Return the links that came first."""
-    return list(scene.server._links)[:number]
+async def test_requests_of_who_does_not_read_the_answers_are_left_alone(scene: Scene) -> None:
+    async with large_answers(scene) as (deaf, link):
+        requests = b"".join(message(type="discover", id=f"{number:05}") for number in range(65_536 // 44))
+        deaf.connection.transport.write(requests)
+        await until(lambda: "does not read" in link._holds)
+        await scene.bystanders_go_on()
+        assert link._transport.get_write_buffer_size() < agenthub.BACKLOG_BYTES_MAX
+        assert len(link._events) + len(link._unread) > 0  # The rest waits; it may still begin to read.
+        await scene.nobody_noticed()
+
+
+class GatedJournal(Journal):
+    """A journal on a disk that takes as long as it is told to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync="normal")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_waiting = False
+
+    def write(self, changes: agenthub.Changes, clock_offset: float) -> None:
+        self.is_waiting = not self.gate.is_set()
+        assert self.gate.wait(WAIT_S)
+        super().write(changes, clock_offset)
+
+
+async def test_answers_that_waited_for_the_journal_do_not_go_beyond_the_backlog(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = GatedJournal(tmp_path / "hub.db")
+    async with a_scene(caplog, journal=journal) as scene, large_answers(scene) as (deaf, link):
+        journal.gate.clear()
+        deaf.connection.transport.write(message(type="delegate", task_id="t", capability="nobody", wait=True))
+        await until(lambda: journal.is_waiting)
+        deaf.connection.transport.write(b"".join(message(type="discover", id=str(number)) for number in range(100)))
+        commit = scene.server._commit
+        assert commit is not None
+        await until(lambda: len(commit._held) == 100 or link._holds)
+        journal.gate.set()
+        await until(lambda: scene.server.hub.summary()["closed"] or link._holds)
+        await scene.bystanders_go_on()
 
 
 # 14. Floods.
@@ -1235,7 +1324,7 @@ async def test_message_larger_than_a_client_takes_ends_the_connection(monkeypatc
 
 async def test_hub_that_hands_over_more_tasks_than_the_agent_takes_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     cut = asyncio.Event()
-    agent_ids: list[str | None] = []
+    counts: list[int] = []
 
     async def flood(connection: ServerConnection) -> None:
         task = {"type": "delegate", "sender": "hub", "agent_id": "agent-1", "capability": "wait", "input": MARK}
@@ -1246,19 +1335,22 @@ async def test_hub_that_hands_over_more_tasks_than_the_agent_takes_is_cut(caplog
         finally:
             cut.set()
 
-    agent = Agent("busy", url="ws://127.0.0.1:1", max_tasks=1)
+    class Busy(Agent):
+        def _on_delegated(self, message: agenthub.Delegated) -> None:
+            super()._on_delegated(message)
+            counts.append(len(self._running) + len(self._results))
 
-    @agent.capability("wait")
-    async def wait() -> None:
-        agent_ids.append(agent.agent_id)
-        await asyncio.Event().wait()
+        @agenthub.capability
+        async def wait(self, task: agenthub.Task) -> None:
+            await asyncio.Event().wait()
+
+    agent = Busy(max_tasks=1)
 
     async with hostile_hub(answering(flood, register=REGISTERED, deregister={})) as url:
         agent.use_hub(Network(url))
         async with agent:
             await soon(cut.wait())
-            assert len(agent._running) <= 2 * agent.max_tasks + agenthub.TASKS_OVER
-            assert len(agent_ids) <= len(agent._running)
+            assert max(counts) == 2 * agent.max_tasks + agenthub.TASKS_OVER
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert errors
     assert set(errors) == {"the hub sends more tasks than this agent takes agent=agent-1"}
@@ -1272,6 +1364,77 @@ class Network:
 
     def connect(self, owner: agenthub.LinkOwner) -> Awaitable[agenthub.Link]:
         return agenthub.connect_websocket(self.url, owner)
+
+
+ODD_TASKS: list[dict[str, Any]] = [
+    {"ttl": 1e300},
+    {"ttl": -1e300},
+    {"attempt": 2**64 - 1},
+    {"attempt": -5},
+    {"capability": None},
+    {"capability": BAD_TEXT},
+    {"task_id": BAD_TEXT},
+    {"task_id": ""},
+    {"task_id": "x" * 2000},
+    {"sender": ""},
+    {"priority": -(2**63)},
+    {"input": {"a": [MARK] * 50_000}},
+]
+ODD_MESSAGES: list[dict[str, Any]] = [
+    {"type": "result", "task_id": "none", "sender": None, "success": True, "state": "no such state"},
+    {"type": "result", "task_id": "none", "sender": 1, "success": "yes", "state": [], "output": MARK},
+    {"type": "status", "task_id": "task-0", "state": "failed"},
+    {"type": "status", "task_id": "none", "seq": -1},
+    {"type": "status"},
+    {"type": "error", "code": BAD_TEXT, "message": BAD_TEXT},
+    {"type": "register", **REGISTERED, "agent_id": "another"},
+    {"type": "deregister"},
+    {"type": "heartbeat_ack", "reply_to": "none"},
+    {"type": "broadcast", "recipients": -5},
+    {"type": MARK},
+    {},
+]
+
+
+async def test_agent_lives_through_whatever_a_hub_says(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[str] = []
+    finished = asyncio.Event()
+
+    async def talk(connection: ServerConnection) -> None:
+        task = {"sender": "hub", "agent_id": "agent-1", "capability": "work", "input": 1, "ttl": 60, "priority": 0}
+        task |= {"type": "delegate", "max_retries": 0, "parent_id": None, "attempt": 1}
+        for number, odd in enumerate(ODD_TASKS):
+            await connection.send(json.dumps({**task, "task_id": f"task-{number}", **odd}))
+        for odd in ODD_MESSAGES:
+            await connection.send(json.dumps(odd))
+        await connection.send(MARK)
+        await connection.send(MARK.encode())
+        await connection.send(json.dumps({**task, "task_id": "last"}))
+        async for raw in connection:
+            heard = json.loads(raw)
+            if heard["type"] == "result":
+                done.append(heard["task_id"])
+            if heard.get("task_id") == "last":
+                finished.set()
+            if heard["type"] == "deregister":
+                await connection.send(json.dumps({"type": "deregister", "reply_to": heard["id"]}))
+
+    async with hostile_hub(answering(talk, register=REGISTERED)) as url:
+        agent = Agent("calm", url=url, max_tasks=100)
+
+        @agent.capability("work")
+        async def work(task: agenthub.Task) -> int:
+            return 1
+
+        async with agent:
+            await soon(finished.wait())
+            assert agent.agent_id == "agent-1"
+            await until(lambda: not agent._running)
+    assert done[-1] == "last"
+    assert {"task-0", "task-2", "", BAD_TEXT} <= set(done)
+    lines = [LogFormatter().format(record) for record in caplog.records]
+    assert all(is_harmless(line) for line in lines)
+    assert not [line for line in lines if MARK in line]
 
 
 async def test_broadcasts_and_progress_that_nobody_takes_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
@@ -1500,6 +1663,39 @@ async def test_what_a_call_is_told_is_shown_escaped(capsys: pytest.CaptureFixtur
         assert is_harmless(output + complaint, lines=True)
         assert "a\\nb\\rc\\" in output + complaint
         assert len((output + complaint).splitlines()) == (3 if success else 1)
+
+
+def test_rows_of_a_hostile_hub_are_cut_before_they_are_laid_out() -> None:
+    """Each row is as wide as the widest: one cell of megabytes would be so many for each of the others."""
+    wide = agenthub.AgentInfo("x" * 200_000, "wide", "y" * 200_000, [], 0, 1, {})
+    rows = [agenthub._agent_row(wide), *(agenthub._agent_row(wide) for _ in range(1000))]
+    assert len(agenthub.table(rows)) < 1_000_000
+
+
+async def test_hostile_hub_does_not_fill_the_log_of_an_agent(caplog: pytest.LogCaptureFixture) -> None:
+    sent = asyncio.Event()
+
+    async def flood(connection: ServerConnection) -> None:
+        for _ in range(1000):
+            await connection.send(MARK)
+        sent.set()
+
+    async with hostile_hub(answering(flood, register=REGISTERED, deregister={})) as url, Agent("agent", url=url):
+        await soon(sent.wait())
+        await until(lambda: len(caplog.records) >= 1000)
+    bounded = LogFloodFilter()
+    kept = [record for record in caplog.records if bounded.filter(record)]
+    assert len(kept) <= agenthub.LOG_LINES_PER_S * len({int(record.created) for record in kept})
+
+
+async def test_hub_that_claims_more_tasks_than_the_agent_takes_is_cut() -> None:
+    tasks = [{"task_id": f"t{number}", "attempt": 1} for number in range(5000)]
+    async with hostile_hub(answering(register={**REGISTERED, "tasks": tasks}, deregister={})) as url:
+        agent = Agent("agent", url=url, give_up_after_s=0)
+        with contextlib.suppress(agenthub.AgentHubError):
+            await soon(agent.start())
+        assert len(agent._results) <= 2 * agent.max_tasks + agenthub.TASKS_OVER
+        await agent.stop()
 
 
 # 18. What goes out.
@@ -1782,6 +1978,18 @@ def make_database_in_wal_mode(path: Path) -> None:
     make_other_database(path, mode="wal")
 
 
+def make_database_with_a_log_that_was_left(path: Path) -> None:
+    living = path.with_name("living.db")
+    with contextlib.closing(sqlite3.connect(living)) as database:
+        database.execute("PRAGMA journal_mode = wal")
+        database.execute("CREATE TABLE tasks (precious TEXT)")
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.execute("INSERT INTO tasks VALUES ('data')")
+        database.commit()
+        for suffix in ("", "-wal"):
+            Path(f"{path}{suffix}").write_bytes(Path(f"{living}{suffix}").read_bytes())
+
+
 def make_journal_of_the_future(path: Path) -> None:
     make_other_database(path, agenthub.JOURNAL_ID, agenthub.JOURNAL_VERSION + 1)
 
@@ -1799,6 +2007,7 @@ MAKERS = [
     make_noise,
     make_other_database,
     make_database_in_wal_mode,
+    make_database_with_a_log_that_was_left,
     make_journal_of_the_future,
     make_fifo,
 ]

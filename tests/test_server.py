@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+import agenthub
+from agenthub import HubServer, HubSettings
 from tests.support import WAIT_S, RawClient, hub_process, raw_client, running
 
 posix_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent to a process as on POSIX")
@@ -175,21 +177,54 @@ async def test_who_asks_and_does_not_read_the_answers_is_closed_or_held_up() -> 
             assert resident_mb(process) - before_mb < 30
 
 
-async def test_requester_of_a_deaf_worker_still_learns_how_its_tasks_end() -> None:
-    with hub_process("--backlog", "300000", "--grace", "0.2") as (url, _):
-        async with raw_client(url) as requester, deaf_client(url) as worker:
+async def test_requester_of_a_deaf_worker_still_learns_how_its_tasks_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it is in the records anyway, so that it is no reason to cut it off; that it reads nothing is."""
+    monkeypatch.setattr(agenthub, "STUCK_S", 0.3)
+    settings = HubSettings(grace_s=0.2)
+    async with HubServer(settings, port=0, backlog_bytes_max=300_000) as hub:
+        async with raw_client(hub.url) as requester, deaf_client(hub.url) as worker:
             await requester.register("requester")
             await worker.register("worker", "work", max_tasks=500)
-            accepted = 0
-            while accepted < 200:
-                reply = await requester.delegate(f"task-{accepted}", capability="work", input="x" * 100_000)
-                if reply["type"] == "error" or reply["state"] != "in_progress":
-                    break
-                accepted += 1
-            assert 0 < accepted < 200
-            for number in range(accepted):
+            for number in range(200):
+                await requester.delegate(f"task-{number}", capability="work", input="x" * 100_000)
+            for number in range(200):
                 result = await requester.message("result", task_id=f"task-{number}")
                 assert result["error"]["code"] == "agent_lost"
+        assert hub.hub.summary()["closed"]["4002"] == 1
+
+
+async def test_worker_that_reads_gets_more_tasks_at_once_than_the_backlog_holds() -> None:
+    hub = HubServer(port=0, backlog_bytes_max=300_000)
+    async with hub, raw_client(hub.url) as requester, raw_client(hub.url) as worker:
+        await requester.register("requester")
+        for number in range(100):
+            await requester.delegate(f"task-{number}", capability="work", input="x" * 100_000, wait=True)
+        await worker.register("worker", "work", max_tasks=100)
+        for number in range(100):
+            assert (await worker.message("delegate"))["task_id"] == f"task-{number}"
+            await worker.send(type="result", task_id=f"task-{number}", success=True, output="y" * 100_000)
+        for number in range(100):
+            assert (await requester.message("result", task_id=f"task-{number}"))["success"]
+        assert hub.hub.summary()["closed"] == {}
+
+
+async def test_result_that_waited_for_room_is_told_again_when_its_reader_was_lost() -> None:
+    async with HubServer(port=0, backlog_bytes_max=300_000) as hub, raw_client(hub.url) as worker:
+        await worker.register("worker", "work", max_tasks=100)
+        async with deaf_client(hub.url) as requester:
+            joined = await requester.register("requester")
+            for number in range(100):
+                await requester.send(type="delegate", task_id=f"task-{number}", capability="work")
+            for number in range(100):
+                await worker.message("delegate", task_id=f"task-{number}")
+                await worker.send(type="result", task_id=f"task-{number}", success=True, output="y" * 100_000)
+            await worker.request(type="status")
+            requester.connection.transport.abort()
+        async with raw_client(hub.url) as back:
+            await back.register("requester", agent_id=joined["agent_id"], resume=joined["resume"])
+            assert (await back.message("result", task_id="task-99"))["success"]
+            fetched = await back.request(type="status", task_id="task-0")  # It may have been on its way.
+            assert fetched["state"] == "completed"
 
 
 async def test_place_of_a_connection_that_hung_up_without_reading_is_taken_up_again() -> None:
