@@ -2903,11 +2903,12 @@ class WebSocketLink(Link, asyncio.Protocol):
 
     def eof_received(self) -> None:
         # TLS tells of the end though reading is paused, and the transport ends then: what came before has its turn now.
-        self._holds.discard("others have a turn")
-        self._handle_events()
-        while self._unread and not self._holds:
-            slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
-            self._feed(slice_)
+        while (self._events or self._unread) and "its address has failed" not in self._holds:
+            self._holds.clear()
+            self._handle_events()
+            if not self._events:
+                slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
+                self._feed(slice_)
         self._unread = b""
         self._protocol.receive_eof()
         self._pump()
@@ -2988,9 +2989,7 @@ class WebSocketLink(Link, asyncio.Protocol):
 
     def _feed(self, data: bytes) -> None:
         self._protocol.receive_data(data)
-        if (
-            self._protocol.close_expected()
-        ):  # Its answer to a close, or a failure, waits until all before it is handled.
+        if self._protocol.close_expected():  # Its answer to a close waits until all that came before is handled.
             self._is_mute = True
         else:
             self._queue()  # Its pongs go before the answers to what came after the pings.
@@ -3150,13 +3149,12 @@ class ServerLink(WebSocketLink):
         self._rate = messages_per_s_max or math.inf
         self._allowance = self._rate * BURST_S  # A token bucket, filled up again when it is found empty.
         self._allowed_at = self._loop.time()
+        self._rationing: asyncio.TimerHandle | None = None
         self._out_bytes = 0
         self._out_bytes_max = min(OUT_BYTES_MAX, backlog_bytes_max // 4)
         self._written_bytes = 0  # Since the connection was made.
-        self._later: collections.deque[Any] = (
-            collections.deque()
-        )  # To be sent when it is not stuffed; bytes, or not yet.
-        self._later_bytes = 0  # Of those that are bytes.
+        self._later: collections.deque[Any] = collections.deque()  # To be sent when it is not stuffed any more ...
+        self._later_bytes = 0  # ... of which some are encoded, and of this size.
         self._stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -3200,7 +3198,7 @@ class ServerLink(WebSocketLink):
         return unsent
 
     def close(self, code: int, reason: str = "") -> None:
-        if not self._is_closing and self._later_bytes:
+        if not self._is_closing and self._later:
             self._send_later(is_last=True)
         super().close(code, reason)
 
@@ -3238,6 +3236,7 @@ class ServerLink(WebSocketLink):
         """Take no larger messages from now on."""
         self._protocol.max_size = bytes_max  # Its name until websockets 15, and the next one since 16.
         self._protocol.max_message_size = bytes_max
+        self._fragments_max = bytes_max // FRAGMENT_BYTES
 
     def spend(self, effort: float) -> None:
         self._allowance -= effort
@@ -3251,7 +3250,9 @@ class ServerLink(WebSocketLink):
         self._allowed_at = now
         if self._allowance < 0:
             self.hold("sends too much")
-            self._loop.call_later(-self._allowance / self._rate, self.release, "sends too much")
+            if self._rationing is not None:  # An earlier one would let another message through, and that two more.
+                self._rationing.cancel()
+            self._rationing = self._loop.call_later(-self._allowance / self._rate, self.release, "sends too much")
 
     def _on_written(self, size: int, waiting: int) -> None:
         self._out_bytes = 0
@@ -4288,6 +4289,8 @@ class HubServer(LocalHub):
     async def stop(self, drain_s: float = 0.0) -> None:
         others = [room.stop(drain_s) for room in self._rooms.values() if room is not self]
         await asyncio.gather(super().stop(drain_s), *others)
+        async with self._reloading:  # Which may have opened another one meanwhile.
+            await asyncio.gather(*(room.stop() for room in self._rooms.values() if room is not self))
         await asyncio.gather(*self._accepting, return_exceptions=True)  # Until the port is free again.
 
     def shut_down(self) -> None:

@@ -1611,6 +1611,7 @@ async def test_handler_goes_on_over_a_reconnect(hub: LocalHub, wire: Wire) -> No
             count = wire.opened_count
             wire.cut(for_now=True)
             await eventually(lambda count=count: wire.opened_count > count and online(hub) == 2)
+            await worker.connected()  # Its progress would be lost before it has heard that it is online.
         let_go.set()
         assert len(await soon(_collected(handle))) == 1
         assert await soon(handle.result()) == 1

@@ -54,6 +54,7 @@ class Socket(asyncio.Transport):
         self.backlog_bytes = 0
         self.is_ended = False
         self.is_aborted = False
+        self.is_half_closed = False
 
     def write(self, data: Any) -> None:
         assert not self.is_ended
@@ -75,7 +76,11 @@ class Socket(asyncio.Transport):
         return True
 
     def write_eof(self) -> None:
-        self.is_half_closed = True
+        """Have the peer close too, as it does when it has read the end."""
+        if not self.is_half_closed:
+            self.is_half_closed = True
+            asyncio.get_running_loop().call_soon(self.protocol.eof_received)
+            asyncio.get_running_loop().call_soon(self.close)
 
     def is_closing(self) -> bool:
         return self.is_ended

@@ -1,0 +1,646 @@
+"""Attacks that once worked: a test for each, which fails where the hub or an agent is open to it again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import random
+import socket
+import sqlite3
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from websockets.client import ClientProtocol
+from websockets.datastructures import Headers
+from websockets.server import ServerProtocol
+from websockets.uri import parse_uri
+
+import agenthub
+from agenthub import (
+    Access,
+    Changes,
+    Delegate,
+    ErrorInfo,
+    Failures,
+    HubServer,
+    HubSettings,
+    Journal,
+    LocalHub,
+    Settled,
+    TaskRow,
+    TaskState,
+    hash_of,
+)
+from tests.support import WAIT_S, raw_client
+from tests.test_cli import ran
+from tests.test_security import (
+    CERTIFICATE,
+    KEY,
+    TOKEN,
+    WRONG,
+    agenthub_main,
+    bearer,
+    health,
+    plain_connection,
+    private_file,
+    until,
+)
+from tests.test_security_input import CLOSE, CONTINUATION, PING, UPGRADE, Clock, Rationed, frame, message
+from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="needs a shell as on POSIX")
+DONE = frame(struct.pack("!H", 1000), CLOSE)
+STATUS = '{"type":"status","id":"1"}'
+
+
+def secured(**options: Any) -> HubServer:
+    return HubServer(port=0, access=Access.of_token(TOKEN), **options)
+
+
+def access_of(**tokens: dict[str, Any]) -> Access:
+    """Return an access with a token for each table, which is also its name."""
+    return Access(agenthub._grant(name, {"sha256": hash_of(name), **table}) for name, table in tables_of(tokens))
+
+
+def tables_of(tokens: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return list({TOKEN: {}, **tokens}.items())
+
+
+# Messages that cost much.
+
+
+async def test_visitor_may_say_little_at_once_before_it_is_let_in_and_more_after() -> None:
+    most = agenthub.VISITOR_BYTES_MAX
+    async with secured() as hub:
+        async with raw_client(hub.url) as visitor:
+            await visitor.connection.send(STATUS + " " * (most - len(STATUS)))
+            assert (await visitor.receive())["code"] == "unauthorized"
+            await visitor.connection.send(STATUS + " " * (most + 1 - len(STATUS)))
+            assert await visitor.closed() == 1009
+        most = hub.settings.message_bytes_max
+        async with raw_client(hub.url, **bearer(TOKEN)) as one, raw_client(hub.url) as other:
+            assert (await other.request(type="status", token=TOKEN))["type"] == "status"
+            for client in (one, other):
+                await client.connection.send(STATUS + " " * (most - len(STATUS)))
+                assert (await client.receive())["type"] == "status"
+                await client.connection.send(STATUS + " " * (most + 1 - len(STATUS)))
+                assert await client.closed() == 1009
+
+
+async def test_unfinished_message_of_a_visitor_is_refused_by_its_announced_length() -> None:
+    async with secured() as hub, raw_client(hub.url) as visitor:
+        visitor.connection.transport.write(struct.pack("!BBQ", 0x81, 0xFF, agenthub.VISITOR_BYTES_MAX + 1) + bytes(4))
+        assert await visitor.closed() == 1009
+
+
+async def test_hub_that_lets_everybody_in_has_no_visitors() -> None:
+    async with HubServer(port=0) as hub, raw_client(hub.url) as client:
+        await client.connection.send(STATUS + " " * (hub.settings.message_bytes_max - len(STATUS)))
+        assert (await client.receive())["type"] == "status"
+
+
+def each_message_takes(cpu_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = (number * cpu_s for number in range(1_000_000))
+    monkeypatch.setattr(agenthub.time, "thread_time", lambda: next(readings))
+
+
+async def test_large_message_is_charged_with_the_time_that_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    each_message_takes(1.0, monkeypatch)
+    rationed = Rationed(100)
+    small = HEARTBEAT + b" " * (agenthub.CPU_COUNTED_BYTES - 1 - len(HEARTBEAT))
+    rationed.link.data_received(frame(small) * 3)
+    assert rationed.count == 3
+    assert rationed.link._holds == set()
+    rationed.link.data_received(frame(small + b" ") * 2)
+    assert rationed.count == 4
+    assert rationed.link._holds == {"sends too much"}
+    # It has cost what its connection may have in four seconds, two of which it had saved up.
+    rationed.clock.pass_time(1 / agenthub.CPU_SHARE - agenthub.BURST_S)
+    assert rationed.count == 4
+    rationed.clock.pass_time(0.1)
+    assert rationed.count >= 5
+
+
+async def test_without_a_rate_no_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    each_message_takes(1.0, monkeypatch)
+    rationed = Rationed(0)
+    rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.CPU_COUNTED_BYTES) * 3)
+    rationed.clock.run_soon()
+    assert rationed.count == 3
+    assert rationed.link._holds == set()
+
+
+async def test_what_a_connection_owes_holds_it_only_so_long() -> None:
+    rationed = Rationed(100, effort=1e9)
+    rationed.link.data_received(frame(HEARTBEAT) * 2)
+    assert rationed.count == 1
+    rationed.clock.pass_time(agenthub.HOLD_MAX_S - 0.1)
+    assert rationed.count == 1
+    rationed.clock.pass_time(0.2)
+    assert rationed.count == 2
+    assert HubSettings().silence_s / 2 > agenthub.HOLD_MAX_S
+
+
+texts = st.text(st.sampled_from('[]{}"\\a\u0000é'), max_size=5)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | texts,
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(texts, children, max_size=4),
+    max_leaves=30,
+)
+
+
+def nesting(value: Any) -> int:
+    if isinstance(value, dict):
+        return 1 + max(map(nesting, value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max(map(nesting, value), default=0)
+    return 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(values, st.booleans(), st.sampled_from([None, 1]))
+def test_depth_is_how_deep_a_value_is_nested(value: Any, ensure_ascii: bool, indent: int | None) -> None:
+    assert agenthub.depth_of(json.dumps(value, ensure_ascii=ensure_ascii, indent=indent).encode()) == nesting(value)
+
+
+def test_depth_of_a_megabyte_of_deep_chains_is_right() -> None:
+    chain = b'{"a":' * 30 + b"[" * 30 + b"]" * 30 + b"}" * 30
+    raw = b"[" + b",".join([chain] * (1_000_000 // len(chain))) + b"]"
+    assert agenthub.depth_of(raw) == 61
+    assert agenthub.depth_of(b"") == agenthub.depth_of(b'"[[["') == 0
+
+
+# A hub that has stopped.
+
+
+async def test_connection_that_comes_to_a_hub_after_its_stop_is_closed_with_1001() -> None:
+    async with LocalHub() as hub:
+        pass
+    owner = Owner()
+    near, far = agenthub.MemoryLink.pair((owner, agenthub.decoder_from_hub()), (hub, agenthub.decoder_from_agent()))
+    hub.opened(far)
+    await asyncio.wait_for(near.gone.wait(), WAIT_S)
+    assert [code for code, _ in owner.ends] == [1001]
+    assert hub._links == {}
+
+
+async def test_namespace_that_has_stopped_before_another_takes_no_one_in() -> None:
+    async with HubServer(port=0, access=access_of(other={"namespace": "other"})) as hub:
+        async with raw_client(hub.url, **bearer(TOKEN)) as worker:
+            await worker.register("worker", "work")
+            async with raw_client(hub.url, **bearer(TOKEN)) as requester:
+                await requester.register("requester")
+                await requester.delegate("task", capability="work")
+                stopping = asyncio.create_task(hub.stop(10 * WAIT_S))
+                await until(lambda: not hub._rooms["other"]._is_running)
+                assert hub._is_running  # Its task is not done.
+                async with raw_client(hub.url, **bearer("other")) as late:
+                    assert await late.closed() == 1001
+                assert hub._rooms["other"].hub.summary()["agents"] == 0
+                await worker.send(type="result", task_id="task", success=True)
+                assert (await requester.message("result"))["success"]
+        await asyncio.wait_for(stopping, WAIT_S)
+
+
+async def test_hub_stops_at_once_in_the_midst_of_handshakes_of_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = private_file(tmp_path / "cert.pem", CERTIFICATE), private_file(tmp_path / "key.pem", KEY)
+    monkeypatch.setattr(agenthub, "CLOSING_S", 3600.0)
+    hub = secured(tls=agenthub.server_tls(*files))
+    await hub.start()
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(3):
+            await stack.enter_async_context(plain_connection(hub.url))
+        _, writer = await stack.enter_async_context(plain_connection(hub.url))
+        await until(lambda: len(hub._sockets) == 4)
+        links = list(hub._sockets)
+        writer.transport.abort()
+        await until(lambda: hub._door.turned_away == {"tls": 1})  # Another one has given up by itself.
+        await asyncio.wait_for(hub.stop(), WAIT_S)
+        assert all(link.gone.is_set() for link in links)
+        assert hub._sockets == hub._addresses == {}
+
+
+# Many connections at once.
+
+
+@pytest.mark.parametrize("bound", ["of the hub", "of an address"])
+async def test_bounds_hold_for_connections_that_wait_all_at_once(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "CONNECTIONS_OVER", 2)
+    options: dict[str, Any] = {"settings": HubSettings(connections_max=3)}
+    if bound == "of an address":
+        options = {"connections_per_address_max": 3}
+    async with HubServer(port=0, **options) as hub:
+        with contextlib.ExitStack() as stack:
+            for _ in range(50):  # Meanwhile the hub has no turn.
+                stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), timeout=WAIT_S))
+            most = await until(lambda: len(hub._sockets) + hub._door.turned_away.get("connections", 0) == 50 and hub)
+            assert len(most._sockets) == sum(most._addresses.values()) == 5
+            assert hub._door.turned_away == {"connections": 45}
+
+
+# The end of a connection.
+
+
+async def test_messages_that_are_held_are_handled_before_the_close_behind_them() -> None:
+    rationed = Rationed(100)
+    rationed.link.data_received(frame(HEARTBEAT) * 300 + DONE)
+    rationed.clock.run_soon()
+    await asyncio.sleep(0)  # For the socket to be closed, if that were due.
+    assert rationed.link._holds == {"sends too much"}
+    assert rationed.count < 300
+    assert rationed.owner.ends == []
+    rationed.clock.pass_time(2.0)
+    assert rationed.count == 300
+    assert [code for code, _ in rationed.owner.ends] == [1000]
+
+
+class Fickle:
+    """An owner that holds its link up at random, and hands it on to another like itself."""
+
+    def __init__(self, luck: random.Random, clock: Clock, hold_probability: float) -> None:
+        self.luck = luck
+        self.clock = clock
+        self.hold_probability = hold_probability
+        self.messages: list[bytes] = []
+        self.ends: list[int] = []
+
+    def opened(self, link: agenthub.Link) -> None:
+        pass
+
+    def received(self, link: Any, message: bytes, message_bytes: int) -> None:
+        assert not self.ends
+        assert not link._holds
+        self.messages.append(message)
+        if self.luck.random() < self.hold_probability:
+            why = self.luck.choice("abc")
+            link.hold(why)
+            self.clock.call_later(self.luck.choice([0.0, 0.001, 1.0]), link.release, why)
+        if self.luck.random() < 0.05:
+            other = Fickle(self.luck, self.clock, self.hold_probability)
+            other.messages, other.ends = self.messages, self.ends
+            link.hand_over(other, bytes)
+        if self.luck.random() < 0.1:
+            link.send(b"x" * self.luck.randrange(1000))
+
+    def closed(self, link: agenthub.Link, code: int, reason: str) -> None:
+        self.ends.append(code)
+
+
+def conversation(luck: random.Random) -> tuple[list[bytes], bytes]:
+    """Return messages, and how they come in: whole or in fragments, with pings between them and a close at the end."""
+    messages, raw = [], UPGRADE + b"\r\n"
+    for number in range(luck.randrange(1, 100)):
+        one = b"%d " % number + b"a" * luck.choice([0, 5, 100, 1000, luck.randrange(20_000)])
+        messages.append(one)
+        if luck.random() < 0.2:
+            cut = luck.randrange(len(one))
+            raw += frame(one[:cut], fin=False) + frame(b"p", PING) * luck.randrange(2) + frame(one[cut:], CONTINUATION)
+        else:
+            raw += frame(one)
+        if luck.random() < 0.1:
+            raw += frame(b"ping", PING)
+    return messages, raw + DONE
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_all_messages_arrive_in_order_and_then_the_close_however_they_come_in(seed: int) -> None:
+    luck, clock = random.Random(seed), Clock()
+    owner = Fickle(luck, clock, luck.choice([0.0, 0.01, 0.3, 1.0]))
+    link = agenthub.ServerLink(
+        owner,
+        lambda link, request: None,
+        message_bytes_max=1_000_000,
+        backlog_bytes_max=100_000,
+        messages_per_s_max=luck.choice([0, 100]),
+        decode=bytes,
+    )
+    link._loop = clock  # type: ignore[assignment]  # It has as much of a loop as a link needs.
+    link._allowed_at = clock.time()
+    link.connection_made(Socket(link))
+    link._transport.resume_reading()
+    messages, raw = conversation(luck)
+    chunk_max = luck.choice([300, 3000, 100_000])
+    while raw:
+        while not link._transport.is_reading and luck.random() < 0.95:
+            clock.pass_time(luck.choice([0.0, 0.001, 1.0]))
+        length = luck.randrange(1, chunk_max)
+        link.data_received(raw[:length])
+        raw = raw[length:]
+        if luck.random() < 0.3:
+            clock.run_soon()
+            await asyncio.sleep(0)
+    clock.run_soon()
+    await asyncio.sleep(0)
+    clock.pass_time(1000.0)
+    assert owner.messages == messages
+    assert owner.ends == [1000]
+    assert link._transport.is_ended
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_end_of_the_socket_takes_nothing_away_that_came_before_it(is_closed: bool) -> None:
+    pair = Pair()
+    pair.say()
+    await pair.heard()
+    raw = b"".join(pair.text(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(2000))
+    assert len(raw) > 3 * agenthub.SLICE_BYTES
+    pair.link.data_received(raw + (DONE if is_closed else b""))
+    assert pair.link._holds == {"others have a turn"}
+    pair.link.eof_received()  # As TLS does, whether or not reading is paused.
+    assert [message.id for message in pair.owner.messages] == [str(number) for number in range(2000)]
+    assert [code for code, _ in pair.owner.ends] == [1000 if is_closed else 1006]
+    pair.link.connection_lost(None)
+    assert len(pair.owner.ends) == 1
+
+
+# Tokens, namespaces and names.
+
+
+@pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal", "-reserve"])
+def test_namespace_may_not_end_like_a_file_beside_a_journal(ending: str) -> None:
+    with pytest.raises(ValueError, match=r"tokens\.a\.namespace: ends like a file"):
+        access_of(a={"namespace": f"x{ending}"})
+    for namespace in (f"x{ending}s", ending[1:], f"x_{ending[1:]}"):
+        assert namespace in access_of(a={"namespace": namespace}).namespaces
+
+
+@pytest.mark.parametrize("curbed", [{"offers": ["other"]}, {"offers": []}, {"may": ["delegate", "observe"]}])
+async def test_agent_whose_token_offers_less_has_to_register_anew(curbed: dict[str, Any]) -> None:
+    async with HubServer(port=0, access=access_of(worker={})) as hub:
+        async with raw_client(hub.url, **bearer("worker")) as worker:
+            await worker.register("worker", "work")
+            await hub.reload(access_of(worker=curbed))
+            assert await worker.closed() == 1001
+        async with raw_client(hub.url, **bearer("worker")) as worker:
+            assert (await worker.register("worker", "work"))["code"] == "unauthorized"
+
+
+async def test_token_that_may_say_less_is_taken_at_its_word_at_once_and_stays() -> None:
+    async with (
+        HubServer(port=0, access=access_of(worker={}, caller={"calls": ["work"]})) as hub,
+        raw_client(hub.url, **bearer("worker")) as worker,
+        raw_client(hub.url, **bearer("caller")) as caller,
+    ):
+        await worker.register("worker", "work")
+        await caller.register("caller")
+        await hub.reload(access_of(worker={"may": ["register"]}, caller={"calls": ["rest"]}))
+        assert (await worker.request(type="broadcast", message="x"))["code"] == "unauthorized"
+        assert (await caller.delegate("task", capability="work"))["code"] == "unauthorized"
+        assert (await worker.request(type="heartbeat"))["type"] == "heartbeat_ack"
+        assert hub.hub.summary()["closed"] == {}
+
+
+UNREADABLE = ["", ":", ":80", "a b[", "evil.example:x", "evil.example:123456", "[::1", "a:b:c", "[x]", "a]"]
+
+
+@pytest.mark.parametrize("header", UNREADABLE)
+async def test_name_that_cannot_be_read_is_nobodys(header: str) -> None:
+    # Of a hub on all addresses, whose own name is empty.
+    door = agenthub.Door(None, frozenset({"", "hub.example"}), lambda link, grant: Owner())
+    link: Any = Owner()
+    link.address = "192.0.2.1"
+    refused = door.check_request(link, _request(header))
+    assert refused is not None
+    assert refused[0] == 403
+    assert door.check_request(link, _request("HUB.example:80")) is None
+    assert door.turned_away == {"host": 1}
+
+
+def _request(host: str) -> Any:
+    return dataclasses.make_dataclass("Request", ["headers"])(Headers(Host=host))
+
+
+async def test_page_of_health_counts_wrong_tokens_and_does_not_tell_right_ones_from_them_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agenthub, "FAILURES_FREE", 2)
+    monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
+    async with secured() as hub:
+        assert "agents" in await health(hub.url, TOKEN)
+        for _ in range(2):
+            assert await health(hub.url, WRONG) == {"status": "ok"}
+        assert hub._door.turned_away == {"unauthorized": 2}
+        assert await health(hub.url, TOKEN) == await health(hub.url, WRONG) == {"status": "ok"}
+        assert hub._door.turned_away == {"unauthorized": 2}  # It was not looked at.
+        hub._door._failures = Failures()
+        assert "agents" in await health(hub.url, TOKEN)
+
+
+async def test_two_reloads_at_once_open_a_new_namespace_once(tmp_path: Path) -> None:
+    former, latter = access_of(), access_of(a={"namespace": "new"})
+    async with HubServer(port=0, access=former, journal=Journal(tmp_path / "hub.db", sync="normal")) as hub:
+        await asyncio.gather(hub.reload(latter), hub.reload(latter))
+        assert list(hub._rooms) == ["default", "new"]
+        async with raw_client(hub.url, **bearer("a")) as client:
+            assert (await client.register("a"))["type"] == "register"
+
+
+async def test_reload_of_a_hub_that_has_stopped_opens_no_namespace(tmp_path: Path) -> None:
+    async with HubServer(port=0, access=access_of(), journal=Journal(tmp_path / "hub.db", sync="normal")) as hub:
+        pass
+    await hub.reload(access_of(a={"namespace": "new"}))
+    assert list(hub._rooms) == ["default"]
+    assert not (tmp_path / "hub.db.new").exists()
+
+
+@posix_only
+async def test_program_of_an_agent_does_not_see_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTHUB_TOKEN", TOKEN)
+    monkeypatch.setenv("AGENTHUB_TOKEN_FILE", "where-it-is")
+    assert await ran("echo ${AGENTHUB_TOKEN-none} $AGENTHUB_TOKEN_FILE") == "none where-it-is\n"
+    assert TOKEN not in await ran("env")
+
+
+@pytest.mark.parametrize("command", ["hub", "agent", "status", "call", "bridge"])
+@pytest.mark.parametrize("form", ["--token {}", "--token={}", "--tok {}"])
+def test_token_on_the_command_line_is_not_taken_for_the_name_of_a_file(
+    command: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def open_it(path: str) -> str:
+        opened.append(path)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr(agenthub, "token_in", open_it)
+    path = private_file(tmp_path / "secret", TOKEN)
+    needed = {"agent": ["--exec", "true"], "call": ["work"]}.get(command, [])
+    assert agenthub_main(command, *needed, *form.format(path).split()) == 2
+    assert opened == []
+
+
+# An agent and a hub that means it harm.
+
+
+async def test_agent_cuts_a_hub_that_asks_for_pongs_and_does_not_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "CLIENT_MESSAGE_BYTES_MAX", 1000)
+    monkeypatch.setattr(agenthub, "BACKLOG_BYTES_MAX", 500)
+    link = agenthub.ClientLink(ClientProtocol(parse_uri("ws://hub/")), Owner(), None)
+    transport = Socket(link)
+    link.connection_made(transport)
+    await asyncio.sleep(0)
+    server = ServerProtocol()
+    server.receive_data(b"".join(transport.writes))
+    (request,) = server.events_received()
+    server.send_response(server.accept(request))
+    link.data_received(b"".join(server.data_to_send()))
+    await asyncio.wait_for(link.ready, WAIT_S)
+    for waiting, is_cut in ((1500, False), (1501, True)):
+        transport.backlog_bytes = waiting
+        server.send_ping(b"ping")
+        link.data_received(b"".join(server.data_to_send()))
+        await asyncio.sleep(0)
+        assert transport.is_aborted == is_cut
+
+
+# A journal.
+
+
+def row(arrival: int, accepted_at: float, deadline: float, ended_at: float = 0.0, *, is_ended: bool = False) -> TaskRow:
+    task_id = f"task-{arrival}"
+    end = None
+    if is_ended:
+        end = Settled(
+            sender="hub",
+            task_id=task_id,
+            state="failed",
+            success=False,
+            output=None,
+            error=ErrorInfo("x", "x"),
+            attempt=1,
+        )
+    request = Delegate(task_id=task_id, capability="work")
+    state = TaskState.FAILED if is_ended else TaskState.PENDING
+    return TaskRow(arrival, "ann", request, 0, accepted_at, deadline, 0, state, None, 1, False, ended_at, end)
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_wall_clock_that_is_set_while_a_journal_is_open_moves_no_time_in_it(jump_s: float, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "hub.db", sync="normal")
+    journal.open()
+    journal.load(1_000_000.0)
+    before = [row(1, 10.0, 70.0), row(2, 20.0, 80.0, 30.0, is_ended=True)]
+    journal.write(Changes(new=before), 1_000_000.0)
+    after = row(3, 40.0, 100.0)
+    journal.write(Changes(new=[after]), 1_000_000.0 + jump_s)
+    journal.write(Changes(moved=[after]), 1_000_000.0 + jump_s)  # It is set once.
+    journal.close()
+    journal.open()
+    _, tasks, last = journal.load(1_000_000.0 + jump_s)
+    journal.close()
+    for found, expected in zip(tasks, [*before, after], strict=True):
+        assert (found.accepted_at, found.deadline) == (expected.accepted_at, expected.deadline)
+    assert (tasks[1].ended_at, last) == (30.0, 40.0)
+
+
+class SlowJournal(Journal):
+    """A journal whose disk takes as long as it is told to, and fails if it is told so."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync="normal")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_broken = False
+
+    def write(self, changes: Changes, clock_offset: float) -> None:
+        assert self.gate.wait(WAIT_S)
+        if self.is_broken:
+            raise sqlite3.OperationalError("disk full")
+        super().write(changes, clock_offset)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+async def test_connection_that_asks_for_much_during_one_write_is_held_until_that_is_over(
+    is_broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "EFFORT_PER_WRITE_MAX", 10)
+    journal = SlowJournal(tmp_path / "hub.db")
+    async with HubServer(port=0, journal=journal) as hub, raw_client(hub.url) as client, raw_client(hub.url) as other:
+        await client.register("ann")
+        await other.register("bob")
+        link = next(link for link in hub._links if hub.hub._peers[link].agent.name == "ann")
+        journal.gate.clear()
+        try:
+            asked = b"".join(message(type="status", id=str(number)) for number in range(100))
+            task = message(type="delegate", task_id="task", capability="work", wait=True)
+            client.connection.transport.write(task + asked + message(type="heartbeat", id="alive"))
+            await until(lambda: "waits for the journal" in link._holds)
+            assert len(hub._commit._held) < 50
+            assert (await other.request(type="heartbeat"))["type"] == "heartbeat_ack"  # Others are not.
+            assert "waits for the journal" in link._holds
+            if is_broken:  # And it stays so; what comes in is read on with each try.
+                monkeypatch.setattr(agenthub, "EFFORT_PER_WRITE_MAX", 1000)
+                journal.is_broken = True
+        finally:
+            journal.gate.set()
+        if is_broken:
+            assert (await client.until(lambda reply: reply.get("reply_to") == "alive"))["type"] == "heartbeat_ack"
+            assert client.seen == []
+            journal.is_broken = False
+        for number in range(100):
+            assert (await client.until(functools.partial(is_reply_to, str(number))))["type"] == "status"
+        assert link._holds == set()
+
+
+def is_reply_to(message_id: str, reply: dict[str, Any]) -> bool:
+    return reply.get("reply_to") == message_id
+
+
+# Rations, and what else stands in the way of messages.
+
+
+async def test_what_large_messages_cost_bounds_them_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    each_message_takes(1.0, monkeypatch)  # So that one in four seconds is allowed.
+    rationed = Rationed(100)
+    rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.CPU_COUNTED_BYTES) * 500)
+    rationed.clock.pass_time(1000.0)
+    assert 240 <= rationed.count <= 260
+
+
+async def test_what_costs_more_than_the_longest_hold_is_bounded_by_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    each_message_takes(100.0, monkeypatch)
+    rationed = Rationed(100)
+    rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.CPU_COUNTED_BYTES) * 500)
+    rationed.clock.pass_time(1000.0)
+    assert rationed.count <= 1000.0 / agenthub.HOLD_MAX_S + 2
+
+
+async def test_who_was_let_in_may_send_as_many_fragments_as_without_tokens() -> None:
+    async with secured() as hub, raw_client(hub.url, **bearer(TOKEN)) as client:
+        number = agenthub.VISITOR_BYTES_MAX // agenthub.FRAGMENT_BYTES + 10
+        parts = frame(b" ", CONTINUATION, fin=False) * number
+        client.connection.transport.write(frame(STATUS.encode(), fin=False) + parts + frame(b"", CONTINUATION))
+        assert (await client.receive())["type"] == "status"
+
+
+@pytest.mark.parametrize("is_reload_first", [False, True])
+async def test_namespace_that_is_opened_during_the_stop_is_stopped_too(is_reload_first: bool, tmp_path: Path) -> None:
+    hub = HubServer(port=0, access=access_of(), journal=Journal(tmp_path / "hub.db", sync="normal"))
+    await hub.start()
+    both = [hub.stop(), hub.reload(access_of(a={"namespace": "new"}))]
+    await asyncio.gather(*(reversed(both) if is_reload_first else both))
+    running = [name for name, room in hub._rooms.items() if room._is_running]
+    for room in hub._rooms.values():
+        await room.stop()
+    assert running == []
+
+
+async def test_end_of_the_socket_takes_nothing_away_from_who_sends_too_much() -> None:
+    rationed = Rationed(100)
+    rationed.link.data_received(frame(HEARTBEAT) * 300 + DONE)
+    rationed.clock.run_soon()
+    rationed.link.eof_received()
+    assert rationed.count == 300
+    assert rationed.owner.ends == [(1000, "")]
