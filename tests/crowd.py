@@ -1,0 +1,1020 @@
+"""A crowd of clients that live against a real hub, and the ledger of all tasks among them: see tests/soak.py.
+
+The clients speak the protocol by hand: a WebSocket made here is cheap enough for thousands of messages a second, can be
+cut, made deaf and fed with garbage, and shares no code, and so no misunderstanding, with the hub. Some are real Agents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import json
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from agenthub import Agent, Refused, Task, TaskFailed, TaskTimeout
+from tests.support import WAIT_S
+
+FINAL = ("completed", "failed", "timeout")
+TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
+FLOOD_MESSAGES = 6000  # In about a second: more than the hub takes of one connection in that time.
+EARLY_S = 0.05  # How much too early a timeout may seem to come: timers and clocks have a resolution.
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+TOO_LATE = ("task_over", "stale_attempt", "not_assigned", "unknown_task")  # What a worker may be told of its work.
+UNHEARD = "unheard"  # The id of a message whose sender is cut before it can hear the reply.
+
+
+class Lost(ConnectionError):
+    """The connection is gone."""
+
+
+# The wire
+
+
+def frame(opcode: int, payload: bytes, first: int = 0x80) -> bytes:
+    """Return a client's frame. Its mask is zero, which is a mask like any other and costs nothing."""
+    length = len(payload)
+    if length < 126:
+        header = bytes((first | opcode, 0x80 | length))
+    elif length < 65_536:
+        header = bytes((first | opcode, 0xFE)) + length.to_bytes(2, "big")
+    else:
+        header = bytes((first | opcode, 0xFF)) + length.to_bytes(8, "big")
+    return header + b"\0\0\0\0" + payload
+
+
+def take_frames(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
+    """Yield opcode and payload of each whole frame, and take them out of the buffer. A hub masks and splits nothing."""
+    start = 0
+    while len(buffer) >= start + 2:
+        length, at = buffer[start + 1], start + 2
+        if length > 125:
+            wide = 2 if length == 126 else 8
+            length, at = int.from_bytes(buffer[at : at + wide], "big"), at + wide
+        if len(buffer) < at + length:
+            break
+        yield buffer[start] & 0x0F, bytes(buffer[at : at + length])
+        start = at + length
+    del buffer[:start]
+
+
+class Wire(asyncio.Protocol):
+    """A WebSocket to the hub. `on_lost` is called once with the close code, 1006 if there was none."""
+
+    def __init__(self, on_message: Callable[[dict[str, Any]], None], on_lost: Callable[[int], None]) -> None:
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost = asyncio.Event()
+        self.writable = asyncio.Event()
+        self.writable.set()
+        self.sent_at = 0.0
+        self._on_message, self._on_lost = on_message, on_lost
+        self._waiting: dict[str, Callable[[dict[str, Any] | None], None]] = {}
+        self._ids = itertools.count(1)
+        self._buffer = bytearray()
+        self._close_code = 1006
+
+    @classmethod
+    async def open(
+        cls,
+        port: int,
+        on_message: Callable[[dict[str, Any]], None],
+        on_lost: Callable[[int], None],
+        receive_bytes: int | None = None,
+    ) -> Wire:
+        """Connect. Raises Lost if the hub does not take it. `receive_bytes` makes the buffer of the socket small."""
+        loop = asyncio.get_running_loop()
+        one = socket.socket()
+        one.setblocking(False)
+        if receive_bytes is not None:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        try:
+            await loop.sock_connect(one, ("127.0.0.1", port))
+        except BaseException:
+            one.close()
+            raise
+        async with asyncio.timeout(WAIT_S):
+            _, wire = await loop.create_connection(lambda: cls(on_message, on_lost), sock=one)
+            await wire.opened
+        return wire
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.write(UPGRADE)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if not self.opened.done():
+            head, found, rest = self._buffer.partition(b"\r\n\r\n")
+            if not found:
+                return
+            self._buffer = rest
+            if head.split()[1] == b"101":
+                self.opened.set_result(None)
+            else:
+                self.opened.set_exception(Lost(f"no WebSocket: {bytes(head)!r}"))
+                return
+        for opcode, payload in take_frames(self._buffer):
+            if opcode == TEXT:
+                self._receive(json.loads(payload))
+            elif opcode == CLOSE:
+                self._close_code = int.from_bytes(payload[:2], "big")
+                self.transport.write(frame(CLOSE, payload[:2]))
+                self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(Lost("no WebSocket"))
+        self.lost.set()
+        self.writable.set()
+        waiting, self._waiting = self._waiting, {}
+        for then in waiting.values():
+            then(None)
+        self._on_lost(self._close_code)
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        then = self._waiting.pop(message.get("reply_to") or "", None)
+        if then is not None:
+            then(message)
+        else:
+            self._on_message(message)
+
+    # Messages
+
+    def send(self, **message: Any) -> None:
+        """Send, unless the connection is gone or going."""
+        self.sent_at = time.monotonic()
+        self.write(frame(TEXT, json.dumps(message).encode()))
+
+    def write(self, raw: bytes) -> None:
+        """Send bytes as they are, which need not be a frame."""
+        if not self.transport.is_closing():
+            self.transport.write(raw)
+
+    def ask(self, then: Callable[[dict[str, Any] | None], None], **message: Any) -> None:
+        """Send with an id; `then` gets the reply, or None when the connection is lost before it."""
+        if self.lost.is_set():
+            then(None)
+            return
+        message_id = str(next(self._ids))
+        self._waiting[message_id] = then
+        self.send(id=message_id, **message)
+
+    async def request(self, at_once: Callable[[dict[str, Any]], None] | None = None, **message: Any) -> dict[str, Any]:
+        """Return the reply; `at_once` sees it before what came in after it.
+
+        Raises Lost, or TimeoutError if there is no reply within WAIT_S.
+        """
+        answered: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
+
+        def then(reply: dict[str, Any] | None) -> None:
+            if reply is not None and at_once is not None:
+                at_once(reply)
+            if not answered.done():
+                answered.set_result(reply)
+
+        self.ask(then, **message)
+        async with asyncio.timeout(WAIT_S):
+            reply = await answered
+        if reply is None:
+            raise Lost(f"before the reply to {message['type']}, with {self._close_code}")
+        return reply
+
+    def abort(self) -> None:
+        """Cut it, without a word."""
+        self.transport.abort()
+
+
+# The ledger
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """What the clients know of one task. `end` is what its requester was told first."""
+
+    task_id: str
+    input: Any
+    ttl: float
+    max_retries: int
+    sent_at: float
+    is_acknowledged: bool = False
+    is_excused: bool = False  # Its requester has left for good: it need not be told of the end.
+    is_cancelled: bool = False
+    tellings: int = 0  # `result` messages of its end.
+    tellings_max: int = 1  # A delegate that is sent again may have its end told again.
+    end: dict[str, Any] | None = None
+    attempts: set[int] = field(default_factory=set)  # Delivered.
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # What the worker said, by attempt.
+    taken: int | None = None  # The attempt whose answer the hub has acknowledged as the end.
+    history: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.history.append(f"{time.monotonic() - self.sent_at:.3f} {text}")
+
+
+class Ledger:
+    """Every task from its delegate until some time after its end, when it is judged and dropped.
+
+    `hold_s` is that time: longer than the hub keeps a record, so that nothing can be told of it any more.
+    """
+
+    def __init__(self, marker: str, hold_s: float) -> None:
+        self.problems: list[str] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._marker = marker
+        self._hold_s = hold_s
+        self._entries: dict[str, Entry] = {}
+        self._to_judge: collections.deque[tuple[float, Entry]] = collections.deque()
+        self._numbers = itertools.count(1)
+
+    def open(self, name: str, ttl: float, max_retries: int) -> Entry:
+        """Enter a task that is about to be delegated, with an input like no other."""
+        number = next(self._numbers)
+        entry = Entry(f"{name}-{number}", self.payload(number), ttl, max_retries, time.monotonic())
+        self._entries[entry.task_id] = entry
+        self.counts["asked"] += 1
+        return entry
+
+    def payload(self, about: Any, padding: int = 0) -> dict[str, Any]:
+        """Return an input or output that can be told from all others, with the marker which no log may show."""
+        return {"about": about, "marker": self._marker, "padding": "x" * padding}
+
+    def acknowledged(self, entry: Entry) -> None:
+        if not entry.is_acknowledged:
+            entry.is_acknowledged = True
+            self.counts["acknowledged"] += 1
+            entry.note("acknowledged")
+
+    def refused(self, entry: Entry, code: str) -> None:
+        """Take a task out that the hub has not taken: whatever it should say of it would be wrong."""
+        self.counts[f"refused {code}"] += 1
+        del self._entries[entry.task_id]
+        if code not in ("no_agent", "unknown_agent", "overloaded"):
+            self._complain(entry, f"refused with {code}")
+        if entry.end is not None or entry.attempts:
+            self._complain(entry, f"refused with {code}, but it had begun")
+
+    def excuse(self, entry: Entry, why: str) -> None:
+        """Require no end: the requester has left."""
+        if entry.end is None and not entry.is_excused:
+            entry.is_excused = True
+            self.counts["excused" if entry.is_acknowledged else "not followed"] += 1
+            entry.note(why)
+            self._to_judge.append((time.monotonic() + self._hold_s, entry))
+
+    def delivered(self, message: dict[str, Any], agent_id: str) -> None:
+        entry = self._entries.get(message["task_id"])
+        if entry is None:
+            self.problems.append(f"a task that nobody has open was handed to {agent_id}: {message['task_id']}")
+            return
+        attempt = message["attempt"]
+        entry.note(f"attempt {attempt} at {agent_id}")
+        if attempt in entry.attempts:
+            self._complain(entry, f"attempt {attempt} was handed out twice")
+        if attempt > 1 + entry.max_retries:
+            self._complain(entry, f"attempt {attempt} with max_retries {entry.max_retries}")
+        if message["input"] != entry.input:
+            self._complain(entry, "its input has changed")
+        entry.attempts.add(attempt)
+
+    def answered(self, task_id: str, attempt: int, **answer: Any) -> None:
+        """Take note of what a worker is going to say."""
+        entry = self._entries.get(task_id)
+        if entry is not None:
+            entry.answers[attempt] = answer
+            entry.note(f"attempt {attempt} answered")
+
+    def taken(self, task_id: str, attempt: int, state: str) -> None:
+        """Take note that the hub has acknowledged a worker's answer."""
+        entry = self._entries.get(task_id)
+        if entry is not None:
+            entry.note(f"attempt {attempt} taken as {state}")
+            if state in FINAL:
+                entry.taken = attempt
+
+    def told(self, task_id: str, message: dict[str, Any], by_result: bool = True) -> None:
+        """Take note of an end that the requester was told, by a `result` or when it asked with `status`."""
+        entry = self._entries.get(task_id)
+        if entry is None:
+            self.problems.append(f"a requester was told of a task that is over long ago: {task_id}")
+            return
+        end = {name: message.get(name) for name in ("state", "attempt", "output", "error")}
+        entry.note(f"told {end['state']} attempt {end['attempt']}{'' if by_result else ' when asked'}")
+        entry.tellings += by_result
+        if entry.end is None:
+            entry.end = end
+            if not entry.is_excused:
+                self.acknowledged(entry)  # A requester may be cut between the two.
+                self.counts[f"ended {end['state']}"] += 1
+                self._to_judge.append((time.monotonic() + self._hold_s, entry))
+            if end["state"] == "timeout" and time.monotonic() - entry.sent_at < entry.ttl - EARLY_S:
+                self._complain(entry, "it timed out too early")
+        elif entry.end != end:
+            self._complain(entry, f"two ends: {entry.end} and {end}")
+
+    def unaccounted(self, entry: Entry, what_the_hub_says: str) -> None:
+        self.counts["unaccounted"] += 1
+        self._complain(entry, f"unaccounted for; the hub says {what_the_hub_says}")
+        self.excuse(entry, "unaccounted for")
+
+    def judge(self, now: float) -> None:
+        """Judge and drop all that have been over for long enough."""
+        while self._to_judge and self._to_judge[0][0] <= now:
+            entry = self._to_judge.popleft()[1]
+            problem = self._problem(entry)
+            if problem is not None:
+                self._complain(entry, problem)
+            self._entries.pop(entry.task_id, None)
+
+    def close(self) -> None:
+        """Judge all; nothing may be left open."""
+        self.judge(float("inf"))
+        for entry in list(self._entries.values()):
+            self.unaccounted(entry, "nothing any more")
+
+    def _problem(self, entry: Entry) -> str | None:
+        """Say what is wrong with the end of a task, if something is."""
+        end = entry.end
+        if end is None:
+            return None
+        state, attempt = end["state"], end["attempt"]
+        code = (end["error"] or {}).get("code")
+        answer = entry.answers.get(attempt, {})
+        if entry.tellings > entry.tellings_max:
+            return f"its end was told {entry.tellings} times"
+        if state == "completed" and (answer.get("success") is not True or answer["output"] != end["output"]):
+            return f"completed otherwise than its worker said: {end}, {entry.answers}"
+        if entry.taken is not None and (state == "timeout" or attempt != entry.taken):
+            return f"the worker was told that its attempt {entry.taken} has ended it, the requester: {end}"
+        if code == "cancelled":
+            return None if entry.is_cancelled else "cancelled by nobody"
+        if state == "failed" and code != "agent_lost" and answer.get("code") != code:
+            return f"failed otherwise than its worker said: {end}, {entry.answers}"
+        return None
+
+    def _complain(self, entry: Entry, what: str) -> None:
+        self.problems.append(f"{entry.task_id} (ttl {entry.ttl}): {what}; history: {'; '.join(entry.history)}")
+
+
+# The clients
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How the hub is set, and how fast the crowd lives. `unit_s` is what a second is to it."""
+
+    retention_s: float = 5.0
+    grace_s: float = 2.0
+    heartbeat_s: float = 2.0
+    unit_s: float = 1.0
+    sample_s: float = 2.0
+
+    @property
+    def ttl_max_s(self) -> float:
+        return 6 * self.unit_s
+
+
+class Crowd:
+    """What all clients share: where the hub is, when it is over, and what has gone wrong."""
+
+    def __init__(self, port: int, seed: int, pace: Pace, ledger: Ledger) -> None:
+        self.port, self.seed, self.pace, self.ledger = port, seed, pace, ledger
+        self.problems: list[str] = []
+        self.lives: collections.Counter[str] = collections.Counter()
+        self.closes: collections.Counter[Any] = collections.Counter()  # Of clients that should expect it, by code.
+        self.latencies_s: list[float] = []  # Of the bystanders.
+        self.online: set[Client] = set()
+        self._over_at = 0.0
+        self._is_stopped = False
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_stopped or time.monotonic() >= self._over_at
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    async def rest(self, units: float) -> None:
+        """Sleep, at most until it is over."""
+        until = min(time.monotonic() + units * self.pace.unit_s, self._over_at)
+        while not self.is_over and (left_s := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, 0.5))
+
+    async def churn(self, for_s: float) -> None:
+        """Let the whole population live for so long."""
+        self._over_at = time.monotonic() + for_s
+        beating = asyncio.create_task(self._beat())
+        lives = [self._live(life, number) for life, count in POPULATION.items() for number in range(count)]
+        try:
+            async with asyncio.timeout(for_s + self.pace.ttl_max_s + 3 * WAIT_S):
+                await asyncio.gather(*lives)
+        except TimeoutError:
+            self.problems.append("some do not come to their end")
+        finally:
+            beating.cancel()
+
+    async def _live(self, life: Callable[[Crowd, random.Random], Any], number: int) -> None:
+        """Live one life after the other."""
+        for count in itertools.count():
+            rng = random.Random(f"{self.seed} {life.__name__} {number} {count}")
+            try:
+                await life(self, rng)
+            except Lost:
+                pass  # Who did not expect that has complained.
+            except Exception as error:
+                self.problems.append(f"{life.__name__}: {error!r}")
+            self.lives[life.__name__] += 1
+            await self.rest(rng.uniform(0, 0.3))
+            if self.is_over:
+                return
+
+    async def _beat(self) -> None:
+        """Send the heartbeats of all who have not spoken for a while."""
+        while True:
+            silent_since = time.monotonic() - self.pace.heartbeat_s / 2
+            for client in list(self.online):
+                if client.wire.sent_at < silent_since:
+                    client.wire.send(type="heartbeat")
+            await asyncio.sleep(self.pace.heartbeat_s / 4)
+
+
+class Client:
+    """An agent on a wire of its own. After `join` it is online, and gives signs of life, until it is cut or leaves."""
+
+    wire: Wire
+
+    def __init__(self, crowd: Crowd, rng: random.Random, name: str, *capabilities: str, max_tasks: int = 16) -> None:
+        self.crowd, self.rng = crowd, rng
+        self.ledger = crowd.ledger
+        self.name = name
+        self.identity: dict[str, str] = {}
+        self.expects_end = False
+        self.expects_errors = False
+        self._description = {"name": name, "capabilities": list(capabilities), "max_tasks": max_tasks}
+
+    @property
+    def agent_id(self) -> str:
+        return self.identity["agent_id"]
+
+    async def join(self, receive_bytes: int | None = None) -> dict[str, Any]:
+        """Connect and register, with the identity that it had if it had one; return the reply."""
+        self.expects_end = False
+        self.wire = await Wire.open(self.crowd.port, self.on_message, self._on_lost, receive_bytes)
+        reply = await self.wire.request(self._on_registered, type="register", **self._description, **self.identity)
+        if reply["type"] != "register":
+            self.expects_end = True
+            self.wire.abort()
+            raise AssertionError(f"not registered: {reply}")
+        return reply
+
+    def _on_registered(self, reply: dict[str, Any]) -> None:
+        if reply["type"] == "register":
+            self.identity = {"agent_id": reply["agent_id"], "resume": reply["resume"]}
+            self.crowd.online.add(self)
+
+    def cut(self) -> None:
+        """Lose the connection without a word."""
+        self.expects_end = True
+        self.crowd.online.discard(self)
+        self.wire.abort()
+
+    async def leave(self, drain: bool = False) -> None:
+        self.expects_end = True
+        try:
+            reply = await self.wire.request(type="deregister", drain=drain)
+            if reply["type"] != "deregister":
+                raise AssertionError(f"could not leave: {reply}")
+            async with asyncio.timeout(WAIT_S):
+                await self.wire.lost.wait()
+        finally:
+            self.crowd.online.discard(self)
+            self.wire.abort()
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        if message["type"] == "error" and not self.expects_errors and message.get("reply_to") != UNHEARD:
+            self.crowd.problems.append(f"{self.name} was told {message['code']}: {message['message']}")
+
+    def _on_lost(self, code: int) -> None:
+        self.crowd.online.discard(self)
+        if self.expects_end:
+            self.crowd.closes[code] += 1
+        else:
+            self.crowd.problems.append(f"{self.name} lost its connection with {code}")
+
+
+class Worker(Client):
+    """Does what it is asked, after a while; it hangs on some."""
+
+    def __init__(
+        self, *args: Any, hangs: float = 0.0, fails: float = 0.1, work_s: float = 0.02, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self.hangs, self.fails, self.work_s = hangs, fails, work_s  # The first two are probabilities.
+        self.jobs: dict[str, int] = {}  # The attempt of each task that it has begun and not answered.
+        self.results: dict[str, dict[str, Any]] = {}  # Answered, but not acknowledged.
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        if message["type"] == "delegate":
+            self._begin(message)
+        elif message["type"] == "status":
+            self.jobs.pop(message["task_id"], None)
+        elif message.get("code") not in TOO_LATE:  # Its report of progress has met the end on the way.
+            super().on_message(message)
+
+    def _begin(self, message: dict[str, Any]) -> None:
+        self.ledger.delivered(message, self.agent_id)
+        self.jobs[message["task_id"]] = message["attempt"]
+        if self.rng.random() < 0.1:
+            detail = self.ledger.payload("half of it")
+            self.wire.send(type="status", task_id=message["task_id"], progress=0.5, detail=detail)
+        if self.rng.random() >= self.hangs:
+            delay_s = self.rng.expovariate(1 / self.work_s) if self.work_s else 0.0
+            asyncio.get_running_loop().call_later(delay_s, self._finish, message["task_id"], message["attempt"])
+
+    def _finish(self, task_id: str, attempt: int) -> None:
+        if self.jobs.get(task_id) != attempt:
+            return  # It was called off, or taken away.
+        del self.jobs[task_id]
+        if self.rng.random() >= self.fails:
+            answer = {"success": True, "output": self.ledger.payload([task_id, attempt], self.rng.choice((0, 900)))}
+            self.ledger.answered(task_id, attempt, **answer)
+        else:
+            answer = {"success": False, "error": {"code": "unlucky", "message": self.ledger.payload(0)["marker"]}}
+            self.ledger.answered(task_id, attempt, success=False, code="unlucky")
+        self.results[task_id] = {"type": "result", "task_id": task_id, "attempt": attempt, **answer}
+        self._send_result(self.results[task_id])
+
+    def _send_result(self, result: dict[str, Any]) -> None:
+        def then(reply: dict[str, Any] | None) -> None:
+            if reply is None:
+                return  # It is sent again, if this one comes back.
+            self.results.pop(result["task_id"], None)
+            if reply["type"] == "status":
+                self.ledger.taken(result["task_id"], result["attempt"], reply["state"])
+            elif reply["code"] not in TOO_LATE:
+                self.crowd.problems.append(f"a result was refused: {reply}")
+
+        self.wire.ask(then, **result)
+
+    def _on_registered(self, reply: dict[str, Any]) -> None:
+        """Bring the work in line with what the hub holds, if it comes back: docs/protocol.md, step 9."""
+        known = self.identity.get("agent_id")
+        super()._on_registered(reply)
+        is_known = self.identity.get("agent_id") == known
+        held = {one["task_id"]: one["attempt"] for one in reply.get("tasks", ()) if is_known}
+        self.jobs = {task_id: attempt for task_id, attempt in self.jobs.items() if held.get(task_id) == attempt}
+        results, self.results = self.results, {}
+        for task_id, attempt in held.items():
+            if task_id in results and results[task_id]["attempt"] == attempt:
+                self.results[task_id] = results[task_id]
+                self._send_result(results[task_id])
+            elif task_id not in self.jobs:
+                error = {"code": "agent_lost", "message": "it never came in"}
+                lost = {"type": "result", "task_id": task_id, "attempt": attempt, "success": False, "error": error}
+                self._send_result(lost)
+
+    async def drop_out(self) -> None:
+        """Say nothing more and read nothing more, on a connection that seems to live; then be cut."""
+        self.crowd.online.discard(self)
+        self.expects_end = True
+        self.jobs.clear()
+        self.wire.transport.pause_reading()
+        await self.crowd.rest(self.rng.uniform(1, 9))
+        self.cut()
+
+
+class Requester(Client):
+    """Delegates in many ways, and follows what becomes of it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.open: dict[str, tuple[Entry, dict[str, Any]]] = {}  # With the delegate.
+        self.idle = asyncio.Event()
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        if message["type"] == "result":
+            self.ledger.told(message["task_id"], message)
+            self._close(message["task_id"])
+        elif message["type"] != "status":  # Of progress.
+            super().on_message(message)
+
+    def _close(self, task_id: str) -> None:
+        self.open.pop(task_id, None)
+        if not self.open:
+            self.idle.set()
+
+    def prepare(self, **fields: Any) -> tuple[Entry, dict[str, Any]]:
+        """Return a new task and the delegate of it."""
+        ttl, max_retries = fields.pop("ttl"), fields.pop("max_retries", 0)
+        entry = self.ledger.open(self.name, ttl, max_retries)
+        message = {"type": "delegate", "task_id": entry.task_id, "input": entry.input, "ttl": ttl, **fields}
+        self.open[entry.task_id] = entry, {**message, "max_retries": max_retries}
+        self.idle.clear()
+        return self.open[entry.task_id]
+
+    async def delegate(self, entry: Entry, message: dict[str, Any]) -> bool:
+        """Send a delegate; tell whether the hub has taken it."""
+        reply = await self.wire.request(**message)
+        if reply["type"] == "status":
+            self.ledger.acknowledged(entry)
+            return True
+        self.ledger.refused(entry, reply["code"])
+        self._close(entry.task_id)
+        return False
+
+    async def ask(self) -> None:
+        """Delegate something, and perhaps think better of it."""
+        entry, message = self.prepare(**self._choice())
+        if await self.delegate(entry, message) and self.rng.random() < 0.08:
+            await self.crowd.rest(self.rng.uniform(0, 0.1))
+            if entry.end is None:
+                entry.is_cancelled = True
+                reason = self.ledger.payload("cancelled")["marker"]
+                await self.wire.request(type="result", task_id=entry.task_id, success=False, error=reason)
+
+    def _choice(self) -> dict[str, Any]:
+        rng, unit_s = self.rng, self.crowd.pace.unit_s
+        kind = rng.choices(("work", "named", "sdk", "nobody-yet", "nobody"), (80, 7, 8, 3, 2))[0]
+        workers = [
+            client.agent_id for client in self.crowd.online if isinstance(client, Worker) and client.name != "calm"
+        ]
+        target = {"agent_id": rng.choice(workers)} if kind == "named" and workers else {"capability": kind}
+        return {
+            **target,
+            "ttl": rng.choice((0.3, 1, 2, 6)) * unit_s,
+            "priority": rng.randint(-100, 100),
+            "max_retries": rng.choice((0, 0, 1, 3)),
+            "wait": kind == "nobody-yet" or rng.random() < 0.5,
+        }
+
+    async def go_and_come_back(self) -> None:
+        """Be cut, also before an acknowledgement has come, and return before the hub forgets what has ended."""
+        entry, message = self.prepare(**self._choice())
+        self.wire.send(id=UNHEARD, **message)
+        if self.rng.random() < 0.5:
+            await asyncio.sleep(self.rng.uniform(0, 0.01))
+        self.cut()
+        left_at, pace = time.monotonic(), self.crowd.pace
+        await asyncio.sleep(self.rng.uniform(0.01, 0.7) * pace.retention_s)
+        known = self.agent_id
+        await self.join()
+        if time.monotonic() - left_at > 0.9 * pace.retention_s:
+            self.excuse("its requester was kept away for too long")  # By a busy machine.
+            return
+        if self.agent_id != known and any(one.is_acknowledged for one, _ in self.open.values()):
+            self.crowd.problems.append(f"{known} was forgotten, with tasks open: {list(self.open)}")
+        for entry, message in [one for one in self.open.values() if one[0].end is None]:
+            await self._ask_after(entry, message)
+
+    async def _ask_after(self, entry: Entry, message: dict[str, Any]) -> None:
+        """Do as step 11 of docs/protocol.md says."""
+        if not entry.is_acknowledged:
+            entry.tellings_max += 1
+            entry.note("delegated again")
+            await self.delegate(entry, message)
+            return
+        report = await self.wire.request(type="status", task_id=entry.task_id)
+        if report["type"] == "error":
+            if entry.end is None:
+                self.ledger.unaccounted(entry, json.dumps(report))
+            self._close(entry.task_id)
+        elif report["state"] in FINAL:
+            self.ledger.told(entry.task_id, report, by_result=False)
+            self._close(entry.task_id)
+
+    async def hear_all(self) -> None:
+        """Wait until all tasks have ended; those that have not in good time are unaccounted for."""
+        if self.open:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.crowd.pace.ttl_max_s + WAIT_S / 2):
+                    await self.idle.wait()
+        for entry, _ in list(self.open.values()):
+            self.ledger.unaccounted(entry, json.dumps(await self.wire.request(type="status", task_id=entry.task_id)))
+
+    def excuse(self, why: str) -> None:
+        """Give up all that is open."""
+        for entry, _ in self.open.values():
+            self.ledger.excuse(entry, why)
+        self.open.clear()
+        self.idle.set()
+
+
+# The lives
+
+
+async def worker_life(crowd: Crowd, rng: random.Random) -> None:
+    """Join, work, and leave politely."""
+    worker = Worker(crowd, rng, "worker", "work", max_tasks=rng.choice((1, 4, 16)))
+    await worker.join()
+    await crowd.rest(rng.uniform(1, 6))
+    await worker.leave(drain=rng.random() < 0.5)
+
+
+async def hanging_life(crowd: Crowd, rng: random.Random) -> None:
+    """Take tasks, and answer few of them."""
+    worker = Worker(crowd, rng, "hanger", "work", max_tasks=3, hangs=0.8)
+    await worker.join()
+    await crowd.rest(rng.uniform(1, 5))
+    if rng.random() < 0.5:
+        worker.cut()
+    else:
+        await worker.leave()
+
+
+async def mortal_life(crowd: Crowd, rng: random.Random) -> None:
+    """Be cut in the midst of tasks, and come back in time, too late, or never."""
+    worker = Worker(crowd, rng, "mortal", "work", max_tasks=8, work_s=0.1 * crowd.pace.unit_s)
+    await worker.join()
+    for _ in range(rng.randint(1, 4)):
+        await crowd.rest(rng.uniform(0.3, 2))
+        if rng.random() < 0.2:
+            await worker.drop_out()
+        worker.cut()
+        fate = rng.choices(("in time", "late", "never"), (6, 2, 2))[0]
+        if fate == "never" or crowd.is_over:
+            return
+        await asyncio.sleep(crowd.pace.grace_s * (rng.uniform(0, 0.7) if fate == "in time" else rng.uniform(1.1, 2)))
+        await worker.join()
+    await crowd.rest(rng.uniform(0.3, 2))
+    await worker.leave()
+
+
+async def requester_life(crowd: Crowd, rng: random.Random) -> None:
+    """Delegate, and stay, come back, or leave for good."""
+    requester = Requester(crowd, rng, "requester")
+    await requester.join()
+    fate = rng.choices(("stays", "comes back", "is cut", "leaves"), (4, 3, 1, 1))[0]
+    try:
+        for _ in range(rng.randint(5, 40)):
+            await asyncio.gather(*(requester.ask() for _ in range(rng.randint(1, 8))))
+            if fate == "comes back" and rng.random() < 0.1:
+                await requester.go_and_come_back()
+            await crowd.rest(rng.expovariate(1 / 0.1))
+            if crowd.is_over:
+                break
+        if fate in ("stays", "comes back"):
+            await requester.hear_all()
+    finally:
+        requester.excuse("its requester has left")
+        requester.cut() if fate == "is cut" else await requester.leave()
+
+
+async def deaf_life(crowd: Crowd, rng: random.Random) -> None:
+    """Never read, while others broadcast to it; some still give signs of life, some take tasks too."""
+    capabilities = ["deaf", "work"] if rng.random() < 0.3 else ["deaf"]
+    deaf = Worker(crowd, rng, "deaf", *capabilities, max_tasks=4)
+    await deaf.join(receive_bytes=4096)
+    deaf.expects_end = True
+    deaf.wire.transport.pause_reading()
+    if rng.random() < 0.3:
+        crowd.online.discard(deaf)
+    for _ in range(rng.randint(10, 30)):
+        await crowd.rest(0.5)
+        if deaf.wire.lost.is_set():
+            crowd.closes["deaf"] += 1
+            break
+    deaf.cut()
+
+
+async def crier_life(crowd: Crowd, rng: random.Random) -> None:
+    """Broadcast, to the deaf mostly."""
+    crier = Client(crowd, rng, "crier")
+    await crier.join()
+    for _ in range(rng.randint(20, 100)):
+        for _ in range(10):
+            crier.wire.send(type="broadcast", message=crowd.ledger.payload("news", 4096), capability="deaf")
+        if crowd.is_over:
+            break
+        if rng.random() < 0.1:
+            await crier.wire.request(type="broadcast", message=crowd.ledger.payload("news"))
+        await crowd.rest(0.1)
+    await crier.leave()
+
+
+async def flood_life(crowd: Crowd, rng: random.Random) -> None:
+    """Send for a second as much as the connection takes, then see that the hub still answers."""
+    flooder = Client(crowd, rng, "flooder")
+    await flooder.join()
+    news = crowd.ledger.payload("flood", 1024)
+    messages = [
+        {"type": "heartbeat"},
+        {"type": "heartbeat", "id": "h"},
+        {"type": "discover", "id": "d", "capability": "work", "limit": 3},
+        {"type": "broadcast", "message": news, "capability": "deaf"},
+    ]
+    last = time.monotonic() + crowd.pace.unit_s
+    for _ in range(FLOOD_MESSAGES // 50):
+        for message in rng.choices(messages, (60, 10, 20, 10), k=50):
+            flooder.wire.send(**message)
+        await flooder.wire.writable.wait()
+        await asyncio.sleep(0)
+        if time.monotonic() > last:
+            break
+    await flooder.wire.request(type="status")
+    await flooder.leave()
+    await crowd.rest(rng.uniform(4, 8))
+
+
+async def looking_life(crowd: Crowd, rng: random.Random) -> None:
+    """Look around without joining."""
+    wire = await Wire.open(crowd.port, lambda _: None, lambda _: None)
+    for _ in range(rng.randint(1, 5)):
+        await wire.request(type="status")
+        await wire.request(type="status", tasks=True)
+        await wire.request(type="discover", capability=rng.choice(("", "work", "nothing")), limit=20)
+        await crowd.rest(rng.uniform(0.1, 1))
+    wire.abort()
+
+
+NO_HANDSHAKES = (
+    b"",
+    b"GET / HT",
+    UPGRADE[:-2],
+    UPGRADE.replace(b"13", b"12"),
+    UPGRADE.replace(b"127.0.0.1", b"elsewhere.example"),
+    UPGRADE + frame(TEXT, b'{"type": "register"')[:9],
+    b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\n\r\nMARK",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Long: " + b"MARK" * 5000,
+    b"MARK\n" * 100,
+)
+
+
+async def half_open_life(crowd: Crowd, rng: random.Random) -> None:
+    """Connect, and do not become a WebSocket, or say nothing on it; go after a while, or wait to be thrown out."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", crowd.port)
+    writer.write(rng.choice((*NO_HANDSHAKES, UPGRADE)).replace(b"MARK", crowd.ledger.payload(0)["marker"].encode()))
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        async with asyncio.timeout(crowd.pace.unit_s * rng.choice((0.01, 1, 15))):
+            while not crowd.is_over:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        if not await reader.read(4096):
+                            break
+    writer.transport.abort()
+
+
+def garbage(marker: str, rng: random.Random) -> list[bytes]:
+    """Return what no well-behaved client sends after the handshake."""
+    marked = marker.encode()
+    big = {"type": "delegate", "id": "1", "task_id": "t", "capability": "c", "input": marker + "x" * 1_100_000}
+    return [
+        frame(TEXT, b'{"type": "delegate", ' + marked),
+        frame(TEXT, json.dumps({"type": marker, "id": "1"}).encode()),
+        frame(TEXT, json.dumps({"type": "delegate", "id": "1", "task_id": 7, "input": marker}).encode()),
+        frame(TEXT, json.dumps({"type": "delegate", "id": "1", "task_id": "t", "capability": "c"}).encode()),
+        frame(TEXT, b'{"type": "register", "id": "1", "name": "x", "metadata": ' + b"[" * 100_000),
+        frame(TEXT, b'{"type": "register", "id": "1", "name": "x", "metadata": {"x": NaN}}'),
+        frame(TEXT, b"\xff\xfe" + marked),
+        frame(BINARY, marked),
+        frame(CONTINUATION, marked),
+        frame(TEXT, b'{"type": "regi', first=0),  # The rest never comes.
+        frame(TEXT, json.dumps(big).encode()),
+        frame(3, marked),
+        frame(9, b"p" * 126),
+        frame(TEXT, marked, first=0xF0),
+        bytes((0x81, len(marked))) + marked,  # Not masked.
+        b"\x81\xff" + b"\x7f" * 8,
+        frame(CLOSE, b"\x03"),
+        rng.randbytes(rng.randint(1, 3000)),
+    ]
+
+
+async def garbage_life(crowd: Crowd, rng: random.Random) -> None:
+    """Send garbage on a WebSocket, as an observer or as an agent, until it is closed or time is up."""
+    client = Worker(crowd, rng, "garbage", "work", max_tasks=2)
+    client.expects_errors = True
+    if rng.random() < 0.5:
+        await client.join()
+        crowd.online.discard(client)
+    else:
+        client.wire = await Wire.open(crowd.port, client.on_message, client._on_lost)
+    client.expects_end = True
+    for raw in rng.sample(garbage(crowd.ledger.payload(0)["marker"], rng), k=rng.randint(1, 8)):
+        client.wire.write(raw)
+        await asyncio.sleep(rng.choice((0, 0.01)))
+    await crowd.rest(rng.choice((0.05, 1)))
+    client.cut()
+
+
+async def sdk_worker_life(crowd: Crowd, rng: random.Random) -> None:
+    """Be an Agent that works, and has others do parts of it."""
+    ledger = crowd.ledger
+    agent = Agent("sdk-worker", url=crowd.url, max_tasks=8)
+
+    @agent.capability("sdk")
+    async def work(task: Task) -> Any:
+        ledger.delivered({"task_id": task.task_id, "attempt": task.attempt, "input": task.input}, "an SDK worker")
+        part = None
+        if rng.random() < 0.3:
+            part = await sdk_part(crowd, task)
+        await asyncio.sleep(rng.expovariate(1 / 0.02))
+        output = ledger.payload([task.task_id, task.attempt, part])
+        ledger.answered(task.task_id, task.attempt, success=True, output=output)
+        return output
+
+    async with agent:
+        await crowd.rest(rng.uniform(1, 6))
+        await agent.stop(drain_s=rng.choice((0, 1)))
+
+
+async def sdk_part(crowd: Crowd, task: Task) -> Any:
+    """Delegate a part of a task; what becomes of it is not followed, because the whole may end first."""
+    ttl = max(0.1, task.remaining_s)
+    entry = crowd.ledger.open("part", ttl, 0)
+    entry.is_cancelled = True
+    crowd.ledger.excuse(entry, "it is a part")
+    try:
+        return await task.delegate("work", entry.input, ttl=ttl, task_id=entry.task_id)
+    except (TaskFailed, Refused) as error:
+        return error.code
+
+
+async def sdk_requester_life(crowd: Crowd, rng: random.Random) -> None:
+    """Be an Agent that delegates, a few tasks at a time."""
+    async with Agent("sdk-requester", url=crowd.url) as agent:
+        await asyncio.gather(*(sdk_ask(crowd, agent, rng) for _ in range(4)))
+
+
+async def sdk_ask(crowd: Crowd, agent: Agent, rng: random.Random) -> None:
+    for _ in range(rng.randint(3, 20)):
+        ttl, max_retries = rng.choice((1, 3)) * crowd.pace.unit_s, rng.choice((0, 2))
+        entry = crowd.ledger.open("sdk", ttl, max_retries)
+        options = {"ttl": ttl, "max_retries": max_retries, "wait": True, "task_id": entry.task_id}
+        try:
+            handle = await agent.submit(rng.choice(("work", "sdk")), entry.input, **options)
+        except TaskTimeout:  # On a busy machine. It may have been taken all the same, and is called off then.
+            entry.is_cancelled = True
+            crowd.ledger.excuse(entry, "not acknowledged in time")
+            continue
+        crowd.ledger.acknowledged(entry)
+        if rng.random() < 0.1:
+            entry.is_cancelled = True
+            await handle.cancel()
+        with contextlib.suppress(TaskFailed):
+            await handle.result()
+        if handle.settled is None:
+            crowd.ledger.unaccounted(entry, "nothing: its handle has no end")
+            continue
+        end = handle.settled
+        error = None if end.error is None else {"code": end.error.code, "message": end.error.message}
+        told = {"state": str(end.state), "attempt": end.attempt, "output": end.output, "error": error}
+        crowd.ledger.told(entry.task_id, told)
+        if crowd.is_over:
+            break
+
+
+async def bystanders_life(crowd: Crowd, rng: random.Random) -> None:
+    """A calm pair, which nothing of all this should concern: every one of its tasks must be completed."""
+    worker = Worker(crowd, rng, "calm", "calm", fails=0.0, work_s=0.0)
+    requester = Requester(crowd, rng, "bystander")
+    await asyncio.gather(worker.join(), requester.join())
+    while not crowd.is_over:
+        entry, message = requester.prepare(capability="calm", ttl=WAIT_S)
+        await requester.delegate(entry, message)
+        await requester.hear_all()
+        crowd.latencies_s.append(time.monotonic() - entry.sent_at)
+        if entry.end is None or entry.end["state"] != "completed":
+            crowd.problems.append(f"a bystander's task was not completed: {'; '.join(entry.history)}")
+        await crowd.rest(0.05)
+    await asyncio.gather(worker.leave(), requester.leave())
+
+
+POPULATION: dict[Callable[[Crowd, random.Random], Any], int] = {
+    worker_life: 16,
+    hanging_life: 2,
+    mortal_life: 6,
+    requester_life: 36,
+    deaf_life: 4,
+    crier_life: 1,
+    flood_life: 1,
+    looking_life: 1,
+    half_open_life: 6,
+    garbage_life: 3,
+    sdk_worker_life: 2,
+    sdk_requester_life: 2,
+    bystanders_life: 1,
+}

@@ -1,0 +1,410 @@
+"""A hub under a crowd that comes and goes, hangs, dies, floods and sends garbage: `python -m tests.soak --minutes 10`.
+
+The hub is a process of its own, with a journal unless told otherwise, whose records live for seconds, so that all it
+keeps turns over many times. What is promised, and watched:
+
+- Every acknowledged task is accounted for: exactly one end, told to a requester that stayed or came back in time, with
+  what its worker really answered. See `Ledger` in tests/crowd.py.
+- The hub logs no error and no payload, closes nobody who behaves, and completes every task of a calm pair.
+- Nothing grows. Memory, open files and what `status` says are measured all the while. After a warm-up (the first fifth)
+  a straight line is laid through each by least squares. It is `growing` if over that time the line rises by more than
+  a tenth of the mean, and by more than twice the standard deviation of the samples about it; else `flat`. The first
+  bound is what a leak that matters passes within minutes: at ten times the length it would have doubled what is used.
+  The second is for counts that go up and down: a rise within their scatter says nothing.
+- When all have left, and retention and grace are over, nothing is left in the hub or its journal, and it has as many
+  files open as at the start. Then it ends on SIGTERM within five seconds, with 0.
+
+A failure is printed with its history. The same seed makes the same choices, but not the same history: time is real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import logging
+import math
+import os
+import random
+import re
+import signal
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.crowd import FINAL, Crowd, Ledger, Pace, Requester, Wire, Worker
+from tests.support import WAIT_S, hub_process
+
+BACKLOG_BYTES = 262_144  # A deaf connection should pass it soon.
+STOP_S = 5.0
+TREND_S = 180.0  # The lines of a shorter run say how busy the crowd was by chance; they are shown, and not judged.
+PROBLEMS_SHOWN = 20
+SHORT = Pace(retention_s=1.5, grace_s=0.5, heartbeat_s=2.0, unit_s=0.3, sample_s=0.5)
+
+
+# Measuring
+
+
+class Process:
+    """What /proc says of a process; nothing where there is none."""
+
+    def __init__(self, pid: int) -> None:
+        self._folder = Path(f"/proc/{pid}")
+
+    def measure(self) -> dict[str, float]:
+        if not self._folder.exists():
+            return {}
+        pages = int((self._folder / "statm").read_text().split()[1])
+        return {"rss_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "files": self.files()}
+
+    def files(self) -> int:
+        return len(list((self._folder / "fd").iterdir())) if self._folder.exists() else 0
+
+    def cpu_s(self) -> float:
+        if not self._folder.exists():
+            return math.nan
+        fields = (self._folder / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Log:
+    """The hub's stderr: what is wrong in it is noted as it comes."""
+
+    def __init__(self, path: Path, marker: str) -> None:
+        self.problems: list[str] = []
+        self.lines = 0
+        self._file = path.open(errors="replace")
+        self._marker = marker
+        self._rest = ""
+        self._is_in_problem = False
+
+    def look(self) -> None:
+        *lines, self._rest = (self._rest + self._file.read()).split("\n")
+        self.lines += len(lines)
+        for line in lines:
+            self._judge(line)
+
+    def _judge(self, line: str) -> None:
+        if " ERROR " in line or " CRITICAL " in line or (line.startswith("Traceback") and not self._is_in_problem):
+            self.problems.append(f"the hub has logged: {line[:300]}")
+            self._is_in_problem = True
+        elif not re.match(r"\d{4}-\d\d-\d\d ", line) and self._is_in_problem:
+            self.problems[-1] += f"\n    {line[:300]}"  # A traceback follows the line that it belongs to.
+        else:
+            self._is_in_problem = False
+        if self._marker in line:
+            self.problems.append(f"the hub has logged a payload: {line[:300]}")
+
+    def close(self) -> None:
+        self.look()
+        self._file.close()
+
+
+def trend(samples: list[tuple[float, float]]) -> dict[str, Any]:
+    """Return the line through samples of (seconds, number), and what it says of them: see the module's docstring."""
+    times, numbers = [at for at, _ in samples], [number for _, number in samples]
+    mean = statistics.fmean(numbers)
+    slope, offset = statistics.linear_regression(times, numbers)
+    about = statistics.pstdev([number - slope * at - offset for at, number in samples])
+    rise = slope * (times[-1] - times[0])
+    return {
+        "mean": round(mean, 2),
+        "least": min(numbers),
+        "most": max(numbers),
+        "slope_per_minute": round(60 * slope, 4),
+        "relative_per_minute": round(60 * slope / mean, 5) if mean else 0.0,
+        "verdict": "growing" if rise > max(mean / 10, 2 * about) else "flat",
+    }
+
+
+# The run
+
+
+class Soak:
+    """One run against a hub that is up: `run` it, then `report`."""
+
+    def __init__(self, *, port: int, pid: int, folder: Path, seed: int, for_s: float, pace: Pace) -> None:
+        self.for_s, self.pace, self.seed = for_s, pace, seed
+        self.marker = f"marker-{random.Random(seed).randbytes(8).hex()}"
+        self.ledger = Ledger(self.marker, pace.ttl_max_s + pace.retention_s + pace.grace_s + WAIT_S / 2)
+        self.crowd = Crowd(port, seed, pace, self.ledger)
+        self.problems: list[str] = []
+        self.samples: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+        self.ending: dict[str, Any] = {}
+        self._process, self._pid = Process(pid), pid
+        self._folder = folder
+        self._log = Log(folder / "hub.log", self.marker)
+        self._cpu: list[tuple[float, float]] = []
+        self._shown: set[str] = set()
+
+    async def run(self) -> None:
+        self._observer = await Wire.open(self.crowd.port, lambda _: None, lambda _: None)
+        files = await self._files_at_start()
+        sampling = asyncio.create_task(self._sample())
+        await self.crowd.churn(self.for_s)
+        sampling.cancel()
+        await asyncio.gather(sampling, return_exceptions=True)
+        self.ledger.close()
+        if not self._observer.lost.is_set():
+            await self._see_it_empty(files)
+            self._observer.abort()
+        self._log.look()
+
+    async def _files_at_start(self) -> int:
+        """Have one task done, so that whatever the hub opens once is open, and count its open files."""
+        clients = [
+            Worker(self.crowd, random.Random(0), "first", "first"),
+            Requester(self.crowd, random.Random(0), "first"),
+        ]
+        await asyncio.gather(*(client.join() for client in clients))
+        worker, requester = clients
+        await requester.delegate(*requester.prepare(capability="first", ttl=WAIT_S))
+        await requester.hear_all()
+        await asyncio.gather(worker.leave(), requester.leave())
+        await asyncio.sleep(0.5)
+        return self._process.files()
+
+    async def _status(self) -> dict[str, float]:
+        """Return the numbers in the hub's status, those within others by both names."""
+        hub = (await self._observer.request(type="status"))["hub"]
+        nested = {
+            f"{one} {two}": number
+            for one, two_s in hub.items()
+            if isinstance(two_s, dict)
+            for two, number in two_s.items()
+        }
+        numbers = {**hub, **nested}
+        return {
+            name: number
+            for name, number in numbers.items()
+            if isinstance(number, int | float) and not isinstance(number, bool)
+        }
+
+    async def _sample(self) -> None:
+        """Measure again and again; a hub that does not answer any more ends the run."""
+        started = time.monotonic()
+        shown_at = started
+        while True:
+            try:
+                numbers = {**await self._status(), **self._process.measure(), **self._journal_bytes()}
+            except (OSError, TimeoutError) as error:
+                self.problems.append(f"the hub does not answer: {error!r}")
+                self.crowd.stop()
+                return
+            now = time.monotonic()
+            for name, number in numbers.items():
+                self.samples[name].append((now - started, number))
+            self._cpu.append((now, self._process.cpu_s()))
+            self.ledger.judge(now)
+            self._log.look()
+            self._show_problems()
+            if now - shown_at >= 10:
+                shown_at = now
+                self._show_progress(now - started, numbers)
+            await asyncio.sleep(self.pace.sample_s)
+
+    def _show_progress(self, passed_s: float, numbers: dict[str, float]) -> None:
+        ended = sum(self.ledger.counts[f"ended {state}"] for state in FINAL)
+        rss = f"rss {numbers['rss_bytes'] / 1e6:.1f} MB, {numbers['files']} files, " if "rss_bytes" in numbers else ""
+        print(
+            f"{passed_s:5.0f} s: {ended} tasks ended, {numbers['agents']} agents, {numbers['agents_away']} away, "
+            f"{rss}cpu {self._cpu_share():.2f}, {len(self._all_problems())} problems",
+            file=sys.stderr,
+        )
+
+    def _show_problems(self) -> None:
+        """Print what has gone wrong since the last time, as long as somebody may want to read it."""
+        for problem in self._all_problems()[:PROBLEMS_SHOWN]:
+            if problem not in self._shown:
+                self._shown.add(problem)
+                print(f"PROBLEM {problem}", file=sys.stderr)
+
+    def _journal_bytes(self) -> dict[str, float]:
+        sizes = [path.stat().st_size for path in self._folder.glob("hub.db*") if not path.name.endswith("-reserve")]
+        return {"journal_bytes": sum(sizes)} if sizes else {}
+
+    def _cpu_share(self) -> float:
+        (from_s, used_s), (to_s, used_until_s) = self._cpu[0], self._cpu[-1]
+        return (used_until_s - used_s) / (to_s - from_s) if to_s > from_s else math.nan
+
+    # The end
+
+    async def _see_it_empty(self, files: int) -> None:
+        """Wait for the ends of what those who have left had open, then for retention and grace, and look."""
+        started = time.monotonic()
+        pace = self.pace
+        await self._wait_until(("tasks pending", "tasks in_progress"), pace.ttl_max_s + pace.grace_s + 5)
+        sweeps_s = 2 * pace.retention_s / 10
+        bound_s = pace.retention_s + pace.grace_s + sweeps_s + 2
+        gone = (
+            "agents",
+            "agents_away",
+            "records_bytes",
+            *(f"tasks {state}" for state in ("pending", "in_progress", *FINAL)),
+        )
+        await self._wait_until(gone, bound_s)
+        await self._wait_until(("connections",), 1, only=1)
+        self.ending = {"empty_after_s": round(time.monotonic() - started, 1), "files": [files, self._process.files()]}
+        if self._process.files() > files:
+            self.problems.append(f"{self._process.files()} files are open at the end, {files} were at the start")
+
+    async def _wait_until(self, names: tuple[str, ...], within_s: float, only: int = 0) -> None:
+        """Wait until these numbers of the hub's status are as they should be; note it if they are not in time."""
+        last = time.monotonic() + within_s
+        while left := {
+            name: number for name, number in (await self._status()).items() if name in names and number != only
+        }:
+            if time.monotonic() > last:
+                self.problems.append(f"still there {within_s:.1f} s after all have left: {left}")
+                return
+            await asyncio.sleep(0.1)
+
+    def stop(self, process: Any) -> None:
+        """Stop the hub, and look at what it leaves."""
+        started = time.monotonic()
+        exit_code = process.poll()
+        if exit_code is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(Exception):
+                exit_code = process.wait(STOP_S)
+        self.ending |= {"stopped_after_s": round(time.monotonic() - started, 2), "exit_code": exit_code}
+        if exit_code != 0:
+            self.problems.append(f"the hub's exit code is {exit_code}, after {time.monotonic() - started:.1f} s")
+        self._log.close()
+        if (path := self._folder / "hub.db").exists():
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                rows = {
+                    name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in ("tasks", "agents")
+                }
+            self.ending["journal_rows"] = rows
+            if any(rows.values()):
+                self.problems.append(f"the journal is not empty: {rows}")
+
+    # What it says
+
+    def _all_problems(self) -> list[str]:
+        return [*self.problems, *self.ledger.problems, *self.crowd.problems, *self._log.problems]
+
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """Return the trend of each number that should not grow, after the warm-up."""
+        settled = {
+            name: [sample for sample in self.samples[name] if self.for_s / 5 <= sample[0] <= self.for_s]
+            for name in GROWTH_WATCHED
+        }
+        return {name: trend(samples) for name, samples in settled.items() if len(samples) > 2}
+
+    def report(self) -> dict[str, Any]:
+        measures = self.measures()
+        problems = self._all_problems()
+        for name, one in measures.items():
+            if self.for_s < TREND_S:
+                one["verdict"] = "not judged"
+            elif one["verdict"] == "growing":
+                problems.append(f"{name} is growing: {one}")
+        latencies_ms = sorted(1000 * one for one in self.crowd.latencies_s)
+        return {
+            "seed": self.seed,
+            "for_s": self.for_s,
+            "hub_cpu": round(self._cpu_share(), 3) if self._cpu else None,
+            "crowd_cpu": round(time.process_time() / max(self.for_s, 0.001), 3),
+            "tasks": dict(sorted(self.ledger.counts.items())),
+            "lives": dict(self.crowd.lives),
+            "closes": {str(code): count for code, count in self.crowd.closes.items()},
+            "log_lines": self._log.lines,
+            "bystanders": {
+                "tasks": len(latencies_ms),
+                "median_ms": round(statistics.median(latencies_ms), 2) if latencies_ms else None,
+                "most_ms": round(latencies_ms[-1], 2) if latencies_ms else None,
+                "p99_ms": round(latencies_ms[int(0.99 * len(latencies_ms))], 2) if latencies_ms else None,
+            },
+            "measures": measures,
+            "counters": {
+                name: samples[-1][1] for name, samples in self.samples.items() if samples and name not in GROWTH_WATCHED
+            },
+            "end": self.ending,
+            "problems": problems,
+        }
+
+
+GROWTH_WATCHED = (
+    "rss_bytes",
+    "files",
+    "journal_bytes",
+    "agents",
+    "agents_away",
+    "connections",
+    "records_bytes",
+    *(f"tasks {state}" for state in ("pending", "in_progress", *FINAL)),
+)
+
+
+def soak(for_s: float, seed: int, *, pace: Pace | None = None, is_journaled: bool = True) -> dict[str, Any]:
+    """Run a hub and a crowd, and return the report; it is well if there are no problems in it."""
+    pace = pace or Pace()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log_file = stack.enter_context((folder / "hub.log").open("w"))
+        options = {
+            "--log-level": "info",
+            "--retention": pace.retention_s,
+            "--grace": pace.grace_s,
+            "--heartbeat": pace.heartbeat_s,
+            "--backlog": BACKLOG_BYTES,
+            **({"--db": folder / "hub.db"} if is_journaled else {}),
+        }
+        args = [str(one) for option in options.items() for one in option]
+        url, process = stack.enter_context(hub_process(*args, stderr=log_file))
+        port = int(url.rpartition(":")[2])
+        one = Soak(port=port, pid=process.pid, folder=folder, seed=seed, for_s=for_s, pace=pace)
+        asyncio.run(one.run())
+        one.stop(process)
+        return one.report()
+
+
+def text_of(report: dict[str, Any]) -> str:
+    """Return a report for people."""
+    lines = [f"{'':20}{'mean':>14}{'least':>14}{'most':>14}{'slope/min':>14}{'of mean/min':>13}  verdict"]
+    for name, one in report["measures"].items():
+        lines.append(
+            f"{name:20}{one['mean']:>14,.1f}{one['least']:>14,.0f}{one['most']:>14,.0f}"
+            f"{one['slope_per_minute']:>14,.2f}"
+            f"{one['relative_per_minute']:>13.2%}  {one['verdict']}"
+        )
+    for name in ("hub_cpu", "crowd_cpu", "tasks", "lives", "closes", "bystanders", "counters", "end"):
+        inner = report[name]
+        shown = ", ".join(f"{key} {value}" for key, value in inner.items()) if isinstance(inner, dict) else inner
+        lines.append(f"{name}: {shown}")
+    problems = report["problems"]
+    lines += [f"PROBLEM {problem}" for problem in problems[:PROBLEMS_SHOWN]]
+    lines.append(f"{len(problems)} problems; {report['log_lines']} lines logged; seed {report['seed']}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="how long the crowd lives")
+    parser.add_argument(
+        "--seed", type=int, default=None, metavar="N", help="for the crowd's choices; a new one each time"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--db", action=argparse.BooleanOptionalAction, default=True, help="with a journal, in a temporary folder"
+    )
+    logging.getLogger("agenthub").setLevel(logging.ERROR)  # Agents in such a crowd have much to warn of.
+    args = parser.parse_args()
+    if args.minutes <= 0:
+        parser.error("--minutes must be more than 0")
+    seed = random.SystemRandom().randrange(1_000_000) if args.seed is None else args.seed
+    report = soak(60 * args.minutes, seed, is_journaled=args.db)
+    print(json.dumps(report, indent=2) if args.json else text_of(report))
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""A few seconds of the soak, so that the program does not rot. The trends need minutes: `python -m tests.soak`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.crowd import FINAL
+from tests.soak import SHORT, soak, trend
+
+FOR_S = 4.0  # Then come the ends of what is open, retention and grace: about as long again.
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM")
+def test_hub_accounts_for_every_task_of_a_crowd_and_is_empty_after_it() -> None:
+    report = soak(FOR_S, seed=1, pace=SHORT)
+    assert report["problems"] == []
+    assert report["end"]["exit_code"] == 0
+    assert report["end"]["journal_rows"] == {"tasks": 0, "agents": 0}
+    tasks = report["tasks"]
+    ended = {state: tasks.get(f"ended {state}", 0) for state in FINAL}
+    assert tasks["acknowledged"] == sum(ended.values()) + tasks.get("excused", 0)
+    assert min(ended.values()) > 0, "the run was too short to see every kind of end"
+    assert report["bystanders"]["tasks"] > 0
+
+
+def test_trend_tells_growth_from_noise() -> None:
+    noise = [(float(second), 100.0 + 30 * (second % 7)) for second in range(480)]
+    assert trend(noise)["verdict"] == "flat"
+    assert trend([(at, number - at / 10) for at, number in noise])["verdict"] == "flat"
+    leak = trend([(at, number + at / 2) for at, number in noise])
+    assert leak["verdict"] == "growing"
+    assert round(leak["slope_per_minute"]) == 30
