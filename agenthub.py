@@ -3792,7 +3792,7 @@ class Door:
             owner.received(link, knock.message, message_bytes)
 
     def _refuse(self, link: Link, knock: Knock) -> None:
-        text = "say the hub's token first, as a bearer token of the handshake or as `token` in the first message"
+        text = "this hub has a token: AGENTHUB_TOKEN, a bearer token of the handshake, or `token` in the first message"
         if knock.token is not None:
             text = "that is not a token of this hub"
             self._failures.add(link.address, self._loop.time())
