@@ -6741,6 +6741,7 @@ async def _show_progress(handle: TaskHandle) -> None:
 
 def _run_bridge(args: argparse.Namespace) -> int:
     """Run agenthub_mcp, the module that stands beside this one."""
+    use_url(args)  # A wrong URL or token is told now, and not to the model.
     name = f"{__name__.rpartition('.')[0]}.agenthub_mcp".lstrip(".")
     try:
         module = importlib.import_module(name)

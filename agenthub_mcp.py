@@ -743,7 +743,6 @@ def run(args: argparse.Namespace) -> int:
         for name in ("mcp", "uvicorn", "client"):  # "client" is what the MCP package's client logs as.
             logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
         logging.getLogger("mcp.client.stdio").setLevel(logging.CRITICAL)  # What it has to say is told in one line.
-    agenthub.use_url(args)  # A wrong URL or token is told now, and not to the model.
     if args.command is not None:
         asyncio.run(serve_tools(args))
     elif args.http is not None:
