@@ -4388,6 +4388,9 @@ class HubServer(LocalHub):
                     log_hub.error("a connection cannot be accepted: %s", error.strerror)
                     await asyncio.sleep(ACCEPT_AGAIN_S)
                 else:
+                    # As asyncio does for sockets of its own: else a small message waits for the last one's receipt.
+                    with contextlib.suppress(OSError):  # It has hung up already.
+                        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     self._accept(connection, network_of(address[0]))
                     await asyncio.sleep(0)  # `sock_accept` does not wait while there is another one.
 

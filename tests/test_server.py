@@ -198,6 +198,16 @@ async def test_requester_of_a_deaf_worker_still_learns_how_its_tasks_end(monkeyp
         assert hub.hub.summary()["closed"]["4002"] == 1
 
 
+async def test_small_messages_do_not_wait_for_the_receipt_of_others() -> None:
+    """With Nagle's algorithm (RFC 896) a round trip took 44 ms at 16 tasks under way."""
+    async with HubServer(port=0) as hub, raw_client(hub.url) as client:
+        await client.request(type="status")
+        (link,) = hub._sockets
+        assert link._transport is not None
+        connection = link._transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def test_worker_that_reads_gets_more_tasks_at_once_than_the_backlog_holds() -> None:
     hub = HubServer(port=0, backlog_bytes_max=300_000)
     async with hub, raw_client(hub.url) as requester, raw_client(hub.url) as worker:
