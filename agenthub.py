@@ -297,11 +297,8 @@ REF_BYTES = 168  # A task in the reply to `register`, at the most.
 SCAN_BYTES = 65_536  # How far into a message that is not JSON its id is looked for.
 # A string without an end goes to the end of what there is: to look for another one in it would take quadratic time.
 JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
-BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
-BRACKETS_TO_STEPS = bytes.maketrans(b"[]", b"\x01\xff")
+BRACKETS_TO_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one deeper, or one less deep.
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-
 SCALARS = frozenset((str, bool, types.NoneType))
 
 # Which characters a text may hold, as regular expressions that Python, Rust and ECMAScript read alike.
@@ -791,11 +788,10 @@ def encode(message: AgentMessage | HubOutput) -> bytes:
 
 
 def depth_of(raw: bytes) -> int:
-    """Return how deep some JSON is nested, as the number of times that all its innermost brackets can be taken out."""
+    """Return how deep some JSON is nested."""
     without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     outside_of_strings = b"".join(without_escapes.split(b'"')[::2])
-    brackets = outside_of_strings.translate(BRACES_TO_BRACKETS, NO_BRACKETS)
-    steps = array.array("b", brackets.translate(BRACKETS_TO_STEPS))
+    steps = array.array("b", outside_of_strings.translate(BRACKETS_TO_STEPS, NO_BRACKETS))
     return max(itertools.accumulate(steps), default=0)
 
 
@@ -2907,8 +2903,7 @@ class WebSocketLink(Link, asyncio.Protocol):
             self._holds.clear()
             self._handle_events()
             if not self._events:
-                slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
-                self._feed(slice_)
+                self._feed_slice()
         self._unread = b""
         self._protocol.receive_eof()
         self._pump()
@@ -2977,8 +2972,7 @@ class WebSocketLink(Link, asyncio.Protocol):
         """Handle a slice of what has come in, and let the other connections have a turn before the next."""
         self._handle_events()
         if not self._holds and self._unread:
-            slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
-            self._feed(slice_)
+            self._feed_slice()
         if self._holds:
             return
         if self._unread:
@@ -2986,6 +2980,10 @@ class WebSocketLink(Link, asyncio.Protocol):
             self._loop.call_soon(self.release, "others have a turn")
         elif self._transport is not None:
             self._transport.resume_reading()
+
+    def _feed_slice(self) -> None:
+        slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
+        self._feed(slice_)
 
     def _feed(self, data: bytes) -> None:
         self._protocol.receive_data(data)
@@ -3856,11 +3854,10 @@ def server_tls(cert_file: str, key_file: str | None = None) -> ssl.SSLContext:
 
 def load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> None:
     """Take up a certificate, for the connections to come. Raises ValueError if the files do not make a pair."""
+    import ssl
 
     def no_password() -> NoReturn:
         raise ValueError("the key has a password; a hub takes one without")
-
-    import ssl
 
     try:
         # Into another one first: a pair that does not fit would leave the certificate without a key.

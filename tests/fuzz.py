@@ -705,7 +705,8 @@ async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: li
     sockets = loop.sockets
     for what, *details in steps:
         if what == "open":
-            server._accept(types.SimpleNamespace(close=lambda: None), "127.0.0.1")  # type: ignore[arg-type]
+            no_socket: Any = types.SimpleNamespace(close=lambda: None)
+            server._accept(no_socket, "127.0.0.1")
             await asyncio.gather(*server._accepting)
         elif what == "wait":
             await asyncio.sleep(details[0])
