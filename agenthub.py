@@ -2719,6 +2719,7 @@ FRAME_EFFORT = 0.25  # What a ping or a fragment costs to handle; a plain messag
 MESSAGES_PER_S_MAX = 2000.0  # From one connection, in the long run.
 CPU_SHARE = 0.25  # Of a second of computing, what one connection may have per second in the long run.
 CPU_COUNTED_BYTES = 4096  # From this size on what a message costs is measured; below it all cost about the same.
+KEYS_BYTES = 1024  # Of random numbers are asked for at a time.
 VISITOR_BYTES_MAX = 131_072  # The largest message of who has not been let in.
 HOLD_MAX_S = 10.0  # For what a connection has sent too much of: well within the silence that is too long.
 BURST_S = 2.0  # So many seconds' worth of messages may come at once.
@@ -2854,21 +2855,23 @@ class WebSocketLink(Link, asyncio.Protocol):
 
     Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
     of the loop goes out in one write. While it is held, nothing that came in is handled, and soon nothing comes in.
+
+    Text messages in one frame that is there as a whole, which is what nearly all are, are read and written here; the
+    protocol object gets the other frames, each by itself, and what belongs to the handshake.
     """
 
     TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
+    MASK_BIT: typing.ClassVar[int]  # Of the second byte of the frames that come in.
 
     def __init__(
-        self,
-        protocol: Any,
-        owner: LinkOwner,
-        decode: Callable[[bytes], Any],
-        *,
-        fragments_max: int,
+        self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, message_bytes_max: int
     ) -> None:
+        from websockets.frames import apply_mask
+
         super().__init__(owner, decode)
         self._protocol = protocol
-        self._fragments_max = fragments_max
+        self._apply_mask: Callable[[bytes, bytes], bytes] = apply_mask
+        self._message_bytes_max = message_bytes_max
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None  # For the handshake, then for the close.
@@ -2878,7 +2881,10 @@ class WebSocketLink(Link, asyncio.Protocol):
         self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
         self._holds: set[str] = set()  # Why nothing is handled just now.
         self._unread = b""  # Came in meanwhile, and has not been looked at.
-        self._events: collections.deque[Any] = collections.deque()  # As much of it as has been.
+        self._is_feeding = False  # What has come in is being looked at, frame after frame.
+        self._head_tail: bytes | None = b""  # The last of the handshake so far; None when it is all there.
+        self._begun = b""  # The first bytes of a frame, too few to tell how long it is.
+        self._missing = 0  # Bytes of the frame of which the protocol object has the first ones.
         self._fragments: bytearray | None = None
         self._fragments_are_text = False
         self._fragments_count = 0
@@ -2899,11 +2905,9 @@ class WebSocketLink(Link, asyncio.Protocol):
 
     def eof_received(self) -> None:
         # TLS tells of the end though reading is paused, and the transport ends then: what came before has its turn now.
-        while (self._events or self._unread) and "its address has failed" not in self._holds:
+        while self._unread and "its address has failed" not in self._holds:
             self._holds.clear()
-            self._handle_events()
-            if not self._events:
-                self._feed_slice()
+            self._feed_slice()
         self._unread = b""
         self._protocol.receive_eof()
         self._pump()
@@ -2919,7 +2923,6 @@ class WebSocketLink(Link, asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._out.clear()
-        self._events.clear()
         self._unread = b""
         self._on_lost(error)
         if self._is_open:
@@ -2934,11 +2937,6 @@ class WebSocketLink(Link, asyncio.Protocol):
         self.writable.set()
 
     # Link
-
-    def send(self, raw: bytes) -> None:
-        if not self._is_mute:
-            self._protocol.send_text(raw)
-            self._pump()
 
     def close(self, code: int, reason: str = "") -> None:
         if self._is_closing:
@@ -2966,11 +2964,13 @@ class WebSocketLink(Link, asyncio.Protocol):
     def release(self, why: str) -> None:
         if why in self._holds:
             self._holds.discard(why)
-            self._go_on()
+            if not self._is_feeding:
+                self._go_on()
+            elif not self._holds and self._transport is not None:
+                self._transport.resume_reading()
 
     def _go_on(self) -> None:
         """Handle a slice of what has come in, and let the other connections have a turn before the next."""
-        self._handle_events()
         if not self._holds and self._unread:
             self._feed_slice()
         if self._holds:
@@ -2986,18 +2986,84 @@ class WebSocketLink(Link, asyncio.Protocol):
         self._feed(slice_)
 
     def _feed(self, data: bytes) -> None:
+        """Handle what has come in, frame after frame, until the link is held; the rest is unread then."""
+        if self._head_tail is not None:
+            self._feed_head(self._head_tail, data)
+            return
+        if self._begun:
+            data, self._begun = self._begun + data, b""
+        position, size = 0, len(data)
+        self._is_feeding = True
+        while position < size and not self._holds:
+            position = self._take_text(data, position) or self._take_other(data, position)
+        self._is_feeding = False
+        if position < size:
+            self._unread = data[position:] + self._unread
+
+    def _feed_head(self, head_tail: bytes, data: bytes) -> None:
+        """Have the request or response handled before what stands behind it is looked at.
+
+        The protocol object would read on at once, and answer a ping before the request, or fail before it is refused.
+        """
+        end = (head_tail + data).find(b"\r\n\r\n")
+        if end < 0:
+            self._head_tail = (head_tail + data)[-3:]
+            self._feed_protocol(data)
+            return
+        self._head_tail = None
+        end += 4 - len(head_tail)
+        self._feed_protocol(data[:end])
+        if data[end:]:
+            self._feed(data[end:])
+
+    def _take_text(self, data: bytes, start: int) -> int:
+        """Deliver the text message that begins at `start`, if it is there as a whole; return where it ends, else 0."""
+        if data[start] != WHOLE_TEXT or self._missing or not self._is_open or self._is_closing or self._is_mute:
+            return 0
+        size = len(data)
+        masked, length = divmod(data[start + 1], 128) if start + 1 < size else (0, 127)
+        start += 2
+        if length == 126 and start + 2 <= size:
+            length = data[start] << 8 | data[start + 1]
+            start += 2
+        elif length > 125:  # Too long for a frame that nearly all have, or for what is there.
+            return 0
+        if masked != self.MASK_BIT or length > self._message_bytes_max or self._fragments is not None:
+            return 0  # The protocol object knows what is to be done.
+        end = start + length + 4 * masked
+        if end > size:
+            return 0
+        raw = self._apply_mask(data[start + 4 : end], data[start : start + 4]) if masked else data[start:end]
+        if length < CPU_COUNTED_BYTES:
+            self._deliver(raw)
+        else:
+            self._deliver_large(raw)
+        return end
+
+    def _take_other(self, data: bytes, start: int) -> int:
+        """Give the protocol object what there is of the frame at `start`, or all if nothing can follow that matters;
+        return where that ends.
+        """
+        size = len(data)
+        if not self._is_open or self._is_closing or self._is_mute:
+            end = size
+        else:
+            length = self._missing or frame_bytes(data, start)
+            if not length:
+                self._begun = data[start:]
+                return size
+            end = min(size, start + length)
+            self._missing = start + length - end
+        self._feed_protocol(data[start:end])
+        return end
+
+    def _feed_protocol(self, data: bytes) -> None:
         self._protocol.receive_data(data)
-        if self._protocol.close_expected():  # Its answer to a close waits until all that came before is handled.
+        if self._protocol.close_expected():  # Its answer to a close goes out after that has been handled.
             self._is_mute = True
         else:
             self._queue()  # Its pongs go before the answers to what came after the pings.
-        self._events.extend(self._protocol.events_received())
-        self._handle_events()
-
-    def _handle_events(self) -> None:
-        events = self._events
-        while events and not self._holds:
-            event = events.popleft()
+        for event in self._protocol.events_received():
             if self._is_closing and event_opcode(event) != self.CLOSE:
                 continue
             if self._is_open:
@@ -3023,7 +3089,7 @@ class WebSocketLink(Link, asyncio.Protocol):
     def _on_frame(self, frame: Any) -> None:
         opcode = frame.opcode
         if opcode == self.TEXT and frame.fin:
-            self._deliver(frame.data)
+            self._deliver_large(bytes(frame.data))
         elif opcode == self.CLOSE:
             self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
         else:
@@ -3040,23 +3106,33 @@ class WebSocketLink(Link, asyncio.Protocol):
             raise AssertionError("the protocol object lets no continuation through without a start")
         self._fragments += frame.data
         self._fragments_count += 1
-        if self._fragments_count > self._fragments_max:
+        if self._fragments_count > self._message_bytes_max // FRAGMENT_BYTES:
             self._is_mute = True
-            self._events.clear()
             self._protocol.fail(CloseCode.TOO_BIG, "too many fragments")
         elif frame.fin:
             raw, self._fragments = bytes(self._fragments), None
             if self._fragments_are_text:
-                self._deliver(raw)
+                self._deliver_large(raw)
             else:
                 self._owner.received(self, InvalidMessage("message: must be text, not binary"), len(raw))
+
+    def _deliver_large(self, raw: bytes) -> None:
+        """Deliver what may cost more to handle than most messages do."""
+        self._deliver(raw)
 
     def _on_unreadable(self, raw: bytes) -> None:
         if not is_utf8(raw):  # RFC 6455 §8.1: such a connection must be failed.
             self._is_mute = True
             self._protocol.fail(1007, "not UTF-8")
+            self._pump()
 
     # Writing
+
+    def _put(self, *parts: bytes) -> None:
+        """Have something written at the end of this turn of the loop."""
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out += parts
 
     def _queue(self) -> None:
         """Queue what the protocol object has to say for itself."""
@@ -3064,14 +3140,10 @@ class WebSocketLink(Link, asyncio.Protocol):
             if not part:
                 self._is_ending = True
                 break
-            if not self._out:
-                self._loop.call_soon(self._flush)
-            self._out.append(part)
+            self._put(part)
 
     def _pump(self) -> None:
         """Queue what the protocol object has to say, and see to the end if it has come."""
-        if self._events and not self._is_closing and self._protocol.close_expected():
-            return  # What came in before the end is held.
         self._queue()
         if self._is_open and not self._is_closing and self._protocol.close_expected():
             failed = self._protocol.close_sent  # The peer broke the rules, or sent too much.
@@ -3120,6 +3192,8 @@ class ServerLink(WebSocketLink):
     the very bytes that it does not read.
     """
 
+    MASK_BIT = 1
+
     def __init__(
         self,
         owner: LinkOwner,
@@ -3136,14 +3210,13 @@ class ServerLink(WebSocketLink):
 
         protocol = ServerProtocol(max_size=message_bytes_max, logger=WIRE_LOGGER)
         decode = decode if decode is not None else decoder_from_agent()
-        super().__init__(protocol, owner, decode, fragments_max=message_bytes_max // FRAGMENT_BYTES)
+        super().__init__(protocol, owner, decode, message_bytes_max=message_bytes_max)
         self.address = address
         self.bearer: str | None = None  # The token that came with the handshake.
         self.is_answered = False  # Its request was there, and has an answer.
         self._answer = answer
         self._on_gone = on_gone
         self._backlog_bytes_max = backlog_bytes_max
-        self._request_tail: bytes | None = b""  # The last of the request so far; None when it is all there.
         self._rate = messages_per_s_max or math.inf
         self._allowance = self._rate * BURST_S  # A token bucket, filled up again when it is found empty.
         self._allowed_at = self._loop.time()
@@ -3217,24 +3290,25 @@ class ServerLink(WebSocketLink):
             return
         if not self._out:
             self._loop.call_soon(self._flush)
-        self._out += (frame_header(len(raw)), raw)
-        self._out_bytes += len(raw)
+        length = len(raw)
+        self._out += (frame_header(length), raw)
+        self._out_bytes += length
         if self._out_bytes > self._out_bytes_max:
             self._flush()
 
-    def _deliver(self, raw: bytes) -> None:
-        if len(raw) < CPU_COUNTED_BYTES or self._rate == math.inf:
-            super()._deliver(raw)
+    def _deliver_large(self, raw: bytes) -> None:
+        if self._rate == math.inf or len(raw) < CPU_COUNTED_BYTES:
+            self._deliver(raw)
             return
         began = time.thread_time()
-        super()._deliver(raw)
+        self._deliver(raw)
         self.spend((time.thread_time() - began) * self._rate / CPU_SHARE)
 
     def limit_messages(self, bytes_max: int) -> None:
         """Take no larger messages from now on."""
         self._protocol.max_size = bytes_max  # Its name until websockets 15, and the next one since 16.
         self._protocol.max_message_size = bytes_max
-        self._fragments_max = bytes_max // FRAGMENT_BYTES
+        self._message_bytes_max = bytes_max
 
     def spend(self, effort: float) -> None:
         self._allowance -= effort
@@ -3277,25 +3351,6 @@ class ServerLink(WebSocketLink):
         else:
             self._on_written(0, waiting)
 
-    def _feed(self, data: bytes) -> None:
-        """Have the request answered before what stands behind it is looked at, and drop that if it was refused.
-
-        The protocol object would read on at once, and answer a ping before the request, or fail before it is refused.
-        """
-        if self._request_tail is None:
-            super()._feed(data)
-            return
-        end = (self._request_tail + data).find(b"\r\n\r\n")
-        if end < 0:
-            self._request_tail = (self._request_tail + data)[-3:]
-            super()._feed(data)
-            return
-        end += 4 - len(self._request_tail)
-        self._request_tail = None
-        super()._feed(data[:end])
-        if self._is_open and data[end:]:
-            super()._feed(data[end:])
-
     def _on_handshake(self, request: Any) -> None:
         self.is_answered = True
         answer = self._answer(self, request)
@@ -3311,11 +3366,13 @@ class ServerLink(WebSocketLink):
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
+    MASK_BIT = 0
+
     def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None:
-        fragments_max = CLIENT_MESSAGE_BYTES_MAX // FRAGMENT_BYTES
-        super().__init__(protocol, owner, decoder_from_hub(), fragments_max=fragments_max)
+        super().__init__(protocol, owner, decoder_from_hub(), message_bytes_max=CLIENT_MESSAGE_BYTES_MAX)
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self._token = token
+        self._keys = b""  # Random, for the masks of the next frames.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -3324,6 +3381,14 @@ class ClientLink(WebSocketLink):
             request.headers["Authorization"] = f"Bearer {self._token}"
         self._protocol.send_request(request)
         self._pump()
+
+    def send(self, raw: bytes) -> None:
+        if self._is_mute:
+            return
+        if not self._keys:
+            self._keys = os.urandom(KEYS_BYTES)
+        key, self._keys = self._keys[:4], self._keys[4:]
+        self._put(frame_header(len(raw), is_masked=True), key, self._apply_mask(raw, key))
 
     def _on_handshake(self, response: Any) -> None:
         if self._protocol.handshake_exc is None:
@@ -3446,18 +3511,32 @@ def check_url(url: str) -> str:
     return url
 
 
-SHORT_HEADERS = [bytes((0x81, length)) for length in range(126)]
+WHOLE_TEXT = 0x81  # The first byte of a frame that is a whole text message (RFC 6455 §5.2): FIN, and the opcode 1.
+SHORT_HEADERS = [[bytes((WHOLE_TEXT, mask_bit | length)) for length in range(126)] for mask_bit in (0, 128)]
 pack_medium_header = struct.Struct("!BBH").pack
 pack_long_header = struct.Struct("!BBQ").pack
 
 
-def frame_header(length: int) -> bytes:
-    """Return the header of an unmasked text frame in one piece (RFC 6455 §5.2)."""
+def frame_header(length: int, is_masked: bool = False) -> bytes:
+    """Return the header of a text frame in one piece, without the masking key (RFC 6455 §5.2)."""
     if length < 126:
-        return SHORT_HEADERS[length]
+        return SHORT_HEADERS[is_masked][length]
     if length < 65_536:
-        return pack_medium_header(0x81, 126, length)
-    return pack_long_header(0x81, 127, length)
+        return pack_medium_header(WHOLE_TEXT, is_masked << 7 | 126, length)
+    return pack_long_header(WHOLE_TEXT, is_masked << 7 | 127, length)
+
+
+def frame_bytes(data: bytes, start: int) -> int:
+    """Return how long the frame is that begins at `start`; 0 if there is too little of it to tell."""
+    if len(data) < start + 2:
+        return 0
+    masked, length = divmod(data[start + 1], 128)
+    more = {126: 2, 127: 8}.get(length, 0)
+    if len(data) < start + 2 + more:
+        return 0
+    if more:
+        length = int.from_bytes(data[start + 2 : start + 2 + more], "big")
+    return 2 + more + 4 * masked + length
 
 
 def event_opcode(event: Any) -> int | None:
