@@ -33,12 +33,8 @@ docs/protocol.md.
 
 from __future__ import annotations
 
-import argparse
 import array
-import asyncio
-import base64
 import collections
-import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
@@ -46,9 +42,8 @@ import enum
 import errno
 import fnmatch
 import functools
-import hashlib
+import gc
 import heapq
-import hmac
 import importlib
 import importlib.util
 import inspect
@@ -58,11 +53,8 @@ import json
 import logging
 import math
 import os
-import random
 import re
-import shutil
 import signal
-import socket
 import stat
 import struct
 import sys
@@ -72,14 +64,43 @@ import types
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeGuard, TypeVar
 
 if typing.TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import base64
+    import hashlib
+    import hmac
+    import pathlib
+    import random
+    import shutil
+    import socket
     import sqlite3
     import ssl
+    from asyncio import Protocol as AsyncioProtocol
 
     import pydantic
+else:
+    AsyncioProtocol = object
+
+    class Later:
+        """Stands for a module until it is first used: what needs half of the time of an import, few need at once."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            module = globals()[self._name] = importlib.import_module(self._name)
+            return getattr(module, attribute)
+
+    argparse, asyncio, base64, hashlib, hmac = map(Later, ("argparse", "asyncio", "base64", "hashlib", "hmac"))
+    pathlib, random, shutil, socket = map(Later, ("pathlib", "random", "shutil", "socket"))
+
+if __name__ == "__main__":
+    # Run as a program this file is the module __main__, and what an agent's file imports would be a second copy, with
+    # classes of its own. So the copy that everybody imports is the one that runs, and of this one no more than this.
+    sys.exit(importlib.import_module(__spec__.name if __spec__ else pathlib.Path(__file__).stem).main())
 
 __version__ = "0.1.0"
 __all__ = [
@@ -731,8 +752,10 @@ class Codec:
             pydantic.TypeAdapter[Any](typing.cast(Any, Annotated[union, discriminated]), config=config)
             for union in (AgentMessage, HubMessage)
         )
-        self.serializers: dict[type, tuple[Callable[..., bytes], bool]] = {
-            message: (pydantic.TypeAdapter(message).serializer.to_json, message not in NULLS_ARE_VALUES)
+        self.encoders: dict[type, Callable[[Any], bytes]] = {
+            message: functools.partial(
+                pydantic.TypeAdapter(message).serializer.to_json, exclude_none=message not in NULLS_ARE_VALUES
+            )
             for message in typing.get_args(AgentMessage | HubOutput)
         }
         self._invalid = pydantic.ValidationError
@@ -749,7 +772,8 @@ class Codec:
             except invalid as error:
                 errors = error.errors(include_url=False, include_input=False)
                 raise _invalid_message(_readable(raw, id_field), union, errors, id_field) from None
-            if b"NaN" in raw or b"nfinity" in raw:
+            # To look for one byte is much cheaper, and answers it for most.
+            if (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw):
                 _refuse_constants(raw, id_field)
             if raw.count(b"[") + raw.count(b"{") > depth_max and depth_of(raw) > depth_max:
                 text = f"a field is nested more than {DEPTH_MAX} deep"
@@ -783,8 +807,7 @@ def decoder_from_hub() -> Callable[[bytes], HubMessage]:
 
 def encode(message: AgentMessage | HubOutput) -> bytes:
     """Return `message` as it goes over the wire; raise ValueError if a payload in it is not JSON."""
-    to_json, exclude_none = codec().serializers[type(message)]
-    return to_json(message, exclude_none=exclude_none)
+    return codec().encoders[type(message)](message)
 
 
 def depth_of(raw: bytes) -> int:
@@ -950,6 +973,8 @@ TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]] = {
     TaskState.TIMEOUT: {},
 }
 FINAL_STATES: frozenset[TaskState] = frozenset(state for state, row in TRANSITIONS.items() if not row)
+# What every task goes through; to look up a member of an enum costs as much as a call before Python 3.12.
+PENDING, ASSIGNED, SUCCEEDED = TaskState.PENDING, TaskEvent.ASSIGNED, TaskEvent.SUCCEEDED
 
 
 def next_state(state: TaskState, event: TaskEvent) -> TaskState:
@@ -1087,7 +1112,7 @@ class LazyHeap(Generic[Item]):
         heapq.heapify(self._entries)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
     """What the hub knows of one task. Only `Hub._move` assigns `state`."""
 
@@ -1126,7 +1151,7 @@ class TaskRecord:
         return self.request.wait or self.request.max_retries > 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class AgentRecord:
     """What the hub knows of one agent.
 
@@ -1180,7 +1205,7 @@ class AgentRecord:
         )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Peer:
     """One connection, and the agent that has registered on it (None: an observer)."""
 
@@ -1242,12 +1267,17 @@ class Pool:
 
     def move(self, agent: AgentRecord, old: int | None, new: int | None) -> None:
         """List `agent` under the load `new` instead of `old`; None is the load of one that can take no task."""
+        free = self.free
         if old is not None:
-            del self.free[old][agent.agent_id]
-            if not self.free[old]:
-                del self.free[old]
+            there = free[old]
+            del there[agent.agent_id]
+            if not there:
+                del free[old]
         if new is not None:
-            self.free.setdefault(new, {})[agent.agent_id] = agent
+            if new in free:
+                free[new][agent.agent_id] = agent
+            else:
+                free[new] = {agent.agent_id: agent}
 
     def least_loaded(self, *excluded: AgentRecord | None) -> AgentRecord | None:
         """Return a free agent with the fewest tasks; of several, the one that has had that load for longest."""
@@ -1349,6 +1379,9 @@ class Hub:
         self._now = self._started_at = now
         self._effects: list[Effect] = []
         self._message_bytes = 0  # The size of the message being handled.
+        # What comes in with so many bytes fits into a message without trying: written again it may be longer, but not
+        # by more than INFLATION_MAX.
+        self._small_bytes_max = (settings.message_bytes_max - ENVELOPE_BYTES) // INFLATION_MAX
         self.effort = 0  # What the last message cost to handle; a plain one costs 1.
         self._refusals: dict[str, int] = {}  # How many, by code.
         self._closes: dict[str, int] = {}  # How many connections ended, by close code.
@@ -1387,18 +1420,17 @@ class Hub:
         peer = self._peers.get(connection)
         if peer is None:  # It was closed from this side, and this was still on its way.
             return []
-        self._advance(now)
+        if now > self._now:
+            self._now = now
         peer.last_seen = self._now
         self._message_bytes = message_bytes
         self.effort = 1 + message_bytes // EFFORT_BYTES
-        if isinstance(message, InvalidMessage):
-            self._refuse(peer, message, message.reply_to)
-            return self._take_effects()
         try:
             self._RECEIVERS[type(message)](self, peer, message)
         except Refused as refusal:
-            self._refuse(peer, refusal, message.id, getattr(message, "task_id", None))
-        return self._take_effects()
+            self._refuse(peer, refusal, getattr(message, "id", None), getattr(message, "task_id", None))
+        effects, self._effects = self._effects, []
+        return effects
 
     def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> list[Effect]:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
@@ -1519,6 +1551,7 @@ class Hub:
         task.is_saved = True
 
     def _note(self, subject: TaskRecord | AgentRecord) -> None:
+        """Take note that a subject has changed. The hot path asks itself whether there is a journal."""
         if self._is_journaled:
             self._changed[subject] = None
 
@@ -1880,7 +1913,7 @@ class Hub:
         whole.input, whole.detail, whole.output, whole.error = task.request.input, task.detail, task.output, task.error
         lean = dataclasses.replace(whole, input=None, detail=None)
         for report in (whole, lean):
-            if self._is_small(task.bytes) or len(encode(report)) <= self.settings.message_bytes_max:
+            if task.bytes <= self._small_bytes_max or len(encode(report)) <= self.settings.message_bytes_max:
                 return report
         return Reported(
             reply_to=reply_to,
@@ -1936,9 +1969,8 @@ class Hub:
             return
         parent = self._admit(agent, message)
         task = self._accept(agent, message, parent)
-        position = len(self._effects)
         self._dispatch(task)
-        self._acknowledge_at(position, peer, message, task)
+        self._acknowledge_first(peer, message, task)
 
     def _repeat(self, peer: Peer, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
         """Answer a delegate that has been accepted before."""
@@ -1988,22 +2020,16 @@ class Hub:
 
     def _check_size(self, message: Delegate | Result | Status | Broadcast) -> None:
         """Refuse what could not be passed on within the limit that holds for everybody's messages."""
-        if not self._is_small(self._message_bytes):
+        if self._message_bytes > self._small_bytes_max:
             limit = self.settings.message_bytes_max
             if len(encode(message)) + self.settings.envelope_bytes > limit:
                 raise Refused(f"with what the hub adds it is larger than {limit} bytes", code=Code.TOO_LARGE)
-
-    def _is_small(self, size: int) -> bool:
-        """Tell whether what came in with `size` bytes fits into a message without trying: written again it may be
-        longer, but not by more than INFLATION_MAX.
-        """
-        return size * INFLATION_MAX + ENVELOPE_BYTES <= self.settings.message_bytes_max
 
     def _check_room(self, agent: AgentRecord) -> None:
         settings = self.settings
         if len(agent.requested) >= settings.open_tasks_max:
             raise Refused(f"this agent has its {settings.open_tasks_max} tasks open", code=Code.OVERLOADED)
-        if self._counts[TaskState.PENDING] >= settings.pending_tasks_max:
+        if self._counts[PENDING] >= settings.pending_tasks_max:
             raise Refused(f"the hub has its {settings.pending_tasks_max} tasks waiting", code=Code.OVERLOADED)
         needed = self._message_bytes + RECORD_BYTES
         if self._records_bytes - self._ended_bytes + needed > settings.records_bytes_max:
@@ -2021,7 +2047,8 @@ class Hub:
         task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._arrivals, size)
         self._count(task)
         self._list_open(task)
-        self._note(task)
+        if self._is_journaled:
+            self._note(task)
         return task
 
     def _count(self, task: TaskRecord) -> None:
@@ -2052,14 +2079,14 @@ class Hub:
             named.awaited[task.task_id] = task
 
     def _free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
-        agent_id, capability = self._target(task)
+        agent_id, capability = task.request.agent_id, task.request.capability
         if agent_id is None:
             pool = self._pools.get(capability or "")
             if pool is None:
                 return None
             return pool.least_loaded(task.requester, avoiding) or pool.least_loaded(task.requester)
         agent = self._agents.get(agent_id)
-        if agent is None or not agent.is_available:
+        if agent is None or agent.load is None:
             return None
         return agent if capability is None or capability in agent.capabilities else None
 
@@ -2069,18 +2096,19 @@ class Hub:
     def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
         if agent.peer is None:
             raise AssertionError("only an agent that is online is free")
-        self._move(task, TaskEvent.ASSIGNED)
+        self._move(task, ASSIGNED)
         task.attempt += 1
         task.assignee = agent
         agent.running[task.task_id] = task
         request = task.request
+        remaining_s = task.deadline - self._now
         delivery = Delegated(
             task_id=request.task_id,
             sender=task.requester.agent_id,
             agent_id=agent.agent_id,
             capability=request.capability,
             input=request.input,
-            ttl=min(request.ttl, max(0.001, task.deadline - self._now)),
+            ttl=0.001 if remaining_s < 0.001 else request.ttl if remaining_s > request.ttl else remaining_s,
             priority=request.priority,
             max_retries=request.max_retries,
             parent_id=request.parent_id,
@@ -2090,7 +2118,7 @@ class Hub:
 
     def _fill(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
-        while self._counts[TaskState.PENDING] and agent.is_available:
+        while self._counts[PENDING] and agent.is_available:
             task = self._next_for(agent)
             if task is None:
                 break
@@ -2130,11 +2158,11 @@ class Hub:
 
     def _list(self, agent: AgentRecord) -> None:
         """Bring an agent's place in its pools up to date with how much it has to do."""
-        load = len(agent.running) if agent.is_available else None
-        if load != agent.load:
+        old, new = agent.load, len(agent.running) if agent.is_available else None
+        if new != old:
             for pool in agent.pools:
-                pool.move(agent, agent.load, load)
-            agent.load = load
+                pool.move(agent, old, new)
+            agent.load = new
 
     def _leave_pools(self, agent: AgentRecord) -> None:
         for pool in agent.pools:
@@ -2149,7 +2177,6 @@ class Hub:
     def _on_result(self, peer: Peer, message: Result) -> None:
         agent = self._registered_agent(peer)
         task = self._open_task(message.task_id)
-        position = len(self._effects)
         if task.assignee is agent:
             self._on_outcome(task, message)
         elif task.requester is agent and not message.success:
@@ -2161,7 +2188,7 @@ class Hub:
             raise Refused("attempt: a newer one has begun", code=Code.STALE_ATTEMPT)
         else:
             raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
-        self._acknowledge_at(position, peer, message, task)
+        self._acknowledge_first(peer, message, task)
 
     def _on_outcome(self, task: TaskRecord, message: Result) -> None:
         """Take the result of a task from its assignee."""
@@ -2173,7 +2200,7 @@ class Hub:
         self._grow(task, self._message_bytes)
         if message.success:
             task.success, task.output = True, message.output
-            self._end(task, TaskEvent.SUCCEEDED, sender=task.assignee)
+            self._end(task, SUCCEEDED, sender=task.assignee)
             return
         error = error_info(message.error)
         if error.code == Code.AGENT_LOST:  # It never got the task, or lost it, and says so after a reconnect.
@@ -2212,7 +2239,7 @@ class Hub:
         self, task: TaskRecord, event: TaskEvent, *, sender: AgentRecord | None = None, error: ErrorInfo | None = None
     ) -> None:
         """End a task, tell its requester and, unless it is the `sender`, its assignee; give the slot to the next."""
-        if task.state is TaskState.PENDING:
+        if task.state is PENDING:
             self._unqueue(task)
         agent = task.assignee
         self._move(task, event)
@@ -2233,7 +2260,8 @@ class Hub:
 
     def _tell_requester(self, task: TaskRecord) -> None:
         """Tell a task's end to its requester, or keep it until that one is back."""
-        self._note(task)
+        if self._is_journaled:
+            self._note(task)
         requester = task.requester
         if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
             self._list_undelivered(task)
@@ -2274,12 +2302,14 @@ class Hub:
     def _move(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state."""
         state = next_state(task.state, event)
-        self._counts[task.state] -= 1
-        self._counts[state] += 1
+        counts = self._counts
+        counts[task.state] -= 1
+        counts[state] += 1
         if state in FINAL_STATES:
             self._totals[state] += 1
         task.state = state
-        self._note(task)
+        if self._is_journaled:
+            self._note(task)
 
     # Forgetting.
 
@@ -2322,10 +2352,10 @@ class Hub:
 
     # What the others share.
 
-    def _acknowledge_at(self, position: int, peer: Peer, message: Delegate | Result, task: TaskRecord) -> None:
-        """Answer a message before the effects that it had from `position` on, and with their outcome."""
+    def _acknowledge_first(self, peer: Peer, message: Delegate | Result, task: TaskRecord) -> None:
+        """Answer the message at hand before the effects that it had, and with their outcome."""
         if message.id is not None:
-            self._effects.insert(position, (peer.connection, self._acknowledged(task, message.id)))
+            self._effects.insert(0, (peer.connection, self._acknowledged(task, message.id)))
 
     def _advance(self, now: float) -> None:
         if now > self._now:
@@ -2360,10 +2390,14 @@ class Hub:
         return task
 
     def _open_task(self, task_id: str) -> TaskRecord:
-        task = self._known_task(task_id)
-        if task.state in FINAL_STATES:
+        task = self._open.get(task_id)
+        if task is None:
+            self._known_task(task_id)
             raise Refused("that task has ended", code=Code.TASK_OVER)
         return task
+
+    def _on_invalid(self, peer: Peer, message: InvalidMessage) -> None:
+        self._refuse(peer, message, message.reply_to)
 
     _RECEIVERS: typing.ClassVar[dict[type, Callable[[Hub, Peer, Any], None]]] = {
         Register: _on_register,
@@ -2374,6 +2408,7 @@ class Hub:
         Status: _on_status,
         Broadcast: _on_broadcast,
         Heartbeat: _on_heartbeat,
+        InvalidMessage: _on_invalid,
     }
 
 
@@ -2459,8 +2494,8 @@ class Journal:
         self._clock_offset = math.nan  # With which the times in the file were made.
 
     @property
-    def _reserve(self) -> Path:
-        return Path(f"{self.path}-reserve")
+    def _reserve(self) -> pathlib.Path:
+        return pathlib.Path(f"{self.path}-reserve")
 
     def of_namespace(self, namespace: str) -> Journal:
         """Return the journal of another namespace: the file beside this one whose name ends with it."""
@@ -2514,9 +2549,9 @@ class Journal:
         import sqlite3
 
         # Without its first page, or with that half written, it is for SQLite to say.
-        if self.path == ":memory:" or not os.stat(self.path).st_size or Path(f"{self.path}-journal").exists():
+        if self.path == ":memory:" or not os.stat(self.path).st_size or pathlib.Path(f"{self.path}-journal").exists():
             return
-        uri = f"{Path(self.path).absolute().as_uri()}?immutable=1"
+        uri = f"{pathlib.Path(self.path).absolute().as_uri()}?immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
             if self._is_empty(database):  # Of what is in its -wal nothing shows here.
                 raise JournalError(f"{self.path}: is a database, but not a journal of this; it is left as it is")
@@ -2724,6 +2759,10 @@ VISITOR_BYTES_MAX = 131_072  # The largest message of who has not been let in.
 HOLD_MAX_S = 10.0  # For what a connection has sent too much of: well within the silence that is too long.
 BURST_S = 2.0  # So many seconds' worth of messages may come at once.
 
+LOOPS = ("auto", "asyncio", "uvloop")  # Event loops to choose from.
+
+Output = TypeVar("Output")
+
 # `websockets` logs frames with what is in them at DEBUG; payloads are nobody's business.
 WIRE_LOGGER = logging.getLogger("agenthub.wire")
 WIRE_LOGGER.setLevel(logging.WARNING)
@@ -2850,7 +2889,7 @@ class MemoryLink(Link):
         self.gone.set()
 
 
-class WebSocketLink(Link, asyncio.Protocol):
+class WebSocketLink(Link, AsyncioProtocol):
     """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
 
     Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
@@ -2861,16 +2900,15 @@ class WebSocketLink(Link, asyncio.Protocol):
     """
 
     TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
-    MASK_BIT: typing.ClassVar[int]  # Of the second byte of the frames that come in.
+    MASK_BIT: typing.ClassVar[int]  # In the second byte of the frames that come in.
+    KEY_BYTES: typing.ClassVar[int]  # How long the key is that they are masked with.
 
     def __init__(
         self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, message_bytes_max: int
     ) -> None:
-        from websockets.frames import apply_mask
-
         super().__init__(owner, decode)
         self._protocol = protocol
-        self._apply_mask: Callable[[bytes, bytes], bytes] = apply_mask
+        self._apply_mask = mask_function()
         self._message_bytes_max = message_bytes_max
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -2889,7 +2927,7 @@ class WebSocketLink(Link, asyncio.Protocol):
         self._fragments_are_text = False
         self._fragments_count = 0
 
-    # asyncio.Protocol
+    # What an asyncio.Protocol has
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = typing.cast(asyncio.Transport, transport)
@@ -3020,20 +3058,19 @@ class WebSocketLink(Link, asyncio.Protocol):
         """Deliver the text message that begins at `start`, if it is there as a whole; return where it ends, else 0."""
         if data[start] != WHOLE_TEXT or self._missing or not self._is_open or self._is_closing or self._is_mute:
             return 0
-        size = len(data)
-        masked, length = divmod(data[start + 1], 128) if start + 1 < size else (0, 127)
-        start += 2
-        if length == 126 and start + 2 <= size:
-            length = data[start] << 8 | data[start + 1]
-            start += 2
-        elif length > 125:  # Too long for a frame that nearly all have, or for what is there.
+        size, begin = len(data), start + 2
+        length = data[start + 1] - self.MASK_BIT if begin <= size else 127
+        if length == 126 and begin + 2 <= size:
+            length = data[begin] << 8 | data[begin + 1]
+            begin += 2
+        elif not 0 <= length < 126:  # Not masked as it should be, or longer than most are.
             return 0
-        if masked != self.MASK_BIT or length > self._message_bytes_max or self._fragments is not None:
-            return 0  # The protocol object knows what is to be done.
-        end = start + length + 4 * masked
-        if end > size:
+        end = begin + length + self.KEY_BYTES
+        if end > size or length > self._message_bytes_max or self._fragments is not None:
             return 0
-        raw = self._apply_mask(data[start + 4 : end], data[start : start + 4]) if masked else data[start:end]
+        raw = data[begin + self.KEY_BYTES : end]
+        if self.KEY_BYTES:
+            raw = self._apply_mask(raw, data[begin : begin + 4])
         if length < CPU_COUNTED_BYTES:
             self._deliver(raw)
         else:
@@ -3192,7 +3229,7 @@ class ServerLink(WebSocketLink):
     the very bytes that it does not read.
     """
 
-    MASK_BIT = 1
+    MASK_BIT, KEY_BYTES = 128, 4
 
     def __init__(
         self,
@@ -3366,7 +3403,7 @@ class ServerLink(WebSocketLink):
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
-    MASK_BIT = 0
+    MASK_BIT, KEY_BYTES = 0, 0
 
     def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None:
         super().__init__(protocol, owner, decoder_from_hub(), message_bytes_max=CLIENT_MESSAGE_BYTES_MAX)
@@ -3446,6 +3483,28 @@ async def connect_websocket(
     return link
 
 
+def run_loop(main: typing.Coroutine[Any, Any, Output], loop: str = "auto") -> Output:
+    """Run a coroutine on an event loop of its own, one of LOOPS: `auto` is uvloop's where that is installed.
+
+    Raises PackageMissing for `uvloop` where it is not, ValueError for what is none of LOOPS.
+    """
+    if loop not in LOOPS:
+        main.close()
+        raise ValueError(f"loop must be one of {', '.join(LOOPS)}, not {loop!r}")
+    factory = None
+    if loop != "asyncio":
+        try:
+            import uvloop
+        except ImportError as error:
+            if loop == "uvloop":
+                main.close()
+                raise PackageMissing("uvloop", "The event loop `uvloop`") from error
+        else:
+            factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
+
+
 def require_websockets() -> None:
     """Raise PackageMissing, which says what to install, where there is no `websockets`."""
     if importlib.util.find_spec("websockets") is None:
@@ -3512,18 +3571,29 @@ def check_url(url: str) -> str:
 
 
 WHOLE_TEXT = 0x81  # The first byte of a frame that is a whole text message (RFC 6455 §5.2): FIN, and the opcode 1.
-SHORT_HEADERS = [[bytes((WHOLE_TEXT, mask_bit | length)) for length in range(126)] for mask_bit in (0, 128)]
+
 pack_medium_header = struct.Struct("!BBH").pack
 pack_long_header = struct.Struct("!BBQ").pack
 
 
+@functools.lru_cache(maxsize=1024)
 def frame_header(length: int, is_masked: bool = False) -> bytes:
     """Return the header of a text frame in one piece, without the masking key (RFC 6455 §5.2)."""
     if length < 126:
-        return SHORT_HEADERS[is_masked][length]
+        return bytes((WHOLE_TEXT, is_masked << 7 | length))
     if length < 65_536:
         return pack_medium_header(WHOLE_TEXT, is_masked << 7 | 126, length)
     return pack_long_header(WHOLE_TEXT, is_masked << 7 | 127, length)
+
+
+@functools.cache
+def mask_function() -> Callable[[bytes, bytes], bytes]:
+    """Return the function that masks data with a key of 4 bytes, or unmasks it (RFC 6455 §5.3)."""
+    try:
+        from websockets.speedups import apply_mask
+    except ImportError:  # It was installed without what is written in C.
+        from websockets.utils import apply_mask
+    return apply_mask
 
 
 def frame_bytes(data: bytes, start: int) -> int:
@@ -3966,11 +4036,13 @@ class GroupCommit:
     """
 
     def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self._hub = hub
         self._journal = journal
         self._carry_out = carry_out
         self._loop = asyncio.get_running_loop()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "agenthub-journal")
+        self._thread = ThreadPoolExecutor(1, "agenthub-journal")
         self._held: list[Effect] = []
         self._efforts: dict[Link, int] = {}  # What the messages cost whose effects are held back.
         self._is_closed = False
@@ -4115,6 +4187,7 @@ class LocalHub:
         self._links: dict[Link, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._armed_for = math.inf
+        self._is_arming = False
         self._is_running = False
 
     async def __aenter__(self) -> typing.Self:
@@ -4202,7 +4275,8 @@ class LocalHub:
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
         if self._is_verbose:
             log_hub.debug("received type=%s bytes=%d", getattr(message, "type", "invalid"), message_bytes)
-        if self._commit is not None and self._commit.is_overfull:
+        commit = self._commit
+        if commit is not None and commit.is_overfull:
             link.close(CloseCode.GOING_AWAY, "the journal cannot be written just now")
             return
         if link.grant is not None and not isinstance(message, InvalidMessage):
@@ -4216,8 +4290,8 @@ class LocalHub:
             reply = Error(reply_to=message.id, code=Code.INTERNAL, message="the hub failed; its log says why")
             effects = [*self.hub._take_effects(), (link, reply)]
         self._apply(effects)
-        if self._commit is not None:
-            self._commit.spend(link, self.hub.effort)
+        if commit is not None:
+            commit.spend(link, self.hub.effort)
         link.spend(self.hub.effort)
 
     def closed(self, link: Link, code: int, reason: str) -> None:
@@ -4234,19 +4308,21 @@ class LocalHub:
             self._carry_out(effects)
         else:
             self._commit.add(effects)
-        self._arm()
+        if not self._is_arming:  # Once, when all that came in at once has been handled.
+            self._is_arming = True
+            self._loop.call_soon(self._arm)
 
     def _carry_out(self, effects: list[Effect]) -> None:
         sent: HubOutput | None = None
         raw = b""
         for link, action in effects:
-            if isinstance(action, Close):
-                link.close(action.code, action.reason)
-                continue
-            if link.is_stuffed and isinstance(action, Delegated | Settled):  # Whose payloads are in the records.
-                link.postpone(action)
-                continue
             if action is not sent:  # A broadcast is one message to many, encoded once.
+                if isinstance(action, Close):
+                    link.close(action.code, action.reason)
+                    continue
+                if link.is_stuffed and isinstance(action, Delegated | Settled):  # Whose payloads are in the records.
+                    link.postpone(action)
+                    continue
                 sent, raw = action, encode(action)
             link.send(raw)
 
@@ -4259,6 +4335,7 @@ class LocalHub:
 
     def _arm(self) -> None:
         """See to it that `_tick` is called at the hub's next deadline. A timer that is too early does no harm."""
+        self._is_arming = False
         deadline = self.hub.next_deadline()
         if self._timer is not None:
             if self._armed_for <= deadline:
@@ -5299,13 +5376,14 @@ class Agent:
         """Join a hub of this process instead of the one at `url`, from the next start on."""
         self._connector = hub.connect
 
-    def run(self, *, drain_s: float = DRAIN_S) -> None:
+    def run(self, *, drain_s: float = DRAIN_S, loop: str = "auto") -> None:
         """Run until Ctrl-C or SIGTERM; then take no new task and leave when the running ones have ended.
 
-        `drain_s` bounds that, in seconds; a second signal ends it at once.
+        `drain_s` bounds that, in seconds; a second signal ends it at once. The event `loop` is uvloop's where that is
+        installed; "asyncio" is the standard library's, and "uvloop" raises PackageMissing where it is not installed.
         """
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(serve(self, drain_s=drain_s))
+            run_loop(serve(self, drain_s=drain_s), loop)
 
     async def __aenter__(self) -> typing.Self:
         await self.start()
@@ -6036,6 +6114,9 @@ def stop_signals() -> Iterator[asyncio.Event]:
 # ============================================================================================
 
 HUB_DRAIN_S = 1.5  # With CLOSING_S it keeps the hub's exit under five seconds.
+# Tasks are many objects that nothing has to be looked for in: collections of garbage are rarer than by default, and
+# what is there before the first one is left alone by all of them.
+GC_THRESHOLDS = (10_000, 10, 10)
 STDERR_TAIL_BYTES = 4000  # Of a failed command's stderr, told to its requester.
 TOKEN_BYTES = 32  # Of randomness.
 LOG_LINES_PER_S = 100
@@ -6091,8 +6172,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal knows every character.
-    parser = argument_parser()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = argument_parser([word for word in words if word != "--"][:1])
+    args = parser.parse_args(words)
     configure_logging(args.log_level)
     try:
         code: int = args.run(args)
@@ -6109,45 +6191,51 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def argument_parser() -> argparse.ArgumentParser:
+class Command(NamedTuple):
+    """A command of the command line: what it is for, who adds its options, and who runs it."""
+
+    purpose: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    log_level: str = "error"
+
+
+def commands() -> dict[str, Command]:
+    return {
+        "hub": Command("start a hub", _add_hub, _run_hub, "info"),
+        "agent": Command("run agents from a file, or make one of a program", _add_agent, _run_agent, "info"),
+        "status": Command("show the agents and tasks of a hub", _add_status, _run_status),
+        "call": Command("delegate a task, and print its output", _add_call, _run_call),
+        "bridge": Command(
+            "give the hub to an MCP client as tools, or an MCP server to the hub", _add_bridge, _run_bridge, "info"
+        ),
+        "schema": Command("print the JSON Schema of all messages", lambda parser: None, _run_schema),
+        "token": Command("make a token that opens a hub", _add_token, _run_token),
+    }
+
+
+def argument_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line. Only the commands in `names` have their options (None: all)."""
     parser = argparse.ArgumentParser(
         prog="agenthub", description="A hub for agents: they find each other and delegate tasks.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"agenthub {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_hub(_command(commands, "hub", _run_hub, "start a hub", log_level="info"))
-    _add_agent(
-        _command(commands, "agent", _run_agent, "run agents from a file, or make one of a program", log_level="info")
-    )
-    _add_status(_command(commands, "status", _run_status, "show the agents and tasks of a hub"))
-    _add_call(_command(commands, "call", _run_call, "delegate a task, and print its output"))
-    _add_bridge(
-        _command(
-            commands,
-            "bridge",
-            _run_bridge,
-            "give the hub to an MCP client as tools, or an MCP server to the hub",
-            log_level="info",
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in commands().items():
+        of_command = parsers.add_parser(
+            name,
+            help=command.purpose,
+            description=command.purpose[0].upper() + command.purpose[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,  # `--token SECRET` would be --token-file.
         )
-    )
-    _command(commands, "schema", _run_schema, "print the JSON Schema of all messages")
-    _add_token(_command(commands, "token", _run_token, "make a token that opens a hub"))
-    return parser
-
-
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str, log_level: str = "error"
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=purpose,
-        description=purpose[0].upper() + purpose[1:] + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,  # `--token SECRET` would be --token-file.
-    )
-    parser.set_defaults(run=run)
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", default=log_level, choices=levels, help="what is logged to stderr")
+        if names is None or name in names:
+            of_command.set_defaults(run=command.run)
+            levels = ("debug", "info", "warning", "error")
+            of_command.add_argument(
+                "--log-level", default=command.log_level, choices=levels, help="what is logged to stderr"
+            )
+            command.add_options(of_command)
     return parser
 
 
@@ -6222,6 +6310,16 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE[:NAME]",
         help="also run the agents of this file, in the hub's process; again and again",
+    )
+    _add_loop(parser)
+
+
+def _add_loop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loop",
+        choices=LOOPS,
+        default="auto",
+        help="the event loop; auto is uvloop where that is installed, else asyncio",
     )
 
 
@@ -6382,7 +6480,9 @@ def _run_hub(args: argparse.Namespace) -> int:
     agents = [agent for target in args.files for agent in load_agents(target)]
     is_reloadable = args.access is not None or args.token_file is not None or tls is not None
     reload = functools.partial(_reload, server, tls, args) if is_reloadable else None
-    asyncio.run(_serve_hub(server, agents, reload))
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+    run_loop(_serve_hub(server, agents, reload), args.loop)
     return 0
 
 
@@ -6511,7 +6611,7 @@ def _run_agent(args: argparse.Namespace) -> int:
         raise ValueError("--exec needs --name and --capability")
     else:
         agents = [exec_agent(args.command, args.name, args.capability, args.description, args.max_tasks)]
-    asyncio.run(serve(*agents, drain_s=args.drain))
+    run_loop(serve(*agents, drain_s=args.drain), args.loop)
     return 0
 
 
@@ -6552,10 +6652,10 @@ def load_module(path: str) -> types.ModuleType:
             return importlib.import_module(path)
         except ModuleNotFoundError as error:
             raise CommandFailed(f"{path}: {error}") from error
-    if not Path(path).is_file():
+    if not pathlib.Path(path).is_file():
         raise CommandFailed(f"{path}: no such file")
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    sys.path.insert(0, str(pathlib.Path(path).resolve().parent))
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise CommandFailed(f"{path}: cannot be imported")
     module = importlib.util.module_from_spec(spec)
@@ -6864,9 +6964,3 @@ def _run_token(args: argparse.Namespace) -> int:
     print(args.file if args.file is not None else token)
     print(f'its SHA-256, for an access file: "{sha256}"', file=sys.stderr)
     return 0
-
-
-if __name__ == "__main__":
-    # Run as a program this file is the module __main__, and what an agent's file imports would be a second copy, with
-    # classes of its own. So the copy that everybody imports is the one that runs.
-    sys.exit(importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main())

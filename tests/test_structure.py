@@ -254,8 +254,9 @@ print(agenthub.next_state(agenthub.TaskState.PENDING, agenthub.TaskEvent.ASSIGNE
 
 
 def test_file_run_as_a_program_hands_over_to_the_copy_that_others_import() -> None:
-    last = tree().body[-1]
-    assert isinstance(last, ast.If)
-    assert ast.unparse(last.test) == "__name__ == '__main__'"
-    assert "importlib.import_module(__spec__.name if __spec__ else" in ast.unparse(last.body[-1])
-    assert ast.unparse(last.body[-1]).endswith(".main())")
+    body = tree().body
+    (guard,) = [one for one in body if isinstance(one, ast.If) and ast.unparse(one.test) == "__name__ == '__main__'"]
+    assert "importlib.import_module(__spec__.name if __spec__ else" in ast.unparse(guard.body[-1])
+    assert ast.unparse(guard.body[-1]).endswith(".main())")
+    before = body[: body.index(guard)]
+    assert not [one for one in before if isinstance(one, ast.FunctionDef | ast.ClassDef)]  # Nothing is made twice.
