@@ -356,6 +356,7 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
+@functools.lru_cache(maxsize=128)
 def readable_id(text: str, max_length: int) -> str:
     """Return what of a text can be part of an id."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:max_length].strip("-")
@@ -928,6 +929,8 @@ def json_schema() -> dict[str, Any]:
 # A task is PENDING from its acceptance until an agent takes it, and whenever it is to be tried
 # again; IN_PROGRESS while exactly one agent, its assignee, holds it. The three other states are
 # final: an empty row has no way out, and the record is kept only for late fetching.
+#
+# LazyHeap, the queue for what is due, stands here too, because both ends of a task have one.
 # ============================================================================================
 
 
@@ -983,6 +986,52 @@ def next_state(state: TaskState, event: TaskEvent) -> TaskState:
         return TRANSITIONS[state][event]
     except KeyError:
         raise IllegalTransition(f"a task that is {state} cannot be {event}") from None
+
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+class LazyHeap(Generic[Item]):
+    """A priority queue whose items can be moved and taken back.
+
+    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
+    is bounded by what is in the queue, and every operation is O(log n) on average.
+    """
+
+    __slots__ = ("_alive", "_entries", "_serial")
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, int, Item]] = []
+        self._alive: dict[Item, int] = {}
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._alive)
+
+    def push(self, item: Item, key: Any) -> None:
+        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
+        self._serial += 1
+        self._alive[item] = self._serial
+        heapq.heappush(self._entries, (key, self._serial, item))
+        if len(self._entries) > 2 * len(self._alive) + 64:
+            self._sweep()
+
+    def discard(self, item: Item) -> None:
+        if self._alive.pop(item, None) is not None and len(self._entries) > 2 * len(self._alive) + 64:
+            self._sweep()
+
+    def first(self) -> tuple[Any, Item] | None:
+        """Return the least key and its item, or None."""
+        while self._entries:
+            key, serial, item = self._entries[0]
+            if self._alive.get(item) == serial:
+                return key, item
+            heapq.heappop(self._entries)
+        return None
+
+    def _sweep(self) -> None:
+        self._entries = [entry for entry in self._entries if self._alive.get(entry[2]) == entry[1]]
+        heapq.heapify(self._entries)
 
 
 # ============================================================================================
@@ -1066,50 +1115,6 @@ class Close(NamedTuple):
 
 # An effect is a connection and what to do with it: send a message, or close it. One message object may go to many.
 Effect = tuple[Any, HubOutput | Close]
-Item = TypeVar("Item", bound=Hashable)
-
-
-class LazyHeap(Generic[Item]):
-    """A priority queue whose items can be moved and taken back.
-
-    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
-    is bounded by what is in the queue, and every operation is O(log n) on average.
-    """
-
-    __slots__ = ("_alive", "_entries", "_serial")
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[Any, int, Item]] = []
-        self._alive: dict[Item, int] = {}
-        self._serial = 0
-
-    def __len__(self) -> int:
-        return len(self._alive)
-
-    def push(self, item: Item, key: Any) -> None:
-        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
-        self._serial += 1
-        self._alive[item] = self._serial
-        heapq.heappush(self._entries, (key, self._serial, item))
-        if len(self._entries) > 2 * len(self._alive) + 64:
-            self._sweep()
-
-    def discard(self, item: Item) -> None:
-        if self._alive.pop(item, None) is not None and len(self._entries) > 2 * len(self._alive) + 64:
-            self._sweep()
-
-    def first(self) -> tuple[Any, Item] | None:
-        """Return the least key and its item, or None."""
-        while self._entries:
-            key, serial, item = self._entries[0]
-            if self._alive.get(item) == serial:
-                return key, item
-            heapq.heappop(self._entries)
-        return None
-
-    def _sweep(self) -> None:
-        self._entries = [entry for entry in self._entries if self._alive.get(entry[2]) == entry[1]]
-        heapq.heapify(self._entries)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -4676,7 +4681,8 @@ class Session:
     """One life of a link to the hub. Does not reconnect; `ended` is done, with (code, reason), when it is over."""
 
     def __init__(self, on_message: Callable[[HubMessage], None]) -> None:
-        self.ended: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[tuple[int, str]] = self._loop.create_future()
         self.heartbeat_s = 30.0
         self.message_bytes_max = MESSAGE_BYTES_MAX
         self.last_received = 0.0
@@ -4685,6 +4691,7 @@ class Session:
         self._waiting: dict[str, Callable[[HubMessage | AgentHubError], None]] = {}
         self._ids = itertools.count(1)
         self._link: Link | None = None
+        self._alarms = Alarms()  # For replies that do not come.
 
     @classmethod
     async def open(cls, connector: Connector, on_message: Callable[[HubMessage], None]) -> Session:
@@ -4725,13 +4732,27 @@ class Session:
         reply_type: type[Reply],
         at_once: Callable[[Reply], None] | None = None,
         within_s: float | None = REQUEST_S,
+        until: float | None = None,
     ) -> Reply:
         """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
 
         Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies. A hub that has not
         replied after `within_s` seconds (None: there is no bound) is as good as lost, and so the connection is cut.
+        Raises TimeoutError when it is `until` by the loop's clock, and leaves the connection as it is.
         """
-        answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Reply] = self._loop.create_future()
+
+        lost_at = self._loop.time() + within_s if within_s is not None else math.inf
+        given_up_at = lost_at if until is None else min(until, lost_at)
+
+        def give_up() -> None:
+            if answered.done():
+                return
+            if given_up_at < lost_at:
+                answered.set_exception(TimeoutError())
+            else:
+                answered.set_exception(Disconnected(f"the hub did not answer within {within_s:g} s"))
+                self.cut()
 
         def then(reply: HubMessage | AgentHubError) -> None:
             if isinstance(reply, reply_type) and at_once is not None:
@@ -4747,15 +4768,16 @@ class Session:
             else:
                 answered.set_exception(InvalidMessage(f"the hub replied with {reply.type}"))
 
+        if given_up_at < math.inf:
+            self._alarms.set(give_up, given_up_at)
         try:
-            async with asyncio.timeout(within_s):
-                if self._link is not None:
-                    await self._link.writable.wait()
+            if self._link is not None and not self._link.writable.is_set():
+                await done_or_set(answered, self._link.writable)
+            if not answered.done():
                 self.ask(message, then)
-                return await answered
-        except TimeoutError as error:
-            self.cut()
-            raise Disconnected(f"the hub did not answer within {within_s:g} s") from error
+            return await answered
+        finally:
+            self._alarms.cancel(give_up)
 
     def cut(self) -> None:
         """Give up a connection on which nothing sensible comes in any more."""
@@ -4776,10 +4798,10 @@ class Session:
     # LinkOwner
 
     def opened(self, link: Link) -> None:
-        self.last_received = asyncio.get_running_loop().time()
+        self.last_received = self._loop.time()
 
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
-        self.last_received = asyncio.get_running_loop().time()
+        self.last_received = self._loop.time()
         then = self._waiting.pop(getattr(message, "reply_to", None) or "", None)
         if then is not None:
             then(message)
@@ -4789,11 +4811,58 @@ class Session:
             self._on_message(message)
 
     def closed(self, link: Link, code: int, reason: str) -> None:
+        self._alarms.clear()
         if not self.ended.done():
             self.ended.set_result((code, reason))
         waiting, self._waiting = self._waiting, {}
         for then in waiting.values():
             then(Disconnected(f"the connection to the hub was lost: {code} {reason}", close_code=code))
+
+
+class Alarms:
+    """Calls functions at set times, by one timer of the loop for all: most are taken back long before they are due."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due: LazyHeap[Callable[[], None]] = LazyHeap()
+        self._timer: asyncio.TimerHandle | None = None
+        self._armed_for = math.inf
+
+    def set(self, function: Callable[[], None], when: float) -> None:
+        """Call `function` when it is `when` by the loop's clock; one that is set already is moved there."""
+        self._due.push(function, when)
+        if when < self._armed_for:
+            self._arm(when)
+
+    def cancel(self, function: Callable[[], None]) -> None:
+        """Take it back. Without effect if it is not set."""
+        self._due.discard(function)
+
+    def clear(self) -> None:
+        """Take all back."""
+        self._due = LazyHeap()
+        self._disarm()
+
+    def _arm(self, when: float) -> None:
+        self._disarm()
+        self._armed_for = when
+        self._timer = self._loop.call_at(when, self._ring)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._armed_for = None, math.inf
+
+    def _ring(self) -> None:
+        now = max(self._loop.time(), self._armed_for)  # A timer may fire up to the clock's resolution early.
+        self._disarm()
+        try:
+            while (first := self._due.first()) is not None and first[0] <= now:
+                self._due.discard(first[1])
+                first[1]()
+        finally:  # Whatever fails, the others are called.
+            if (first := self._due.first()) is not None and first[0] < self._armed_for:
+                self._arm(first[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -4903,6 +4972,7 @@ JSON_TYPES: Mapping[Any, str] = {
     list: "array",
     dict: "object",
 }
+PYTHON_TYPES: Mapping[str, Any] = {name: kind for kind, name in JSON_TYPES.items()} | {"number": (int, float)}
 
 
 def schema_of(annotation: Any) -> dict[str, Any]:
@@ -4946,8 +5016,10 @@ def schema_problem(value: Any, schema: Mapping[str, Any], path: str) -> str | No
     if expected == "object":
         return object_problem(value, schema, path)
     if expected == "array":
-        items = schema.get("items", {})
-        return first_problem(schema_problem(item, items, f"{path}[{index}]") for index, item in enumerate(value))
+        for index, item in enumerate(value):
+            problem = schema_problem(item, schema.get("items", {}), f"{path}[{index}]")
+            if problem is not None:
+                return problem
     return None
 
 
@@ -4961,22 +5033,19 @@ def object_problem(value: dict[str, Any], schema: Mapping[str, Any], path: str) 
         if name not in properties and others is False:
             return f"{path}: has a field that is not one of {', '.join(properties) or 'none'}"
     rest = others if isinstance(others, dict) else {}
-    return first_problem(
-        schema_problem(item, properties.get(name, rest), f"{path}.{name}" if name in properties else f"{path}.*")
-        for name, item in value.items()
-    )
-
-
-def first_problem(problems: Iterable[str | None]) -> str | None:
-    return next((problem for problem in problems if problem is not None), None)
+    for name, item in value.items():
+        problem = schema_problem(
+            item, properties.get(name, rest), f"{path}.{name}" if name in properties else path + ".*"
+        )
+        if problem is not None:
+            return problem
+    return None
 
 
 def is_of_type(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
-    if kind == "number":
-        return isinstance(value, int | float)
-    return any(isinstance(value, python) for python, name in JSON_TYPES.items() if name == kind)
+    return isinstance(value, PYTHON_TYPES.get(kind, ()))
 
 
 @typing.overload
@@ -5040,9 +5109,9 @@ class Task:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.deadline = self._loop.time() + message.ttl
-        self._cancelled = threading.Event()
+        self._is_cancelled = False
         self._work: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_at(self.deadline, self._stop)
+        agent._alarms.set(self._stop, self.deadline)
 
     @property
     def remaining_s(self) -> float:
@@ -5052,7 +5121,7 @@ class Task:
     @property
     def cancelled(self) -> bool:
         """Whether the task has ended without this handler: a plain function should look, and return."""
-        return self._cancelled.is_set()
+        return self._is_cancelled
 
     def progress(self, progress: float | None = None, detail: Any = None) -> None:
         """Tell the requester how far the task is: a number from 0 to 1, and any JSON. From any thread.
@@ -5091,7 +5160,7 @@ class Task:
         """Stop the handler: the task has ended without it. Only once, so that its cleaning up is left in peace."""
         if self.cancelled:
             return
-        self._cancelled.set()
+        self._is_cancelled = True
         if self._work is not None:
             self._work.cancel()
 
@@ -5117,16 +5186,15 @@ class TaskHandle:
         self._is_accepted = False
         self._is_called_off = False
         self._loop = asyncio.get_running_loop()
-        self._end: asyncio.Future[Settled | AgentHubError] = self._loop.create_future()
-        self._updates: collections.deque[Progress] = collections.deque(maxlen=UPDATES_MAX)
-        self._news = asyncio.Event()
+        self._end: Settled | AgentHubError | None = None
+        self._updates: collections.deque[Progress] | None = None  # Until there are some.
+        self._waiters: list[asyncio.Future[None]] = []  # For news: progress, or the end.
         self._deadline = 0.0
-        self._overdue: asyncio.TimerHandle | None = None
 
     @property
     def done(self) -> bool:
         """Whether the task has ended."""
-        return self._end.done()
+        return self._end is not None
 
     async def result(self, timeout_s: float | None = None) -> Any:
         """Return the task's output, waiting for it at most `timeout_s` seconds.
@@ -5134,8 +5202,11 @@ class TaskHandle:
         Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if
         its time to live was over, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
         """
-        async with asyncio.timeout(timeout_s):
-            end = await asyncio.shield(self._end)
+        if timeout_s is None:
+            end = await self._ended()
+        else:
+            async with asyncio.timeout(timeout_s):
+                end = await self._ended()
         if isinstance(end, AgentHubError):
             raise end
         if end.success:
@@ -5148,7 +5219,7 @@ class TaskHandle:
     @property
     def settled(self) -> Settled | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
-        end = self._end.result() if self.done else None
+        end = self._end
         if end is None or isinstance(end, Settled):
             return end
         if isinstance(end, Disconnected):
@@ -5192,19 +5263,43 @@ class TaskHandle:
                 yield self._updates.popleft()
             if self.done:
                 return
-            self._news.clear()
-            await self._news.wait()
+            await self._news()
+
+    async def _ended(self) -> Settled | AgentHubError:
+        while self._end is None:
+            await self._news()
+        return self._end
+
+    async def _news(self) -> None:
+        """Return when there is progress, or the end."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            if waiter.cancelled():
+                self._waiters.remove(waiter)
+
+    def _tell(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _on_progress(self, report: Reported) -> None:
+        if self._updates is None:
+            self._updates = collections.deque(maxlen=UPDATES_MAX)
         self._updates.append(Progress(report.progress, report.detail, report.seq or 0))
-        self._news.set()
+        self._tell()
 
     def _settle(self, end: Settled | AgentHubError) -> None:
-        if self._overdue is not None:
-            self._overdue.cancel()
-        if not self._end.done():
-            self._end.set_result(end)
-        self._news.set()
+        self._agent._alarms.cancel(self._on_overdue)
+        if self._end is None:
+            self._end = end
+        self._tell()
+
+    def _on_overdue(self) -> None:
+        self._agent._on_overdue(self)
 
 
 class Backoff:
@@ -5418,6 +5513,7 @@ class Agent:
         self._fail(Disconnected("this agent was stopped"))
         self._results.clear()
         self._broadcasts.clear()
+        self._alarms.clear()
         await asyncio.sleep(0)  # For a socket that had to be cut.
 
     async def serve(self, stopped: asyncio.Event, drain_s: float = DRAIN_S) -> None:
@@ -5440,6 +5536,7 @@ class Agent:
             raise RuntimeError("this agent is running already")
         self._next_session = asyncio.get_running_loop().create_future()
         self._threads = asyncio.Semaphore(self.max_tasks)
+        self._alarms = Alarms()  # For tasks that are done here, and those that others do.
         self._impatience = asyncio.Event()
         self._last_failure = ""
         self._late_until = 0.0
@@ -5466,7 +5563,7 @@ class Agent:
         work = []
         for task in list(self._running.values()):
             if task._work is asyncio.current_task():
-                task._cancelled.set()  # The handler that stops its own agent.
+                task._is_cancelled = True  # The handler that stops its own agent.
             else:
                 task._stop()
                 work.append(task._work)
@@ -5496,6 +5593,8 @@ class Agent:
 
     async def _connected(self) -> Session:
         """Return the session, waiting for one. Raises what ended the connection for good."""
+        if self._session is not None:
+            return self._session
         if self._connection is None or self._next_session is None:
             raise self._ended_by or Disconnected("this agent is not started")
         return await asyncio.shield(self._next_session)
@@ -5705,8 +5804,9 @@ class Agent:
             self._refuse_tasks(self._session)
             return
         task = self._running[message.task_id] = Task(self, message)
-        task._work = self._spawn(self._work(task))
-        task._work.add_done_callback(lambda _: self._on_worked(task))
+        task._work = asyncio.create_task(self._work(task))
+        self._background.add(task._work)
+        task._work.add_done_callback(functools.partial(self._on_worked, task))
 
     @property
     def _tasks_held_max(self) -> int:
@@ -5716,8 +5816,9 @@ class Agent:
         log_agent.error("the hub sends more tasks than this agent takes agent=%s", printable(self.agent_id or ""))
         session.cut()
 
-    def _on_worked(self, task: Task) -> None:
-        task._timer.cancel()
+    def _on_worked(self, task: Task, work: asyncio.Task[None]) -> None:
+        self._background.discard(work)
+        self._alarms.cancel(task._stop)
         if self._running.get(task.task_id) is task:
             del self._running[task.task_id]
 
@@ -5926,18 +6027,18 @@ class Agent:
         patient_until = last if patience_s is None else handle._loop.time() + patience_s
         backoff = Backoff()
         try:
-            async with asyncio.timeout_at(last):
-                while True:
-                    try:
-                        await self._request(message, Reported)
-                        break
-                    except Refused as refusal:
-                        if refusal.code != Code.OVERLOADED or handle._loop.time() >= patient_until:
-                            raise
-                        log_agent.info("overloaded task=%s: %s", printable(handle.task_id), printable(refusal.message))
+            while True:
+                try:
+                    await self._request(message, Reported, until=last)
+                    break
+                except Refused as refusal:
+                    if refusal.code != Code.OVERLOADED or handle._loop.time() >= patient_until:
+                        raise
+                    log_agent.info("overloaded task=%s: %s", printable(handle.task_id), printable(refusal.message))
+                async with asyncio.timeout_at(last):
                     await asyncio.sleep(backoff.next_s())
-                    # What was refused was not begun, so its time to live may be what is left of it.
-                    message = handle._message = dataclasses.replace(message, ttl=max(0.001, last - handle._loop.time()))
+                # What was refused was not begun, so its time to live may be what is left of it.
+                message = handle._message = dataclasses.replace(message, ttl=max(0.001, last - handle._loop.time()))
         except TimeoutError as error:
             raise TaskTimeout("the hub did not take it within the task's ttl", task_id=handle.task_id) from error
         handle._is_accepted = True
@@ -5946,10 +6047,8 @@ class Agent:
 
     def _watch(self, handle: TaskHandle) -> None:
         """See to it that nobody waits for ever for the end of a task whose hub is gone."""
-        if handle._overdue is not None:
-            handle._overdue.cancel()
         if not handle.done:
-            handle._overdue = handle._loop.call_at(handle._deadline + LATE_S, self._on_overdue, handle)
+            self._alarms.set(handle._on_overdue, handle._deadline + LATE_S)
 
     def _on_overdue(self, handle: TaskHandle) -> None:
         if self._session is not None:
@@ -5979,15 +6078,26 @@ class Agent:
     # What the others share.
 
     async def _request(
-        self, message: AgentMessage, reply_type: type[Reply], within_s: float | None = REQUEST_S
+        self,
+        message: AgentMessage,
+        reply_type: type[Reply],
+        within_s: float | None = REQUEST_S,
+        until: float | None = None,
     ) -> Reply:
-        """Ask the hub what is safe to ask twice: again after a lost connection, until it has answered."""
+        """Ask the hub what is safe to ask twice: again after a lost connection, until it has answered.
+
+        Raises TimeoutError when it is `until` by the loop's clock.
+        """
         while True:
-            session = await self._connected()
+            session = self._session
+            if session is None:
+                async with asyncio.timeout_at(until):
+                    session = await self._connected()
             try:
-                return await session.request(message, reply_type, within_s=within_s)
+                return await session.request(message, reply_type, within_s=within_s, until=until)
             except Disconnected:
-                await session.over.wait()
+                async with asyncio.timeout_at(until):
+                    await session.over.wait()
 
     def _spawn(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -6044,11 +6154,11 @@ def settled_from(report: Reported) -> Settled:
     )
 
 
-async def done_or_set(task: asyncio.Task[Any], event: asyncio.Event) -> None:
-    """Return when a task is done or an event is set, whichever comes first."""
+async def done_or_set(future: asyncio.Future[Any], event: asyncio.Event) -> None:
+    """Return when a future is done or an event is set, whichever comes first."""
     waiting = asyncio.create_task(event.wait())
     try:
-        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({future, waiting}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         waiting.cancel()
 
