@@ -1174,8 +1174,7 @@ class AgentRecord:
     name: str = ""
     description: str = ""
     capabilities: dict[str, Capability] = field(default_factory=dict)
-    names: list[tuple[str, list[str]]] = field(default_factory=list)  # Capability names in lower case, and their words.
-    words: frozenset[str] = frozenset()  # Words of the descriptions, in lower case.
+    words: tuple[str, ...] = ()  # Of the descriptions, each once and in lower case, while it can be found by them.
     max_tasks: int = 1
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = 0  # The size of its AgentInfo.
@@ -1263,10 +1262,12 @@ class Changes:
 class Pool:
     """The agents that are there with one capability, and those of them that can take a task, by load."""
 
-    __slots__ = ("free", "members", "name")
+    __slots__ = ("free", "lower_name", "members", "name", "words")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.lower_name = name.lower()
+        self.words = words_of(name)
         self.members: dict[str, AgentRecord] = {}
         self.free: dict[int, dict[str, AgentRecord]] = {}
 
@@ -1349,19 +1350,77 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def match_rank(keyword: str, agent: AgentRecord) -> int | None:
-    """Return how well an agent matches a keyword in lower case: 0 is best, None is not at all."""
-    if not keyword:
+def match_rank(keyword: str, name: str, words: list[str]) -> int | None:
+    """Return how well the name of a capability, in lower case, matches a keyword: 0 is best, None is not at all."""
+    if name == keyword:
         return 0
-    rank = 3 if keyword in agent.words else 4
-    for name, words in agent.names:
-        if name == keyword:
-            return 0
-        if name.startswith(keyword) or keyword in words:
-            rank = 1
-        elif keyword in name:
-            rank = min(rank, 2)
-    return rank if rank < 4 else None
+    if name.startswith(keyword) or keyword in words:
+        return 1
+    return 2 if keyword in name else None
+
+
+class Finder:
+    """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.
+
+    Names are looked up by their parts of three characters, as search indexes do it (pg_trgm of PostgreSQL, for one).
+    """
+
+    __slots__ = ("_by_part", "_by_word", "_pools", "looked_at")
+
+    def __init__(self) -> None:
+        self._pools: dict[str, Pool] = {}
+        self._by_part: dict[str, dict[str, Pool]] = {}
+        self._by_word: dict[str, dict[str, AgentRecord]] = {}
+        self.looked_at = 0  # Names and agents, by the last search.
+
+    def __len__(self) -> int:
+        return len(self._pools) + len(self._by_part) + len(self._by_word)
+
+    def add_pool(self, pool: Pool) -> None:
+        self._pools[pool.name] = pool
+        for part in parts_of(pool.lower_name):
+            self._by_part.setdefault(part, {})[pool.name] = pool
+
+    def drop_pool(self, pool: Pool) -> None:
+        del self._pools[pool.name]
+        for part in parts_of(pool.lower_name):
+            drop_from(self._by_part, part, pool.name)
+
+    def add_agent(self, agent: AgentRecord) -> None:
+        for word in agent.words:
+            self._by_word.setdefault(word, {})[agent.agent_id] = agent
+
+    def drop_agent(self, agent: AgentRecord) -> None:
+        for word in agent.words:
+            drop_from(self._by_word, word, agent.agent_id)
+
+    def ranks(self, keyword: str) -> dict[AgentRecord, int]:
+        """Return how well agents match a keyword in lower case, those that do: 0 is best, 3 a word of a description."""
+        ranks = dict.fromkeys(self._by_word.get(keyword, {}).values(), 3)
+        candidates = self._candidates(keyword)
+        for pool in candidates:
+            rank = match_rank(keyword, pool.lower_name, pool.words)
+            if rank is not None:
+                for agent in pool.members.values():
+                    ranks[agent] = min(rank, ranks.get(agent, rank))
+        self.looked_at = len(candidates) + len(ranks)
+        return ranks
+
+    def _candidates(self, keyword: str) -> list[Pool]:
+        """Return the pools whose names have the rarest part of a keyword; all for one that is too short."""
+        found = [self._by_part.get(part, {}) for part in parts_of(keyword)]
+        return list(min(found, key=len, default=self._pools).values())
+
+
+def parts_of(text: str) -> list[str]:
+    return list(dict.fromkeys(text[start : start + 3] for start in range(len(text) - 2)))
+
+
+def drop_from(index: dict[str, dict[str, Any]], key: str, entry: str) -> None:
+    """Take an entry out of an index, and its key with the last one."""
+    del index[key][entry]
+    if not index[key]:
+        del index[key]
 
 
 class Hub:
@@ -1394,6 +1453,7 @@ class Hub:
         self._agents: dict[str, AgentRecord] = {}
         self._gone: dict[str, AgentRecord] = {}  # Those of them past their grace time.
         self._pools: dict[str, Pool] = {}
+        self._finder = Finder()
         self._open: dict[str, TaskRecord] = {}
         self._ended: dict[str, TaskRecord] = {}  # Whose requester was told. In the order of their ends.
         self._undelivered: dict[str, TaskRecord] = {}  # Whose requester is away. In the order of their ends.
@@ -1709,13 +1769,9 @@ class Hub:
         listed_max = max(1, (self.settings.message_bytes_max - self.settings.envelope_bytes) // REF_BYTES)
         agent.max_tasks, agent.metadata = min(message.max_tasks, listed_max), message.metadata
         agent.capabilities = {one.name: one for one in offered}
-        agent.names = [(name.lower(), words_of(name)) for name in agent.capabilities]
-        agent.words = frozenset(words_of(" ".join([agent.description, *(one.description for one in offered)])))
         agent.info_bytes = len(encode(Discovered(agents=[agent.info], total=1)))
         if agent.leaving is None:
-            agent.pools = [self._pools.setdefault(name, Pool(name)) for name in agent.capabilities]
-        for pool in agent.pools:
-            pool.members[agent.agent_id] = agent
+            self._join_pools(agent)
         self._list(agent)
         self._note(agent)
 
@@ -1833,14 +1889,14 @@ class Hub:
 
     def _on_discover(self, peer: Peer, message: Discover) -> None:
         self._set_known(peer)
-        self.effort += len(self._agents) // EFFORT_AGENTS
         keyword = message.capability.lower()
-        ranked = []
-        for agent in self._agents.values():
-            if agent.peer is not None and agent.leaving is None:
-                rank = match_rank(keyword, agent)
-                if rank is not None:
-                    ranked.append((rank, len(agent.running), agent.name, agent.agent_id))
+        ranks = self._finder.ranks(keyword) if keyword else dict.fromkeys(self._agents.values(), 0)
+        self.effort += (self._finder.looked_at if keyword else len(ranks)) // EFFORT_AGENTS
+        ranked = [
+            (rank, len(agent.running), agent.name, agent.agent_id)
+            for agent, rank in ranks.items()
+            if agent.peer is not None and agent.leaving is None
+        ]
         found: list[AgentInfo] = []
         room = self.settings.message_bytes_max - self.settings.envelope_bytes
         for *_, agent_id in heapq.nsmallest(message.limit, ranked):
@@ -2169,13 +2225,28 @@ class Hub:
                 pool.move(agent, old, new)
             agent.load = new
 
+    def _join_pools(self, agent: AgentRecord) -> None:
+        """Let an agent be found, by its capabilities and its descriptions."""
+        for name in agent.capabilities:
+            pool = self._pools.get(name)
+            if pool is None:
+                pool = self._pools[name] = Pool(name)
+                self._finder.add_pool(pool)
+            pool.members[agent.agent_id] = agent
+            agent.pools.append(pool)
+        descriptions = [agent.description, *(one.description for one in agent.capabilities.values())]
+        agent.words = tuple(dict.fromkeys(words_of(" ".join(descriptions))))
+        self._finder.add_agent(agent)
+
     def _leave_pools(self, agent: AgentRecord) -> None:
         for pool in agent.pools:
             pool.move(agent, agent.load, None)
             del pool.members[agent.agent_id]
             if not pool.members:
                 del self._pools[pool.name]
-        agent.pools, agent.load = [], None
+                self._finder.drop_pool(pool)
+        self._finder.drop_agent(agent)
+        agent.pools, agent.words, agent.load = [], (), None
 
     # Ending.
 
@@ -2753,7 +2824,7 @@ CLOSING_S = 2.0  # For a peer to answer a close, or to read what is still to be 
 CLIENT_MESSAGE_BYTES_MAX = 64 * 1_048_576  # The largest message that an agent takes from its hub.
 PRIVATE_CHARACTERS_MAX = 1_048_576  # In a file with a token, or an access file.
 SLICE_BYTES = 16_384  # Of what came in on one connection are handled before the others have a turn.
-OUT_BYTES_MAX = 262_144  # Are gathered in one turn of the loop before they are written.
+OUT_BYTES_MAX = 2048  # Are gathered in one turn of the loop before they are written: who waits for them can begin.
 FRAGMENT_BYTES = 16  # A message may have as many fragments as if each had so many bytes; RFC 6455 has no bound.
 FRAME_EFFORT = 0.25  # What a ping or a fragment costs to handle; a plain message costs 1.
 MESSAGES_PER_S_MAX = 2000.0  # From one connection, in the long run.
@@ -2763,11 +2834,13 @@ KEYS_BYTES = 1024  # Of random numbers are asked for at a time.
 VISITOR_BYTES_MAX = 131_072  # The largest message of who has not been let in.
 HOLD_MAX_S = 10.0  # For what a connection has sent too much of: well within the silence that is too long.
 BURST_S = 2.0  # So many seconds' worth of messages may come at once.
+RATION_S = 0.02  # What is earned in so long is handled in one go: one pause for each message would cost more than it.
 
 LOOPS = ("auto", "asyncio", "uvloop")  # Event loops to choose from.
 
 Output = TypeVar("Output")
 
+log_loop = logging.getLogger("agenthub.loop")
 # `websockets` logs frames with what is in them at DEBUG; payloads are nobody's business.
 WIRE_LOGGER = logging.getLogger("agenthub.wire")
 WIRE_LOGGER.setLevel(logging.WARNING)
@@ -2905,8 +2978,8 @@ class WebSocketLink(Link, AsyncioProtocol):
     """
 
     TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
-    MASK_BIT: typing.ClassVar[int]  # In the second byte of the frames that come in.
-    KEY_BYTES: typing.ClassVar[int]  # How long the key is that they are masked with.
+    MASK_BIT: int  # In the second byte of the frames that come in.
+    KEY_BYTES: int  # How long the key is that they are masked with.
 
     def __init__(
         self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, message_bytes_max: int
@@ -2922,6 +2995,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         self._is_mute = False  # A close has been sent, and nothing may follow it.
         self._is_ending = False  # The socket is to be closed when all is written.
         self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
+        self._out_bytes = 0
         self._holds: set[str] = set()  # Why nothing is handled just now.
         self._unread = b""  # Came in meanwhile, and has not been looked at.
         self._is_feeding = False  # What has come in is being looked at, frame after frame.
@@ -3171,10 +3245,13 @@ class WebSocketLink(Link, AsyncioProtocol):
     # Writing
 
     def _put(self, *parts: bytes) -> None:
-        """Have something written at the end of this turn of the loop."""
+        """Have something written at the end of this turn of the loop, or at once if it is much together."""
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out += parts
+        self._out_bytes += len(parts[-1])
+        if self._out_bytes > OUT_BYTES_MAX:
+            self._flush()
 
     def _queue(self) -> None:
         """Queue what the protocol object has to say for itself."""
@@ -3196,7 +3273,7 @@ class WebSocketLink(Link, AsyncioProtocol):
             self._timer = self._loop.call_later(CLOSING_S, self.abort)
 
     def _flush(self) -> None:
-        out, self._out = self._out, []
+        out, self._out, self._out_bytes = self._out, [], 0
         transport = self._transport
         if not out or transport is None or transport.is_closing():
             return
@@ -3263,8 +3340,6 @@ class ServerLink(WebSocketLink):
         self._allowance = self._rate * BURST_S  # A token bucket, filled up again when it is found empty.
         self._allowed_at = self._loop.time()
         self._rationing: asyncio.TimerHandle | None = None
-        self._out_bytes = 0
-        self._out_bytes_max = min(OUT_BYTES_MAX, backlog_bytes_max // 4)
         self._written_bytes = 0  # Since the connection was made.
         self._later: collections.deque[Any] = collections.deque()  # To be sent when it is not stuffed any more ...
         self._later_bytes = 0  # ... of which some are encoded, and of this size.
@@ -3328,15 +3403,8 @@ class ServerLink(WebSocketLink):
 
     def _send_frame(self, raw: bytes) -> None:
         """A server's frames are not masked, so they are a header and the bytes as they are."""
-        if self._is_mute:
-            return
-        if not self._out:
-            self._loop.call_soon(self._flush)
-        length = len(raw)
-        self._out += (frame_header(length), raw)
-        self._out_bytes += length
-        if self._out_bytes > self._out_bytes_max:
-            self._flush()
+        if not self._is_mute:
+            self._put(frame_header(len(raw)), raw)
 
     def _deliver_large(self, raw: bytes) -> None:
         if self._rate == math.inf or len(raw) < CPU_COUNTED_BYTES:
@@ -3366,10 +3434,10 @@ class ServerLink(WebSocketLink):
             self.hold("sends too much")
             if self._rationing is not None:  # An earlier one would let another message through, and that two more.
                 self._rationing.cancel()
-            self._rationing = self._loop.call_later(-self._allowance / self._rate, self.release, "sends too much")
+            pause_s = RATION_S - self._allowance / self._rate
+            self._rationing = self._loop.call_later(pause_s, self.release, "sends too much")
 
     def _on_written(self, size: int, waiting: int) -> None:
-        self._out_bytes = 0
         self._written_bytes += size
         if waiting > self._backlog_bytes_max:
             self._loop.call_soon(self._cut_off)
@@ -3506,6 +3574,7 @@ def run_loop(main: typing.Coroutine[Any, Any, Output], loop: str = "auto") -> Ou
                 raise PackageMissing("uvloop", "The event loop `uvloop`") from error
         else:
             factory = uvloop.new_event_loop
+    log_loop.debug("the event loop is %s", "asyncio's" if factory is None else f"uvloop {uvloop.__version__}")
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 
@@ -6518,6 +6587,7 @@ def _add_agent(parser: argparse.ArgumentParser) -> None:
         help="seconds that running tasks have to end when the agent is stopped",
     )
     _add_url(parser)
+    _add_loop(parser)
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:

@@ -1,3 +1,4 @@
+import argparse
 import asyncio
 import contextlib
 import enum
@@ -8,11 +9,13 @@ import pydantic
 import ssl
 import typing
 from _typeshed import Incomplete
+from asyncio import Protocol as AsyncioProtocol
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 Id = str
+Opaque = str
 Name = str
 Keyword = str
 Description = str
@@ -434,7 +437,7 @@ class Codec:
     that importing this module costs no import of Pydantic.
     """
 
-    serializers: dict[type, tuple[Callable[..., bytes], bool]]
+    encoders: dict[type, Callable[[Any], bytes]]
     def __init__(self) -> None: ...
     def decoder(
         self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str, depth_max: int
@@ -463,6 +466,21 @@ class TaskEvent(enum.StrEnum):
 
 TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]]
 FINAL_STATES: frozenset[TaskState]
+Item = TypeVar("Item", bound=Hashable)
+
+class LazyHeap(Generic[Item]):
+    """A priority queue whose items can be moved and taken back.
+
+    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
+    is bounded by what is in the queue, and every operation is O(log n) on average.
+    """
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def push(self, item: Item, key: Any) -> None:
+        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
+    def discard(self, item: Item) -> None: ...
+    def first(self) -> tuple[Any, Item] | None:
+        """Return the least key and its item, or None."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSettings:
@@ -496,23 +514,8 @@ class Close(NamedTuple):
     reason: str
 
 Effect = tuple[Any, HubOutput | Close]
-Item = TypeVar("Item", bound=Hashable)
 
-class LazyHeap(Generic[Item]):
-    """A priority queue whose items can be moved and taken back.
-
-    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
-    is bounded by what is in the queue, and every operation is O(log n) on average.
-    """
-    def __init__(self) -> None: ...
-    def __len__(self) -> int: ...
-    def push(self, item: Item, key: Any) -> None:
-        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
-    def discard(self, item: Item) -> None: ...
-    def first(self) -> tuple[Any, Item] | None:
-        """Return the least key and its item, or None."""
-
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
     """What the hub knows of one task. Only `Hub._move` assigns `state`."""
 
@@ -546,7 +549,7 @@ class TaskRecord:
     def is_patient(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class AgentRecord:
     """What the hub knows of one agent.
 
@@ -564,8 +567,7 @@ class AgentRecord:
     name: str = ...
     description: str = ...
     capabilities: dict[str, Capability] = field(default_factory=dict)
-    names: list[tuple[str, list[str]]] = field(default_factory=list)
-    words: frozenset[str] = ...
+    words: tuple[str, ...] = ...
     max_tasks: int = ...
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = ...
@@ -585,7 +587,7 @@ class AgentRecord:
     @property
     def info(self) -> AgentInfo: ...
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Peer:
     """One connection, and the agent that has registered on it (None: an observer)."""
 
@@ -635,6 +637,8 @@ class Pool:
     """The agents that are there with one capability, and those of them that can take a task, by load."""
 
     name: Incomplete
+    lower_name: Incomplete
+    words: Incomplete
     members: dict[str, AgentRecord]
     free: dict[int, dict[str, AgentRecord]]
     def __init__(self, name: str) -> None: ...
@@ -651,6 +655,22 @@ class PendingQueue:
     def discard(self, task: TaskRecord) -> None: ...
     def first(self, excluding: AgentRecord | None) -> TaskRecord | None:
         """Return the first task in line whose requester is not `excluding`."""
+
+class Finder:
+    """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.
+
+    Names are looked up by their parts of three characters, as search indexes do it (pg_trgm of PostgreSQL, for one).
+    """
+
+    looked_at: int
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def add_pool(self, pool: Pool) -> None: ...
+    def drop_pool(self, pool: Pool) -> None: ...
+    def add_agent(self, agent: AgentRecord) -> None: ...
+    def drop_agent(self, agent: AgentRecord) -> None: ...
+    def ranks(self, keyword: str) -> dict[AgentRecord, int]:
+        """Return how well agents match a keyword in lower case, those that do: 0 is best, 3 a word of a description."""
 
 class Hub:
     """Every decision about agents and tasks.
@@ -729,6 +749,8 @@ class Journal:
         """Take up room on the disk for the time when it is full; return whether there is some."""
     def give_up_reserve(self) -> None: ...
 
+Output = TypeVar("Output")
+
 class LinkOwner(Protocol):
     """Who is told what happens on a link. `closed` comes once, and nothing after it."""
     def opened(self, link: Link) -> None: ...
@@ -776,19 +798,24 @@ class MemoryLink(Link):
     def close(self, code: int, reason: str = "") -> None: ...
     def abort(self) -> None: ...
 
-class WebSocketLink(Link, asyncio.Protocol):
+class WebSocketLink(Link, AsyncioProtocol):
     """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
 
     Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
     of the loop goes out in one write. While it is held, nothing that came in is handled, and soon nothing comes in.
+
+    Text messages in one frame that is there as a whole, which is what nearly all are, are read and written here; the
+    protocol object gets the other frames, each by itself, and what belongs to the handshake.
     """
 
     TEXT: Incomplete
     BINARY: Incomplete
     CONTINUATION: Incomplete
     CLOSE: Incomplete
+    MASK_BIT: int
+    KEY_BYTES: int
     def __init__(
-        self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, fragments_max: int
+        self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, message_bytes_max: int
     ) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def data_received(self, data: bytes) -> None: ...
@@ -796,7 +823,6 @@ class WebSocketLink(Link, asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None: ...
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
-    def send(self, raw: bytes) -> None: ...
     def close(self, code: int, reason: str = "") -> None: ...
     def abort(self) -> None: ...
     def hold(self, why: str) -> None: ...
@@ -811,6 +837,8 @@ class ServerLink(WebSocketLink):
     the very bytes that it does not read.
     """
 
+    MASK_BIT: Incomplete
+    KEY_BYTES: Incomplete
     address: Incomplete
     bearer: str | None
     is_answered: bool
@@ -842,9 +870,12 @@ class ServerLink(WebSocketLink):
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
+    MASK_BIT: Incomplete
+    KEY_BYTES: Incomplete
     ready: asyncio.Future[None]
     def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+    def send(self, raw: bytes) -> None: ...
 
 @dataclass(frozen=True, slots=True)
 class Grant:
@@ -1047,11 +1078,13 @@ class Session:
         reply_type: type[Reply],
         at_once: Callable[[Reply], None] | None = None,
         within_s: float | None = ...,
+        until: float | None = None,
     ) -> Reply:
         """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
 
         Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies. A hub that has not
         replied after `within_s` seconds (None: there is no bound) is as good as lost, and so the connection is cut.
+        Raises TimeoutError when it is `until` by the loop's clock, and leaves the connection as it is.
         """
     def cut(self) -> None:
         """Give up a connection on which nothing sensible comes in any more."""
@@ -1060,6 +1093,16 @@ class Session:
     def opened(self, link: Link) -> None: ...
     def received(self, link: Link, message: Any, message_bytes: int) -> None: ...
     def closed(self, link: Link, code: int, reason: str) -> None: ...
+
+class Alarms:
+    """Calls functions at set times, by one timer of the loop for all: most are taken back long before they are due."""
+    def __init__(self) -> None: ...
+    def set(self, function: Callable[[], None], when: float) -> None:
+        """Call `function` when it is `when` by the loop's clock; one that is set already is moved there."""
+    def cancel(self, function: Callable[[], None]) -> None:
+        """Take it back. Without effect if it is not set."""
+    def clear(self) -> None:
+        """Take all back."""
 
 @dataclass(frozen=True, slots=True)
 class Mark:
@@ -1228,10 +1271,11 @@ class Agent:
         """Make a function the one that takes broadcasts, one after the other: `(message, sender)`. A decorator."""
     def use_hub(self, hub: LocalHubLike) -> None:
         """Join a hub of this process instead of the one at `url`, from the next start on."""
-    def run(self, *, drain_s: float = ...) -> None:
+    def run(self, *, drain_s: float = ..., loop: str = "auto") -> None:
         """Run until Ctrl-C or SIGTERM; then take no new task and leave when the running ones have ended.
 
-        `drain_s` bounds that, in seconds; a second signal ends it at once.
+        `drain_s` bounds that, in seconds; a second signal ends it at once. The event `loop` is uvloop\'s where that is
+        installed; "asyncio" is the standard library\'s, and "uvloop" raises PackageMissing where it is not installed.
         """
     async def __aenter__(self) -> typing.Self: ...
     async def __aexit__(self, *_: object) -> None: ...
@@ -1309,3 +1353,11 @@ class LogFloodFilter(logging.Filter):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
+
+class Command(NamedTuple):
+    """A command of the command line: what it is for, who adds its options, and who runs it."""
+
+    purpose: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    log_level: str = ...

@@ -1401,7 +1401,7 @@ class Simulation:
         assert self.life is not None
         hub, journal = self.life.hub, self.life.journal
         kept = (hub._open, hub._ended, hub._undelivered, hub._agents, hub._gone, hub._queues, hub._pools, hub._peers)
-        if any(kept) or hub._records_bytes or hub._ended_bytes:
+        if any(kept) or len(hub._finder) or hub._records_bytes or hub._ended_bytes:
             self.fail(f"the hub still remembers {[list(one) for one in kept]}, {hub._records_bytes} bytes")
         rows = journal.rows("tasks"), journal.rows("agents")
         if rows != (0, 0):

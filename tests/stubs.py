@@ -29,7 +29,7 @@ def made_stubs() -> str:
 def with_aliases(stubs: str) -> str:
     """Add the aliases that stubgen leaves out, without the limits, which are not for type checkers."""
     source = (ROOT / "agenthub.py").read_text(encoding="utf-8")
-    aliases = re.findall(r"^(\w+) = Annotated\[(.+), \w+\(.*\)\]$", source, re.MULTILINE)
+    aliases = re.findall(r"^(\w+) = Annotated\[(.+), \w+\(.*\)\](?:  # .*)?$", source, re.MULTILINE)
     aliases += re.findall(r"^(\w+) = (Callable\[.+\])$", source, re.MULTILINE)
     missing = [f"{name} = {kind}" for name, kind in aliases if not re.search(rf"^{name}\b", stubs, re.MULTILINE)]
     head, import_line, rest = stubs.partition("\n\n")

@@ -57,7 +57,6 @@ from agenthub import (
     TaskRef,
     TaskState,
     encode,
-    match_rank,
 )
 from tests.world import Program, World, snapshot
 
@@ -524,6 +523,10 @@ def test_heartbeat_without_an_id_gets_no_reply() -> None:
 # Finding
 
 
+def rank_of(world: World, keyword: str, program: Program) -> int | None:
+    return world.hub._finder.ranks(keyword).get(world.hub._agents[program.agent_id])
+
+
 def test_discovery_is_ranked() -> None:
     world = World()
     observer = world.connect()
@@ -541,7 +544,8 @@ def test_discovery_is_ranked() -> None:
 @pytest.mark.parametrize(
     ("keyword", "capability", "description", "rank"),
     [
-        ("", "anything", "", 0),
+        ("te", "latest", "", 2),
+        ("t", "test", "", 1),
         ("test", "test", "", 0),
         ("test", "Test", "", 0),
         ("test", "test-runner", "", 1),
@@ -558,16 +562,16 @@ def test_discovery_is_ranked() -> None:
         ("\N{LATIN SMALL LETTER A WITH DIAERESIS}ra", "\N{LATIN CAPITAL LETTER A WITH DIAERESIS}RA", "", 0),
     ],
 )
-def test_match_rank(keyword: str, capability: str, description: str, rank: int | None) -> None:
+def test_rank_of_a_match(keyword: str, capability: str, description: str, rank: int | None) -> None:
     world = World()
     program = world.join("agent", Capability(capability, description))
-    assert match_rank(keyword, world.hub._agents[program.agent_id]) == rank
+    assert rank_of(world, keyword, program) == rank
 
 
 def test_best_of_an_agents_capabilities_counts() -> None:
     world = World()
     program = world.join("agent", "latest", "other", "test")
-    assert match_rank("test", world.hub._agents[program.agent_id]) == 0
+    assert rank_of(world, "test", program) == 0
 
 
 def test_among_equals_the_less_loaded_comes_first_and_then_the_name() -> None:

@@ -250,7 +250,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         }
 
     def agent_of(agent: Any) -> dict[str, Any]:
-        names = ("resume_hash", "there", "name", "description", "capabilities", "names", "words", "max_tasks")
+        names = ("resume_hash", "there", "name", "description", "capabilities", "words", "max_tasks")
         tables = ("running", "awaited", "requested")
         return {
             **{name: getattr(agent, name) for name in (*names, "metadata", "info_bytes", "told", "load")},

@@ -1034,7 +1034,7 @@ async def test_what_costs_more_is_read_more_slowly() -> None:
     rationed.clock.run_soon()
     assert rationed.count == int(100 * agenthub.BURST_S / 10) + 1
     rationed.clock.pass_time(1.0)
-    assert rationed.count in (31, 32)
+    assert rationed.count in (30, 31, 32)
 
 
 @pytest.mark.parametrize("raw", [frame(b"", PING), frame(b"", 10), frame(b"", CONTINUATION, fin=False)])
@@ -1067,7 +1067,9 @@ def test_effort_grows_with_what_a_request_asks_of_the_hub() -> None:
     assert effort_of(world, agenthub.Heartbeat()) == 1
     for number in range(199):
         world.join(f"agent-{number}", "work", max_tasks=100)
-    assert effort_of(world, Discover(capability="nothing")) == 1 + 200 // agenthub.EFFORT_AGENTS
+    assert effort_of(world, Discover(capability="nothing")) == 1
+    for keyword in ("", "w", "work"):
+        assert effort_of(world, Discover(capability=keyword)) == 1 + 200 // agenthub.EFFORT_AGENTS
     for number in range(100):
         asker.delegate(f"task-{number}", "work")
     assert effort_of(world, Status(tasks=True)) == 1 + 100 // agenthub.EFFORT_TASKS

@@ -94,6 +94,7 @@ class World:
             hub._agents,
             hub._gone,
             hub._pools,
+            hub._finder,
             hub._queues,
             hub._open,
             hub._ended,
