@@ -1,22 +1,16 @@
-"""What the journal costs, and how long a hub takes to come back: `python -m benchmarks.journal`.
+"""What the journal costs, and how long a hub takes to come back to what it holds: in memory, and with both sync modes.
 
-Round trips (delegate, hand over, result, word of the end) through a hub process of its own, with tasks kept in memory
-and in a journal with both sync modes, one after the other in each round; then the start of a hub whose journal holds
-many open tasks. Figures of one run may be compared with each other, not with those of another machine or day: the
-disk decides. The journals are made in a folder of their own under --folder, and removed.
+Round trips (delegate, hand over, result, word of the end) go through a hub process of its own, with an agent of the SDK
+at each end. Then a hub is started whose journal holds many open tasks. The disk decides: the journals are made in a
+folder of their own under --folder, and removed.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
 import itertools
-import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,19 +18,71 @@ from typing import Any
 
 import agenthub
 from agenthub import Delegate, Delegated, Hub, HubSettings, Journal, Register, Result, Session, Settled, Status
+from benchmarks.measure import Options, Row, Unavailable, alternate, cpu_s, hub, medians, progress
 
+NAME = "journal"
 MODES = {"memory": [], "normal": ["--sync", "normal"], "full": ["--sync", "full"]}
 PAYLOAD = {"code": "print('hello')\n" * 8, "strict": True}
+TASKS_PER_S = 10_000  # In a load of as many seconds; a twentieth where only one is under way.
+OPEN_TASKS = 100_000
 
 
-def start_hub(*options: str) -> tuple[subprocess.Popen[str], str]:
-    """Start a hub; return its process and URL when it listens."""
-    command = [sys.executable, "-m", "agenthub", "hub", "--port", "0", "--log-level", "error", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline() if process.stdout is not None else ""
-    if not line.startswith("listening on "):
-        raise SystemExit("the hub did not start")
-    return process, line.split()[-1]
+def run(options: Options) -> list[Row]:
+    tasks = 200 if options.quick else round(TASKS_PER_S * options.seconds)
+    open_tasks = 200 if options.quick else OPEN_TASKS
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        rows = _compare(folder, 1, max(1, tasks // 20), options) + _compare(folder, 200, tasks, options)
+        return rows + _recover(folder, open_tasks, options)
+
+
+def _compare(folder: Path, under_way: int, tasks: int, options: Options) -> list[Row]:
+    """Return a row for each mode, with so many tasks under way at a time."""
+    progress(f"journal: {under_way} under way")
+    numbers = itertools.count()
+
+    def turn(mode: str) -> Row:
+        with_db = ["--db", str(folder / f"{under_way}-{next(numbers)}.db")] if MODES[mode] else []
+        with hub(*MODES[mode], *with_db) as started:
+            cpu_before_s = cpu_s(started.pid)
+            speed = asyncio.run(round_trips_per_s(started.url, tasks, under_way))
+            return {"tasks_per_s": speed, "hub_cpu_us_per_task": (cpu_s(started.pid) - cpu_before_s) / tasks * 1e6}
+
+    measured = alternate(options.rounds, {mode: functools.partial(turn, mode) for mode in MODES})
+    middles = {mode: medians(rows) for mode, rows in measured.items()}
+    base = middles["memory"]["tasks_per_s"]
+    return [
+        {"under_way": under_way, "tasks_are": mode, **middle, "of_memory": middle["tasks_per_s"] / base}
+        for mode, middle in middles.items()
+    ]
+
+
+def _recover(folder: Path, tasks: int, options: Options) -> list[Row]:
+    """Compare the time from a hub's start until it has answered, with an empty journal and with a full one."""
+    progress(f"journal: making one of {tasks} open tasks")
+    full = folder / "full.db"
+    make_journal(full, tasks)
+    numbers = itertools.count()
+
+    def turn(path: Path, expected: int) -> Row:
+        began = time.perf_counter()
+        with hub("--db", str(path)) as started:
+            found = asyncio.run(open_tasks(started.url))
+            passed_s = time.perf_counter() - began
+            started.process.kill()  # So that it leaves the journal as it was.
+        if found != expected:
+            raise Unavailable(f"{found} open tasks came back instead of {expected}")
+        return {"start_s": passed_s}
+
+    progress("journal: coming back")
+    turns = {"empty": lambda: turn(folder / f"empty-{next(numbers)}.db", 0), "full": lambda: turn(full, tasks)}
+    middles = {name: medians(rows) for name, rows in alternate(options.rounds, turns).items()}
+    held = {"empty": 0, "full": tasks}
+    size = {"empty": None, "full": full.stat().st_size}
+    return [
+        {"journal": name, "open_tasks": held[name], "journal_bytes": size[name], **middle}
+        for name, middle in middles.items()
+    ]
 
 
 async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
@@ -76,35 +122,6 @@ async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
     return tasks / passed_s
 
 
-def measure_throughput(folder: Path, rounds: int, tasks: int) -> dict[str, Any]:
-    """Return the median tasks per second of each mode, with one and with many tasks under way."""
-    measured: dict[tuple[str, int], list[float]] = {}
-    for number in range(rounds):
-        for mode, options in MODES.items():
-            print(f"round {number + 1} of {rounds}: {mode}", file=sys.stderr)
-            with_db = ["--db", str(folder / f"{mode}-{number}.db")] if options else []
-            for in_flight, count in ((1, max(1, tasks // 20)), (200, tasks)):
-                process, url = start_hub(*options, *with_db)
-                try:
-                    speed = asyncio.run(round_trips_per_s(url, count, in_flight))
-                finally:
-                    process.terminate()
-                    process.wait()
-                measured.setdefault((mode, in_flight), []).append(speed)
-    medians = {key: statistics.median(speeds) for key, speeds in measured.items()}
-    return {
-        f"{in_flight}_in_flight": {
-            mode: {
-                "tasks_per_s": round(medians[mode, in_flight]),
-                "of_memory": round(medians[mode, in_flight] / base, 3),
-            }
-            for mode in MODES
-        }
-        for in_flight in (1, 200)
-        for base in [medians["memory", in_flight]]
-    }
-
-
 def make_journal(path: Path, tasks: int) -> None:
     """Write a journal with that many open tasks, as a hub would have."""
     journal = Journal(path, sync="normal")
@@ -123,69 +140,8 @@ def make_journal(path: Path, tasks: int) -> None:
 
 
 async def open_tasks(url: str) -> int:
+    """Return how many tasks a hub says that it has open."""
     session = await Session.open(functools.partial(agenthub.connect_websocket, url), lambda _: None)
     counts = ((await session.request(Status(), agenthub.Reported)).hub or {})["tasks"]
     await session.close()
     return int(counts["pending"] + counts["in_progress"])
-
-
-def measure_recovery(folder: Path, rounds: int, tasks: int) -> dict[str, Any]:
-    """Return the seconds from the start of a hub until it has answered, with an empty journal and with a full one."""
-    print(f"making a journal of {tasks} open tasks", file=sys.stderr)
-    full = folder / "recovery.db"
-    make_journal(full, tasks)
-    taken: dict[str, list[float]] = {"empty": [], "full": []}
-    for number in range(rounds):
-        for name, path, expected in (("empty", folder / f"empty-{number}.db", 0), ("full", full, tasks)):
-            print(f"recovery {number + 1} of {rounds}: {name}", file=sys.stderr)
-            started = time.perf_counter()
-            process, url = start_hub("--db", str(path))
-            found = asyncio.run(open_tasks(url))
-            taken[name].append(time.perf_counter() - started)
-            process.kill()
-            process.wait()
-            if found != expected:
-                raise SystemExit(f"{found} open tasks came back instead of {expected}")
-    return {
-        "open_tasks": tasks,
-        "journal_bytes": full.stat().st_size,
-        "start_s": {name: round(statistics.median(times), 2) for name, times in taken.items()},
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.journal", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="how often each is measured; the median counts"
-    )
-    parser.add_argument("--tasks", type=int, default=10_000, metavar="N", help="round trips in each measurement")
-    parser.add_argument(
-        "--open", type=int, default=100_000, metavar="N", help="open tasks in the journal to come back to"
-    )
-    parser.add_argument("--folder", default=None, help="where the journals are made: the disk to measure")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    if min(args.rounds, args.tasks, args.open) < 1:
-        parser.error("there is nothing to measure with less than 1")
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        throughput = measure_throughput(Path(folder), args.rounds, args.tasks)
-        recovery = measure_recovery(Path(folder), args.rounds, args.open)
-    if args.json:
-        print(json.dumps({"throughput": throughput, "recovery": recovery}, indent=2))
-        return 0
-    for under_way, modes in throughput.items():
-        for mode, figures in modes.items():
-            print(
-                f"{under_way:>14} {mode:>7}: {figures['tasks_per_s']:>7} tasks/s, {figures['of_memory']:.2f} of memory"
-            )
-    start = recovery["start_s"]
-    print(
-        f"start with {recovery['open_tasks']} open tasks: {start['full']} s; with an empty journal: {start['empty']} s"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Something that looks like a hub to one agent and costs next to nothing, so that the agent's own end is what is slow.
+
+A task that an agent delegates is acknowledged and has ended at once, with its input as the output. To an agent with
+capabilities it hands out tasks, `--open` of them all the time, and prints `measuring` and a line of figures as the
+requesters in benchmarks.ends do; the CPU in it is that of this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import itertools
+import json
+import sys
+import time
+import typing
+from typing import Any
+
+from websockets.frames import apply_mask
+
+from agenthub import frame_header
+from benchmarks.ends import Load, add_load_options, figures_of, load_of, loop_factory
+
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3.
+TTL_S = 300.0
+TEXT, CLOSE, PING = 0x81, 0x88, 0x89  # The first bytes of whole frames.
+REGISTERED: dict[str, Any] = {
+    "type": "register",
+    "agent_id": "a",
+    "resume": "r",
+    "heartbeat_s": 30.0,
+    "max_bytes": 1 << 20,
+    "tasks": [],
+}
+
+
+class Frames(asyncio.Protocol):
+    """The server's end of a WebSocket, for peers that behave: whole frames only, and written once per chunk read."""
+
+    def __init__(self) -> None:
+        self._unread = b""
+        self._is_open = False
+        self._out: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = typing.cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        if not self._is_open:
+            self._open()
+        at = 0
+        while self._is_open and (end := self._frame(at)):
+            at = end
+        self._unread = self._unread[at:]
+        self.flush()
+
+    def _open(self) -> None:
+        head, separator, rest = self._unread.partition(b"\r\n\r\n")
+        if not separator:
+            return
+        fields = dict(line.lower().split(b": ", 1)[:1] + line.split(b": ", 1)[1:] for line in head.split(b"\r\n")[1:])
+        accepted = base64.b64encode(hashlib.sha1(fields[b"sec-websocket-key"] + GUID).digest())
+        answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        self._transport.write(b"%sSec-WebSocket-Accept: %s\r\n\r\n" % (answer, accepted))
+        self._is_open, self._unread = True, rest
+
+    def _frame(self, at: int) -> int:
+        """Handle the frame that begins there; return where it ends, or 0 if it is not all there."""
+        raw = self._unread
+        if len(raw) < at + 14:  # The longest header; a close has less, and then nothing follows it.
+            short = len(raw) >= at + 6 and raw[at] == CLOSE
+            if short:
+                self._transport.close()
+            return 0
+        length, start = raw[at + 1] & 0x7F, at + 6
+        if length > 125:
+            size = 2 if length == 126 else 8
+            length, start = int.from_bytes(raw[at + 2 : at + 2 + size]), start + size
+        end = start + length
+        if len(raw) < end:
+            return 0
+        if raw[at] == TEXT:
+            self.received(json.loads(apply_mask(raw[start:end], raw[start - 4 : start])))
+        elif raw[at] == CLOSE:
+            self._transport.close()
+        return end
+
+    def send(self, raw: bytes) -> None:
+        self._out += (frame_header(len(raw)), raw)
+
+    def flush(self) -> None:
+        if self._out:
+            self._transport.write(b"".join(self._out))
+            self._out.clear()
+
+    def received(self, message: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class CheapHub(Frames):
+    """What is said on one connection."""
+
+    def __init__(self, load: Load, capability: str) -> None:
+        super().__init__()
+        self.began: dict[str, float] = {}  # When each open task was handed out.
+        self.taken_s: list[float] = []
+        self.worker = asyncio.get_running_loop().create_future()
+        task = {"type": "delegate", "task_id": "ID", "sender": "s", "agent_id": "a", "capability": capability}
+        rest = {"ttl": TTL_S, "priority": 0, "max_retries": 0, "parent_id": None, "attempt": 1}
+        self._task = json.dumps({**task, "input": load.payload, **rest}).encode().partition(b"ID")
+        self._numbers = itertools.count()
+
+    def received(self, message: dict[str, Any]) -> None:
+        kind = message["type"]
+        if kind == "delegate":
+            self.acknowledge(message, b"in_progress")
+            end = {"type": "result", "sender": "w", "success": True, "state": "completed", "error": None, "attempt": 1}
+            self.send(json.dumps({**end, "task_id": message["task_id"], "output": message["input"]}).encode())
+        elif kind == "result":
+            self.acknowledge(message, b"completed")
+            self.taken_s.append(time.perf_counter() - self.began.pop(message["task_id"]))
+            self.hand_out()
+        else:
+            self.answer(kind, message)
+
+    def acknowledge(self, message: dict[str, Any], state: bytes) -> None:
+        ids = (message["id"].encode(), message["task_id"].encode(), state)
+        self.send(b'{"type":"status","reply_to":"%s","task_id":"%s","state":"%s","attempt":1}' % ids)
+
+    def answer(self, kind: str, message: dict[str, Any]) -> None:
+        """Reply to what comes seldom."""
+        replies: dict[str, dict[str, Any]] = {
+            "register": REGISTERED,
+            "heartbeat": {"type": "heartbeat_ack"},
+            "deregister": {"type": "deregister"},
+        }
+        self.send(json.dumps({**replies[kind], "reply_to": message["id"]}).encode())
+        if message.get("capabilities") and not self.worker.done():
+            self.worker.set_result(None)
+
+    def hand_out(self) -> None:
+        task_id = f"t{next(self._numbers)}"
+        self.began[task_id] = time.perf_counter()
+        before, _, after = self._task
+        self.send(before + task_id.encode() + after)
+
+
+async def serve(load: Load, capability: str) -> None:
+    """Print where it listens, and measure the first agent with capabilities; serve until it is told to end."""
+    connections: asyncio.Queue[CheapHub] = asyncio.Queue()
+
+    def connected() -> CheapHub:
+        connection = CheapHub(load, capability)
+        connections.put_nowait(connection)
+        return connection
+
+    server = await asyncio.get_running_loop().create_server(connected, "127.0.0.1", 0)
+    print(f"listening on ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+    worker = await connections.get()
+    await worker.worker
+    for _ in range(load.tasks_open):
+        worker.hand_out()
+    worker.flush()
+    await asyncio.sleep(load.warm_up_s)
+    print("measuring", flush=True)
+    worker.taken_s.clear()
+    began, cpu_began = time.perf_counter(), time.process_time()
+    await asyncio.sleep(load.seconds)
+    figures = figures_of(worker.taken_s, time.perf_counter() - began, time.process_time() - cpu_began)
+    print(json.dumps(figures), flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cheap_hub", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--capability", default="echo", help="what is asked of an agent")
+    add_load_options(parser)
+    args = parser.parse_args()
+    try:
+        with asyncio.Runner(loop_factory=loop_factory(args.loop)) as runner:
+            runner.run(serve(load_of(args), args.capability))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""Whether the hub becomes slower when there is more of everything: agents, open tasks, recipients, deadlines.
+
+Decisions alone, without a socket: the Sans-I/O `Hub` is called with decoded messages, and what it says is encoded (but
+not decoded before, which does not depend on the hub). Each hub has a process of its own, so that the memory of one does
+not slow another one's garbage collector. Flat rows are the aim: `of_smallest` is the cost beside the smallest hub's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from agenthub import (
+    GC_THRESHOLDS,
+    Broadcast,
+    Close,
+    Delegate,
+    Delegated,
+    Discover,
+    Effect,
+    Hub,
+    HubSettings,
+    Register,
+    Result,
+    Settled,
+    encode,
+)
+from benchmarks.measure import Options, Row, Unavailable, alternate, medians, progress, require, running
+
+NAME = "growth"
+AGENTS = (10, 1_000, 10_000)
+OPEN_TASKS = 100_000
+# What the open tasks do: wait for a capability that nobody has, wait in the line of the one that is measured (all its
+# agents being busy with as many more), or run at the agents, as many at each.
+KINDS = ("none", "waiting elsewhere", "waiting in line", "running")
+RECIPIENTS = (10, 1_000, 5_000)
+FOUND = 5  # Agents that `discover` finds, whatever the number of others.
+PAYLOAD = "x" * 100
+FAR_S = 500_000.0
+Case = TypeVar("Case", bound=Hashable)
+BUDGET_S = 0.2  # CPU for one measurement, as a share of the seconds of a load.
+
+
+class Filled:
+    """A hub with so many agents and open tasks, in this process. `now` stands still until a workload moves it."""
+
+    def __init__(self, agents: int, kind: str, open_tasks: int, retention_s: float = 0.0) -> None:
+        self.now = 0.0
+        settings = HubSettings(
+            heartbeat_s=1e9,
+            join_s=1e9,
+            retention_s=retention_s,
+            open_tasks_max=10**9,
+            pending_tasks_max=10**9,
+            message_bytes_max=2**24,
+            agents_max=10**9,
+        )
+        self.hub = Hub(settings, entropy=os.urandom, now=self.now)
+        self.numbers = itertools.count()
+        self.in_line: list[tuple[str, str]] = []  # Who works on which task, where others wait in line for that.
+        share = -(-open_tasks // agents)
+        for number in range(agents):
+            name, works = ("wanted", "rare-work") if number < FOUND else (f"agent-{number}", f"common-{number % 7}")
+            max_tasks = share if kind == "waiting in line" else share + 100
+            self.join(f"a{number}", name, [works, "work"], max_tasks)
+        self.join("requester", "requester", [], 1)
+        self._fill(agents, kind, open_tasks)
+
+    def _fill(self, agents: int, kind: str, open_tasks: int) -> None:
+        if kind == "none":
+            return
+        busy = -(-open_tasks // agents) * agents if kind == "waiting in line" else 0
+        for number in range(busy + open_tasks):
+            wanted = "absent" if kind == "waiting elsewhere" else "work"
+            task = Delegate(task_id=f"open-{number}", capability=wanted, input=PAYLOAD, ttl=FAR_S, wait=True)
+            given = handed_over(self.say("requester", task))
+            if busy:
+                self.in_line += given
+
+    def join(self, connection: str, name: str, capabilities: list[Any], max_tasks: int) -> None:
+        self.hub.connected(connection, self.now)
+        self.say(connection, Register(name=name, capabilities=capabilities, max_tasks=max_tasks))
+
+    def say(self, connection: str, message: Any) -> list[Effect]:
+        """Tell the hub something, and encode what it answers, a message to many once."""
+        return carry_out(self.hub.receive(connection, message, self.now, 200))
+
+    def tick(self) -> None:
+        """Let the hub drop the records of what has ended, as its server does."""
+        self.now += 1.0
+        while self.hub.next_deadline() <= self.now:
+            carry_out(self.hub.tick(self.now))
+
+
+def carry_out(effects: list[Effect]) -> list[Effect]:
+    last = None
+    for _, action in effects:
+        if action is not last and not isinstance(action, Close):
+            last = action
+            encode(action)
+    return effects
+
+
+def handed_over(effects: list[Effect]) -> list[tuple[Any, str]]:
+    return [(connection, said.task_id) for connection, said in effects if isinstance(said, Delegated)]
+
+
+# What is measured. Each is one operation on a filled hub.
+
+
+def whole_life(filled: Filled) -> None:
+    """Delegate a task, hand it over, and end it with its result."""
+    if filled.in_line:
+        life_in_line(filled)
+        return
+    number = next(filled.numbers)
+    task = Delegate(id="1", task_id=f"t{number}", capability="work", input=PAYLOAD, ttl=300.0)
+    for worker, task_id in handed_over(filled.say("requester", task)):
+        filled.say(worker, Result(id="2", task_id=task_id, success=True, output=PAYLOAD))
+    if number % 1000 == 999:
+        filled.tick()
+
+
+def life_in_line(filled: Filled) -> None:
+    """End the task that has run for longest, whose agent then gets the next in line; another one joins the line."""
+    number = next(filled.numbers)
+    worker, task_id = filled.in_line[number % len(filled.in_line)]
+    (given,) = handed_over(filled.say(worker, Result(id="2", task_id=task_id, success=True, output=PAYLOAD)))
+    filled.in_line[number % len(filled.in_line)] = given
+    filled.say("requester", Delegate(id="1", task_id=f"t{number}", capability="work", input=PAYLOAD, ttl=300.0))
+    if number % 1000 == 999:
+        filled.tick()
+
+
+def discover_name(filled: Filled) -> None:
+    filled.say("requester", Discover(id="1", capability="rare-work"))
+
+
+def discover_keyword(filled: Filled) -> None:
+    filled.say("requester", Discover(id="1", capability="rare"))
+
+
+def broadcast(filled: Filled) -> None:
+    filled.say("requester", Broadcast(id="1", message=PAYLOAD))
+
+
+def expire(open_tasks: int) -> Row:
+    """Let running tasks expire, their deadlines spread over one second of real time; return what that took.
+
+    `last_late_ms` is how long after the last deadline the last requester's word was ready.
+    """
+    filled = Filled(1, "none", 0, retention_s=3600.0)
+    for number in range(16):
+        filled.join(f"w{number}", "worker", ["expiring"], 10_000)
+    for number in range(open_tasks):
+        ttl = 1.0 + number / open_tasks
+        filled.say("requester", Delegate(task_id=f"t{number}", capability="expiring", input=PAYLOAD, ttl=ttl))
+    hub, ended, longest_s, last_deadline = filled.hub, 0, 0.0, ttl
+    began, cpu_began = time.perf_counter() - 1.0, time.process_time()
+    while ended < open_tasks:
+        time.sleep(max(0.0, hub.next_deadline() - (time.perf_counter() - began)))
+        now = time.perf_counter() - began
+        ended += sum(isinstance(said, Settled) for _, said in carry_out(hub.tick(now)))
+        longest_s = max(longest_s, time.perf_counter() - began - now)
+    return {
+        "last_late_ms": (time.perf_counter() - began - last_deadline) * 1e3,
+        "longest_tick_ms": longest_s * 1e3,
+        "cpu_us_per_task": (time.process_time() - cpu_began) / open_tasks * 1e6,
+    }
+
+
+OPERATIONS: dict[str, Callable[[Filled], None]] = {
+    "delegate and result": whole_life,
+    "discover by name": discover_name,
+    "discover by keyword": discover_keyword,
+    "broadcast": broadcast,
+}
+
+
+# The processes that the hubs are in: they are told as JSON, line by line, what to call.
+
+_filled: list[Filled] = []
+
+
+def fill(agents: int, kind: str, open_tasks: int) -> None:
+    _filled[:] = [Filled(agents, kind, open_tasks)]
+
+
+def cost_us(operation: str, budget_s: float) -> float:
+    """Return the microseconds of CPU of one operation on what was filled, done again and again for `budget_s`."""
+    (filled,), act = _filled, OPERATIONS[operation]
+    act(filled)
+    done, began = 0, time.process_time()
+    while (passed_s := time.process_time() - began) < budget_s:
+        for _ in range(10):
+            act(filled)
+        done += 10
+    return passed_s / done * 1e6
+
+
+def obey() -> None:
+    """Do what standard input asks for until it ends, and print what comes of it. As rarely as a hub collect garbage."""
+    gc.set_threshold(*GC_THRESHOLDS)
+    known = {"fill": fill, "cost_us": cost_us, "expire": expire}
+    for line in sys.stdin:
+        name, *args = json.loads(line)
+        print(json.dumps(known[name](*args)), flush=True)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[Callable[..., Any]]:
+    """Yield what calls `fill`, `cost_us` and `expire` by name in a process of its own."""
+    with running(sys.executable, "-m", "benchmarks.growth", stdin=subprocess.PIPE) as process:
+
+        def call(*request: Any) -> Any:
+            print(json.dumps(request), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield call
+
+
+# The comparisons.
+
+
+def run(options: Options) -> list[Row]:
+    agents = (10, 50) if options.quick else AGENTS
+    open_tasks = 200 if options.quick else OPEN_TASKS
+    recipients = (10, 50) if options.quick else RECIPIENTS
+    rows = _by_open_tasks(agents, open_tasks, options)
+    rows += _by_recipients(recipients, options)
+    rows += _expiry(open_tasks, options)
+    try:
+        rows += _broadcast_by_socket(recipients, options)
+    except Unavailable as why:
+        options.note(f"growth: broadcasts to connections are left out: {why}")
+    return rows
+
+
+def _by_open_tasks(agents: tuple[int, ...], open_tasks: int, options: Options) -> list[Row]:
+    cases = list(itertools.product(agents, KINDS))
+    with contextlib.ExitStack() as started:
+        hubs = {case: started.enter_context(apart()) for case in cases}
+        for (many, kind), call in hubs.items():
+            progress(f"growth: filling a hub with {many} agents, open tasks: {kind}")
+            call("fill", many, kind, open_tasks)
+        cost = {}
+        for operation in ("delegate and result", "discover by name", "discover by keyword"):
+            progress(f"growth: {operation}")
+            cost[operation] = _costs(operation, hubs, options)
+    return [
+        {
+            "operation": operation,
+            "agents": many,
+            "open_tasks": 0 if kind == "none" else open_tasks,
+            "which": kind,
+            "cpu_us": figure,
+            "of_smallest": figure / costs[cases[0]],
+        }
+        for operation, costs in cost.items()
+        for (many, kind), figure in costs.items()
+        if operation == "delegate and result" or kind != "waiting in line"
+    ]
+
+
+def _costs(operation: str, hubs: Mapping[Case, Callable[..., Any]], options: Options) -> dict[Case, float]:
+    """Return the microseconds of one operation on each of some hubs."""
+    turns = {
+        case: functools.partial(call, "cost_us", operation, options.seconds * BUDGET_S) for case, call in hubs.items()
+    }
+    return {case: statistics.median(costs) for case, costs in alternate(options.rounds, turns).items()}
+
+
+def _by_recipients(recipients: tuple[int, ...], options: Options) -> list[Row]:
+    progress("growth: broadcast")
+    with contextlib.ExitStack() as started:
+        hubs = {many: started.enter_context(apart()) for many in recipients}
+        for many, call in hubs.items():
+            call("fill", many, "none", 0)
+        each = {many: cost / many for many, cost in _costs("broadcast", hubs, options).items()}
+    return [
+        {
+            "operation": "broadcast, decided",
+            "recipients": many,
+            "cpu_us_per_recipient": cost,
+            "of_smallest": cost / each[recipients[0]],
+        }
+        for many, cost in each.items()
+    ]
+
+
+def _expiry(open_tasks: int, options: Options) -> list[Row]:
+    progress("growth: expiry")
+    counts = (open_tasks // 100, open_tasks)
+    with apart() as call:
+        measured = alternate(options.rounds, {many: functools.partial(call, "expire", many) for many in counts})
+    return [{"operation": "expiry in one second", "tasks": many, **medians(measured[many])} for many in counts]
+
+
+def _broadcast_by_socket(recipients: tuple[int, ...], options: Options) -> list[Row]:
+    """Compare the hub's CPU for each recipient that is connected, on both event loops."""
+    require("picows", "uvloop", "orjson")
+    from benchmarks.idle import SPARE_FILES, allow_files
+    from benchmarks.load import broadcasts, contestants, drive, limit_of
+
+    if not allow_files(max(recipients) + SPARE_FILES):
+        raise Unavailable("the hard limit of `ulimit -n` is too low")
+    room = str(max(recipients) + 10)
+    starts = contestants("--max-connections", room, "--max-connections-per-address", room, "--rate", "0")
+    rows = []
+    for many in recipients:
+        progress(f"growth: broadcast to {many} connections")
+        with contextlib.ExitStack() as started:
+            hubs = {name: started.enter_context(starts[name]()) for name in ("asyncio", "uvloop")}
+            turns = {
+                name: lambda hub=hub, many=many: drive(broadcasts(hub.url, hub.pid, many, options.seconds))
+                for name, hub in hubs.items()
+            }
+            middles = {name: medians(results) for name, results in alternate(options.rounds, turns).items()}
+        rows += [
+            {
+                "operation": "broadcast, sent",
+                "server": name,
+                "recipients": many,
+                "hub_cpu_us_per_recipient": middle["hub_cpu_us_per_recipient"],
+                "recipients_per_s": middle["recipients_per_s"],
+                "limit": limit_of(middle),
+            }
+            for name, middle in middles.items()
+        ]
+    return rows
+
+
+def plot(rows: list[Row], folder: Path) -> list[Path]:
+    """Draw the cost of each operation over the number of agents, a line for each kind of open tasks."""
+    from benchmarks.plots import LINE_COLORS, LINES, figure, save
+
+    names = list(dict.fromkeys(row["operation"] for row in rows if "which" in row))
+    canvas, (panels,) = figure(1, len(names))
+    for panel, name in zip(panels, names, strict=True):
+        for kind, line, color in zip(KINDS, LINES, LINE_COLORS, strict=True):
+            chosen = [row for row in rows if row["operation"] == name and row["which"] == kind]
+            if chosen:
+                agents, costs = [row["agents"] for row in chosen], [row["cpu_us"] for row in chosen]
+                panel.plot(agents, costs, line, color=color, marker="o", markersize=3, label=kind)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_ylim(min(10, panel.get_ylim()[0]), max(1000, panel.get_ylim()[1]))
+        panel.set_title(name)
+        panel.set_xlabel("agents")
+    panels[0].set_ylabel("CPU of one (µs)")
+    open_tasks = max(row["open_tasks"] for row in rows if "which" in row)
+    panels[0].legend(title=f"{open_tasks:,} open tasks:", fontsize=7)
+    return [save(canvas, folder / "growth.png", "What becomes dearer with more agents and open tasks")]
+
+
+if __name__ == "__main__":
+    obey()

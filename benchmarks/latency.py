@@ -1,0 +1,107 @@
+"""How long a task takes there and back at 10, 50 and 90 % of what a server can do, counted from its planned start."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.measure import Options, Row, Server, alternate, medians, percentile, progress, require
+
+if TYPE_CHECKING:
+    from benchmarks.load import Shape
+
+NAME = "latency"
+LOAD_PERCENTS = (10, 50, 90)
+PERCENTILES = {"p50_ms": 50, "p99_ms": 99, "p99_9_ms": 99.9}
+SECONDS_EACH = 3  # As many times the seconds that a load lasts: at 10 % there would be few tasks beyond the 99.9th.
+
+
+def run(options: Options) -> list[Row]:
+    """Find out what each server can do with 8 requesters, 16 open tasks each and 8 workers; then send on a schedule.
+
+    A task that had to wait because the one before it was late counts that, too: nothing waits for an answer before it
+    sends. `sent_late_ms` is how late the driver was at the worst, which is part of the longest times.
+    """
+    require("picows", "uvloop", "orjson")
+    options.note("latency: times count from the moment planned; `sent_late_ms` is the driver's worst part in them")
+    from benchmarks.load import Shape, closed_loop, contestants, drive
+    from benchmarks.throughput import OPEN_DOORS
+
+    shape = Shape()
+    with contextlib.ExitStack() as running:
+        servers = {name: running.enter_context(start()) for name, start in contestants(*OPEN_DOORS).items()}
+        progress("latency: what each server can do")
+        peaks = alternate(
+            options.rounds,
+            {
+                name: lambda server=server: drive(closed_loop(server.url, server.pid, shape, options.seconds))
+                for name, server in servers.items()
+            },
+        )
+        peak = {name: statistics.median(row["tasks_per_s"] for row in rows) for name, rows in peaks.items()}
+        rows = []
+        for percent in LOAD_PERCENTS:
+            progress(f"latency: {percent} % of that")
+            rows += _at(percent, peak, servers, shape, options)
+    return rows
+
+
+def _at(percent: int, peak: dict[str, float], servers: dict[str, Server], shape: Shape, options: Options) -> list[Row]:
+    from benchmarks.load import limit_of
+
+    turns = {
+        name: lambda name=name: _turn(servers[name], shape, peak[name] * percent / 100, options) for name in servers
+    }
+    measured = alternate(options.rounds, turns)
+    rows = []
+    for name, results in measured.items():
+        middle = medians([row for row in results if row is not None])
+        figures = {column: middle.get(column) for column in (*PERCENTILES, "came_back", "sent_late_ms")}
+        limit = limit_of(middle) if middle else "failed"
+        rows.append(
+            {
+                "server": name,
+                "load_percent": percent,
+                "tasks_per_s": peak[name] * percent / 100,
+                **figures,
+                "limit": limit,
+            }
+        )
+    return rows
+
+
+def _turn(server: Server, shape: Shape, tasks_per_s: float, options: Options) -> Row | None:
+    from benchmarks.load import LoadFailed, drive, note_crowding, open_loop
+
+    try:
+        row = drive(open_loop(server.url, server.pid, shape, tasks_per_s, options.seconds * SECONDS_EACH))
+    except LoadFailed as failure:
+        options.note(f"latency: {failure}")
+        return None
+    note_crowding(row, options)
+    waits = row.pop("waits_s")
+    row["sent_late_ms"] = row.pop("sent_late_s") * 1e3
+    return row | {column: percentile(waits, percent) * 1e3 for column, percent in PERCENTILES.items()}
+
+
+def plot(rows: list[Row], folder: Path) -> list[Path]:
+    """Draw the percentiles over the tasks per second, for each server."""
+    from benchmarks.plots import LINES, SERVER_COLORS, SERVER_LABELS, figure, save
+
+    canvas, ((panel,),) = figure(1, 1)
+    canvas.set_size_inches(9, 4.5)
+    for server, color in SERVER_COLORS.items():
+        of_server = [row for row in rows if row["server"] == server and row["p50_ms"] is not None]
+        for column, line in zip(PERCENTILES, LINES, strict=False):
+            label = f"{SERVER_LABELS[server]}, {column.removesuffix('_ms').replace('_9', '.9')}"
+            rates, waits = [row["tasks_per_s"] for row in of_server], [row[column] for row in of_server]
+            panel.plot(rates, waits, line, color=color, marker="o", markersize=3, label=label)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.set_xlim(left=0)
+    panel.set_xlabel("tasks per second (10 %, 50 % and 90 % of what the server can do)")
+    panel.set_ylabel("there and back (ms)")
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return [save(canvas, folder / "latency.png", "Time of a task from its planned start")]

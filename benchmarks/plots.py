@@ -1,0 +1,47 @@
+"""How the pictures look: one palette, one size for each panel, no window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SERVER_COLORS = {"asyncio": "#4477aa", "uvloop": "#66ccee", "relay": "#ccbb44"}  # Told apart by the color-blind too.
+SERVER_LABELS = {"asyncio": "hub on asyncio", "uvloop": "hub on uvloop", "relay": "relay"}
+LINES = ("-", "--", ":", "-.")
+LINE_COLORS = ("#222222", "#4477aa", "#228833", "#ee6677")
+PANEL_INCHES = (4.6, 3.2)
+
+
+def figure(lines: int, columns: int) -> tuple[Any, list[list[Any]]]:
+    """Return a figure, and its panels line by line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    width, height = PANEL_INCHES
+    canvas, panels = pyplot.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+    return canvas, [list(line) for line in panels]
+
+
+def bars(panel: Any, groups: list[str], heights: dict[str, list[float | None]]) -> None:
+    """Draw a bar for each server in each group; one that there is no figure for is missing."""
+    for number, (server, of_server) in enumerate(heights.items()):
+        places = [place + (number - 1) * 0.27 for place in range(len(groups))]
+        color, label = SERVER_COLORS[server], SERVER_LABELS[server]
+        panel.bar(places, [height or 0 for height in of_server], 0.25, color=color, label=label)
+    panel.set_xticks(range(len(groups)), groups)
+
+
+def save(canvas: Any, path: Path, title: str) -> Path:
+    from matplotlib import pyplot
+
+    canvas.suptitle(title)
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=120)
+    pyplot.close(canvas)
+    return path
