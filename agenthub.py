@@ -1262,10 +1262,11 @@ class Changes:
 class Pool:
     """The agents that are there with one capability, and those of them that can take a task, by load."""
 
-    __slots__ = ("free", "lower_name", "members", "name", "words")
+    __slots__ = ("free", "lower_name", "members", "name", "target", "words")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.target = None, name  # Of the tasks that any of them may take.
         self.lower_name = name.lower()
         self.words = words_of(name)
         self.members: dict[str, AgentRecord] = {}
@@ -2197,15 +2198,13 @@ class Hub:
 
     def _next_for(self, agent: AgentRecord) -> TaskRecord | None:
         """Return the first in line of all waiting tasks that this agent may take."""
-        capabilities = [None, *agent.capabilities]
-        candidates = [self._first_waiting((agent.agent_id, capability), None) for capability in capabilities]
-        candidates += [self._first_waiting((None, capability), agent) for capability in agent.capabilities]
+        queues = [self._queues.get(pool.target) for pool in agent.pools]
+        candidates = [queue.first(agent) for queue in queues if queue is not None]
+        if agent.awaited:
+            queues = [self._queues.get((agent.agent_id, capability)) for capability in (None, *agent.capabilities)]
+            candidates += [queue.first(None) for queue in queues if queue is not None]
         waiting = [task for task in candidates if task is not None]
         return min(waiting, key=lambda task: task.place) if waiting else None
-
-    def _first_waiting(self, target: tuple[str | None, str | None], excluding: AgentRecord | None) -> TaskRecord | None:
-        queue = self._queues.get(target)
-        return queue.first(excluding) if queue is not None else None
 
     def _unqueue(self, task: TaskRecord) -> None:
         target = self._target(task)
@@ -3574,7 +3573,7 @@ def run_loop(main: typing.Coroutine[Any, Any, Output], loop: str = "auto") -> Ou
                 raise PackageMissing("uvloop", "The event loop `uvloop`") from error
         else:
             factory = uvloop.new_event_loop
-    log_loop.debug("the event loop is %s", "asyncio's" if factory is None else f"uvloop {uvloop.__version__}")
+    log_loop.debug("the event loop is that of %s", "asyncio" if factory is None else "uvloop")
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 
