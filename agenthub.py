@@ -62,7 +62,7 @@ import threading
 import time
 import types
 import typing
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeGuard, TypeVar
 
@@ -1058,6 +1058,7 @@ INFLATION_MAX = 6  # How much longer numbers may get when they are written again
 DEPTH_OF_CHILDREN_MAX = 16
 TRIES_MAX = 3  # Wrong secrets, or messages without a token, before a connection is closed.
 SCHEMAS_BYTES_MAX = 65_536  # Of all capabilities of one agent.
+INDEX_MAX = 250_000  # Places in each of the two indexes of `discover`; one takes some 400 bytes at the most.
 # What a message costs beside its own 1, for whoever rations them: so much more of this costs as much as another one.
 EFFORT_BYTES = 16_384
 EFFORT_AGENTS = 50  # Looked at by `discover`.
@@ -1174,7 +1175,7 @@ class AgentRecord:
     name: str = ""
     description: str = ""
     capabilities: dict[str, Capability] = field(default_factory=dict)
-    words: tuple[str, ...] = ()  # Of the descriptions, each once and in lower case, while it can be found by them.
+    words: dict[str, None] = field(default_factory=dict)  # Of the descriptions, in lower case, while it can be found.
     max_tasks: int = 1
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = 0  # The size of its AgentInfo.
@@ -1360,6 +1361,43 @@ def match_rank(keyword: str, name: str, words: list[str]) -> int | None:
     return 2 if keyword in name else None
 
 
+class Index(Generic[Item]):
+    """Finds items by any of their keys. It is bounded: what no longer fits is to be looked at one by one."""
+
+    __slots__ = ("_by_key", "_places", "_unlisted")
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, dict[Item, None]] = {}
+        self._places = 0  # Items under keys, at most INDEX_MAX.
+        self._unlisted: dict[Item, None] = {}
+
+    def __len__(self) -> int:
+        return self._places + len(self._unlisted)
+
+    def add(self, item: Item, keys: Collection[str]) -> None:
+        if self._places + len(keys) > INDEX_MAX:
+            self._unlisted[item] = None
+            return
+        for key in keys:
+            self._by_key.setdefault(key, {})[item] = None
+        self._places += len(keys)
+
+    def drop(self, item: Item, keys: Collection[str]) -> None:
+        """Take an item out, which was added with these keys, or not at all."""
+        if item in self._unlisted:
+            del self._unlisted[item]
+            return
+        for key in keys:
+            del self._by_key[key][item]
+            if not self._by_key[key]:
+                del self._by_key[key]
+        self._places -= len(keys)
+
+    def candidates(self, keys: Iterable[str]) -> list[Item]:
+        """Return the items that may have all these keys, at least one of them: those with the rarest."""
+        return [*min((self._by_key.get(key, {}) for key in keys), key=len), *self._unlisted]
+
+
 class Finder:
     """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.
 
@@ -1370,8 +1408,8 @@ class Finder:
 
     def __init__(self) -> None:
         self._pools: dict[str, Pool] = {}
-        self._by_part: dict[str, dict[str, Pool]] = {}
-        self._by_word: dict[str, dict[str, AgentRecord]] = {}
+        self._by_part: Index[Pool] = Index()
+        self._by_word: Index[AgentRecord] = Index()
         self.looked_at = 0  # Names and agents, by the last search.
 
     def __len__(self) -> int:
@@ -1379,49 +1417,36 @@ class Finder:
 
     def add_pool(self, pool: Pool) -> None:
         self._pools[pool.name] = pool
-        for part in parts_of(pool.lower_name):
-            self._by_part.setdefault(part, {})[pool.name] = pool
+        self._by_part.add(pool, parts_of(pool.lower_name))
 
     def drop_pool(self, pool: Pool) -> None:
         del self._pools[pool.name]
-        for part in parts_of(pool.lower_name):
-            drop_from(self._by_part, part, pool.name)
+        self._by_part.drop(pool, parts_of(pool.lower_name))
 
     def add_agent(self, agent: AgentRecord) -> None:
-        for word in agent.words:
-            self._by_word.setdefault(word, {})[agent.agent_id] = agent
+        self._by_word.add(agent, agent.words)
 
     def drop_agent(self, agent: AgentRecord) -> None:
-        for word in agent.words:
-            drop_from(self._by_word, word, agent.agent_id)
+        self._by_word.drop(agent, agent.words)
 
     def ranks(self, keyword: str) -> dict[AgentRecord, int]:
         """Return how well agents match a keyword in lower case, those that do: 0 is best, 3 a word of a description."""
-        ranks = dict.fromkeys(self._by_word.get(keyword, {}).values(), 3)
-        candidates = self._candidates(keyword)
-        for pool in candidates:
+        agents = self._by_word.candidates([keyword])
+        ranks = {agent: 3 for agent in agents if keyword in agent.words}
+        parts = parts_of(keyword)
+        pools = self._by_part.candidates(parts) if parts else list(self._pools.values())
+        self.looked_at = len(agents) + len(pools)
+        for pool in pools:
             rank = match_rank(keyword, pool.lower_name, pool.words)
             if rank is not None:
+                self.looked_at += len(pool.members)
                 for agent in pool.members.values():
                     ranks[agent] = min(rank, ranks.get(agent, rank))
-        self.looked_at = len(candidates) + len(ranks)
         return ranks
 
-    def _candidates(self, keyword: str) -> list[Pool]:
-        """Return the pools whose names have the rarest part of a keyword; all for one that is too short."""
-        found = [self._by_part.get(part, {}) for part in parts_of(keyword)]
-        return list(min(found, key=len, default=self._pools).values())
 
-
-def parts_of(text: str) -> list[str]:
-    return list(dict.fromkeys(text[start : start + 3] for start in range(len(text) - 2)))
-
-
-def drop_from(index: dict[str, dict[str, Any]], key: str, entry: str) -> None:
-    """Take an entry out of an index, and its key with the last one."""
-    del index[key][entry]
-    if not index[key]:
-        del index[key]
+def parts_of(text: str) -> dict[str, None]:
+    return dict.fromkeys(text[start : start + 3] for start in range(len(text) - 2))
 
 
 class Hub:
@@ -1617,7 +1642,6 @@ class Hub:
         task.is_saved = True
 
     def _note(self, subject: TaskRecord | AgentRecord) -> None:
-        """Take note that a subject has changed. The hot path asks itself whether there is a journal."""
         if self._is_journaled:
             self._changed[subject] = None
 
@@ -2109,8 +2133,7 @@ class Hub:
         task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._arrivals, size)
         self._count(task)
         self._list_open(task)
-        if self._is_journaled:
-            self._note(task)
+        self._note(task)
         return task
 
     def _count(self, task: TaskRecord) -> None:
@@ -2163,14 +2186,13 @@ class Hub:
         task.assignee = agent
         agent.running[task.task_id] = task
         request = task.request
-        remaining_s = task.deadline - self._now
         delivery = Delegated(
             task_id=request.task_id,
             sender=task.requester.agent_id,
             agent_id=agent.agent_id,
             capability=request.capability,
             input=request.input,
-            ttl=0.001 if remaining_s < 0.001 else request.ttl if remaining_s > request.ttl else remaining_s,
+            ttl=min(request.ttl, max(0.001, task.deadline - self._now)),
             priority=request.priority,
             max_retries=request.max_retries,
             parent_id=request.parent_id,
@@ -2234,7 +2256,7 @@ class Hub:
             pool.members[agent.agent_id] = agent
             agent.pools.append(pool)
         descriptions = [agent.description, *(one.description for one in agent.capabilities.values())]
-        agent.words = tuple(dict.fromkeys(words_of(" ".join(descriptions))))
+        agent.words = dict.fromkeys(words_of(" ".join(descriptions)))
         self._finder.add_agent(agent)
 
     def _leave_pools(self, agent: AgentRecord) -> None:
@@ -2245,7 +2267,7 @@ class Hub:
                 del self._pools[pool.name]
                 self._finder.drop_pool(pool)
         self._finder.drop_agent(agent)
-        agent.pools, agent.words, agent.load = [], (), None
+        agent.pools, agent.words, agent.load = [], {}, None
 
     # Ending.
 
@@ -2335,8 +2357,7 @@ class Hub:
 
     def _tell_requester(self, task: TaskRecord) -> None:
         """Tell a task's end to its requester, or keep it until that one is back."""
-        if self._is_journaled:
-            self._note(task)
+        self._note(task)
         requester = task.requester
         if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
             self._list_undelivered(task)
@@ -2383,8 +2404,7 @@ class Hub:
         if state in FINAL_STATES:
             self._totals[state] += 1
         task.state = state
-        if self._is_journaled:
-            self._note(task)
+        self._note(task)
 
     # Forgetting.
 
@@ -2996,8 +3016,9 @@ class WebSocketLink(Link, AsyncioProtocol):
         self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
         self._out_bytes = 0
         self._holds: set[str] = set()  # Why nothing is handled just now.
-        self._unread = b""  # Came in meanwhile, and has not been looked at.
-        self._is_feeding = False  # What has come in is being looked at, frame after frame.
+        self._unread = b""  # What has come in and, from `_position` on, has not been handled.
+        self._position = 0
+        self._is_handling = False
         self._head_tail: bytes | None = b""  # The last of the handshake so far; None when it is all there.
         self._begun = b""  # The first bytes of a frame, too few to tell how long it is.
         self._missing = 0  # Bytes of the frame of which the protocol object has the first ones.
@@ -3012,18 +3033,20 @@ class WebSocketLink(Link, AsyncioProtocol):
         self._timer = self._loop.call_later(HANDSHAKE_S, self.abort)
 
     def data_received(self, data: bytes) -> None:
-        if not self._holds and len(data) <= SLICE_BYTES:
-            self._feed(data)
-            return
-        self._unread += data
+        if self._head_tail is not None:
+            data = self._take_head(self._head_tail, data)
+        self._unread = self._unread[self._position :] + self._begun + data
+        self._begun, self._position = b"", 0
         if not self._holds:
-            self._go_on()
+            self._handle_slice()
+            if self._unread and not self._holds:
+                self._go_on_later()
 
     def eof_received(self) -> None:
         # TLS tells of the end though reading is paused, and the transport ends then: what came before has its turn now.
         while self._unread and "its address has failed" not in self._holds:
             self._holds.clear()
-            self._feed_slice()
+            self._handle_slice()
         self._unread = b""
         self._protocol.receive_eof()
         self._pump()
@@ -3080,57 +3103,50 @@ class WebSocketLink(Link, AsyncioProtocol):
     def release(self, why: str) -> None:
         if why in self._holds:
             self._holds.discard(why)
-            if not self._is_feeding:
+            if not self._is_handling:
                 self._go_on()
             elif not self._holds and self._transport is not None:
                 self._transport.resume_reading()
 
     def _go_on(self) -> None:
-        """Handle a slice of what has come in, and let the other connections have a turn before the next."""
-        if not self._holds and self._unread:
-            self._feed_slice()
+        if not self._holds:
+            self._handle_slice()
         if self._holds:
             return
         if self._unread:
-            self.hold("others have a turn")
-            self._loop.call_soon(self.release, "others have a turn")
+            self._go_on_later()
         elif self._transport is not None:
             self._transport.resume_reading()
 
-    def _feed_slice(self) -> None:
-        slice_, self._unread = self._unread[:SLICE_BYTES], self._unread[SLICE_BYTES:]
-        self._feed(slice_)
+    def _go_on_later(self) -> None:
+        """Let the other connections have a turn before the next slice."""
+        self.hold("others have a turn")
+        self._loop.call_soon(self.release, "others have a turn")
 
-    def _feed(self, data: bytes) -> None:
-        """Handle what has come in, frame after frame, until the link is held; the rest is unread then."""
-        if self._head_tail is not None:
-            self._feed_head(self._head_tail, data)
-            return
-        if self._begun:
-            data, self._begun = self._begun + data, b""
-        position, size = 0, len(data)
-        self._is_feeding = True
-        while position < size and not self._holds:
+    def _handle_slice(self) -> None:
+        """Handle what has come in, frame after frame, until the link is held or a slice has been handled."""
+        data, position = self._unread, self._position
+        end = min(len(data), position + SLICE_BYTES)
+        self._is_handling = True
+        while position < end and not self._holds:
             position = self._take_text(data, position) or self._take_other(data, position)
-        self._is_feeding = False
-        if position < size:
-            self._unread = data[position:] + self._unread
+        self._is_handling = False
+        self._unread, self._position = (data, position) if position < len(data) else (b"", 0)
 
-    def _feed_head(self, head_tail: bytes, data: bytes) -> None:
-        """Have the request or response handled before what stands behind it is looked at.
+    def _take_head(self, head_tail: bytes, data: bytes) -> bytes:
+        """Have the request or response handled, and return what stands behind it.
 
         The protocol object would read on at once, and answer a ping before the request, or fail before it is refused.
         """
         end = (head_tail + data).find(b"\r\n\r\n")
         if end < 0:
             self._head_tail = (head_tail + data)[-3:]
-            self._feed_protocol(data)
-            return
-        self._head_tail = None
-        end += 4 - len(head_tail)
+            end = len(data)
+        else:
+            self._head_tail = None
+            end += 4 - len(head_tail)
         self._feed_protocol(data[:end])
-        if data[end:]:
-            self._feed(data[end:])
+        return data[end:]
 
     def _take_text(self, data: bytes, start: int) -> int:
         """Deliver the text message that begins at `start`, if it is there as a whole; return where it ends, else 0."""
@@ -4923,7 +4939,7 @@ class Alarms:
 
     def _ring(self) -> None:
         now = max(self._loop.time(), self._armed_for)  # A timer may fire up to the clock's resolution early.
-        self._disarm()
+        self._timer, self._armed_for = None, math.inf
         try:
             while (first := self._due.first()) is not None and first[0] <= now:
                 self._due.discard(first[1])

@@ -10,7 +10,7 @@ import ssl
 import typing
 from _typeshed import Incomplete
 from asyncio import Protocol as AsyncioProtocol
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -567,7 +567,7 @@ class AgentRecord:
     name: str = ...
     description: str = ...
     capabilities: dict[str, Capability] = field(default_factory=dict)
-    words: tuple[str, ...] = ...
+    words: dict[str, None] = field(default_factory=dict)
     max_tasks: int = ...
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = ...
@@ -637,6 +637,7 @@ class Pool:
     """The agents that are there with one capability, and those of them that can take a task, by load."""
 
     name: Incomplete
+    target: Incomplete
     lower_name: Incomplete
     words: Incomplete
     members: dict[str, AgentRecord]
@@ -655,6 +656,16 @@ class PendingQueue:
     def discard(self, task: TaskRecord) -> None: ...
     def first(self, excluding: AgentRecord | None) -> TaskRecord | None:
         """Return the first task in line whose requester is not `excluding`."""
+
+class Index(Generic[Item]):
+    """Finds items by any of their keys. It is bounded: what no longer fits is to be looked at one by one."""
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, item: Item, keys: Collection[str]) -> None: ...
+    def drop(self, item: Item, keys: Collection[str]) -> None:
+        """Take an item out, which was added with these keys, or not at all."""
+    def candidates(self, keys: Iterable[str]) -> list[Item]:
+        """Return the items that may have all these keys, at least one of them: those with the rarest."""
 
 class Finder:
     """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.

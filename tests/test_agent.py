@@ -2868,3 +2868,82 @@ async def test_stopped_agent_has_closed_its_socket(wire: Wire) -> None:
 
 def test_logger_of_the_agent_is_quiet_by_default() -> None:
     assert logging.getLogger("agenthub.agent").level == logging.NOTSET
+
+
+# Alarms: one timer of the loop for what is due.
+
+
+async def test_alarms_ring_in_order_and_not_when_taken_back() -> None:
+    alarms, rung = agenthub.Alarms(), []
+    loop = asyncio.get_running_loop()
+    bells = {name: functools.partial(rung.append, name) for name in "abcd"}
+    for name, delay_s in (("c", 0.03), ("a", 0.01), ("d", 0.02), ("b", 0.05)):
+        alarms.set(bells[name], loop.time() + delay_s)
+    alarms.set(bells["b"], loop.time() + 0.02)  # Moved.
+    alarms.cancel(bells["d"])
+    async with asyncio.timeout(WAIT_S):
+        while len(rung) < 3:
+            await asyncio.sleep(0.002)
+    assert rung == ["a", "b", "c"]
+    assert alarms._timer is None
+
+
+async def test_alarm_that_fails_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    alarms, rung = agenthub.Alarms(), asyncio.Event()
+    now = asyncio.get_running_loop().time()
+    alarms.set(functools.partial(int, "no number"), now)
+    alarms.set(rung.set, now)
+    async with asyncio.timeout(WAIT_S):
+        await rung.wait()
+    assert "Alarms._ring" in caplog.text
+    caplog.clear()
+
+
+async def test_alarms_that_are_cleared_do_not_ring() -> None:
+    alarms, rung = agenthub.Alarms(), asyncio.Event()
+    alarms.set(rung.set, asyncio.get_running_loop().time() + 0.001)
+    alarms.clear()
+    await asyncio.sleep(0.01)
+    assert not rung.is_set()
+    alarms.set(rung.set, asyncio.get_running_loop().time())
+    async with asyncio.timeout(WAIT_S):
+        await rung.wait()
+
+
+async def test_many_tasks_are_one_timer() -> None:
+    async with agenthub.LocalHub() as hub, Agent("r", hub=hub) as requester, Agent("w", hub=hub) as worker:
+        go_on = asyncio.Event()
+
+        @worker.capability("wait")
+        async def wait() -> None:
+            await go_on.wait()
+
+        loop: Any = asyncio.get_running_loop()
+        before = len(loop._scheduled)
+        handles = [await requester.submit("wait") for _ in range(16)]
+        assert len(loop._scheduled) <= before + 6  # Of the hub, and of both agents; not one for each task.
+        go_on.set()
+        for handle in handles:
+            await handle.result()
+
+
+async def test_who_stops_waiting_for_a_result_leaves_the_others_alone() -> None:
+    async with agenthub.LocalHub() as hub, Agent("r", hub=hub) as requester, Agent("w", hub=hub) as worker:
+        go_on = asyncio.Event()
+
+        @worker.capability("wait")
+        async def wait() -> str:
+            await go_on.wait()
+            return "done"
+
+        handle = await requester.submit("wait")
+        waiting = [asyncio.create_task(handle.result()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        with pytest.raises(TimeoutError):
+            await handle.result(timeout_s=0.001)
+        assert len(handle._waiters) == 2
+        go_on.set()
+        assert await asyncio.gather(*waiting[1:]) == ["done", "done"]
+        assert waiting[0].cancelled()
+        assert await handle.result() == "done"

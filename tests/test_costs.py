@@ -33,7 +33,7 @@ from agenthub import (
     ServerLink,
     run_loop,
 )
-from tests.world import Program, World
+from tests.world import Program, World, rank_of
 
 FEW, MANY = 10, 1000
 OPEN = 2000
@@ -272,6 +272,7 @@ async def test_many_messages_arm_the_timer_once(hub: LocalHub, monkeypatch: pyte
 
 # Discovery looks at few, and finds what looking at all finds.
 
+
 WORDS = st.sampled_from(["test", "tests", "run-test", "Run", "te", "t", "a_b", "latest", "sing", "Ära", "x.y"])
 NAMES = st.lists(WORDS, min_size=1, max_size=3).map("-".join)
 AGENTS = st.lists(
@@ -300,6 +301,21 @@ def test_finder_agrees_with_looking_at_all(
             expected[program.agent_id] = min(found)
     ranks_found = world.hub._finder.ranks(keyword.lower())
     assert {agent.agent_id: rank for agent, rank in ranks_found.items()} == expected
+
+
+@pytest.mark.parametrize("index_max", [0, 20, 250_000])
+def test_index_is_bounded_and_finds_what_is_not_in_it(index_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "INDEX_MAX", index_max)
+    world = World()
+    programs = [world.join(f"a{number}", f"translate-{number}", description=f"word{number}") for number in range(20)]
+    assert world.hub._finder._by_part._places <= index_max
+    assert world.hub._finder._by_word._places <= index_max
+    for number, program in enumerate(programs):
+        assert rank_of(world, f"translate-{number}", program) == 0
+        assert rank_of(world, f"word{number}", program) == 3
+    for program in programs[::-1]:
+        program.ask(agenthub.Deregister())
+    assert len(world.hub._finder) == 0
 
 
 def test_index_is_empty_when_all_have_left() -> None:

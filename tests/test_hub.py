@@ -58,7 +58,7 @@ from agenthub import (
     TaskState,
     encode,
 )
-from tests.world import Program, World, snapshot
+from tests.world import Program, World, rank_of, snapshot
 
 ROOT = Path(agenthub.__file__).parent
 
@@ -521,10 +521,6 @@ def test_heartbeat_without_an_id_gets_no_reply() -> None:
 
 
 # Finding
-
-
-def rank_of(world: World, keyword: str, program: Program) -> int | None:
-    return world.hub._finder.ranks(keyword).get(world.hub._agents[program.agent_id])
 
 
 def test_discovery_is_ranked() -> None:

@@ -246,6 +246,102 @@ async def test_frame_that_is_not_masked_ends_the_link(pair: Pair) -> None:
     assert [code for code, _ in pair.owner.ends] == [1002]
 
 
+def mixed_frames() -> bytes:
+    """Return frames of all kinds and of all lengths that are written differently, each message with its number."""
+    texts = [
+        b'{"type":"heartbeat","id":"%d"%s}' % (number, b" " * more) for number, more in enumerate((0, 90, 120, 4000))
+    ]
+    middle = b'{"type":"heartbeat","id":"4"}'
+    frames = [
+        Frame(Opcode.TEXT, texts[0]),
+        Frame(Opcode.PING, b"a"),
+        Frame(Opcode.TEXT, texts[1]),
+        Frame(Opcode.TEXT, middle[:9], fin=False),
+        Frame(Opcode.PING, b"b"),
+        Frame(Opcode.CONT, middle[9:]),
+        Frame(Opcode.PONG, b""),
+        Frame(Opcode.TEXT, b""),
+        Frame(Opcode.TEXT, texts[2]),
+        Frame(Opcode.TEXT, texts[3]),
+        Frame(Opcode.PING, b"c"),
+    ]
+    return b"".join(frame.serialize(mask=True) for frame in frames)
+
+
+async def test_frames_of_all_kinds_come_out_alike_wherever_they_are_cut() -> None:
+    raw = mixed_frames()
+    for cut in [*range(360), *range(360, len(raw), 97), len(raw) - 1]:
+        pair = Pair()
+        pair.say()
+        await pair.heard()
+        for chunk in (raw[:cut], raw[cut:]):
+            if chunk:
+                pair.link.data_received(chunk)
+        ids = [getattr(message, "id", "none") for message in pair.owner.messages]
+        assert ids == ["0", "1", "4", "none", "2", "3"], cut
+        assert [pong.data for pong in await pair.heard()] == [b"a", b"b", b"c"], cut
+        assert pair.owner.ends == []
+        pair.link.abort()
+
+
+async def test_text_within_a_fragmented_message_ends_the_link(pair: Pair) -> None:
+    first = Frame(Opcode.TEXT, HEARTBEAT[:5], fin=False).serialize(mask=True)
+    pair.link.data_received(first + pair.text(HEARTBEAT) + pair.text(HEARTBEAT))
+    await ended(pair)
+    assert pair.owner.messages == []
+    assert [code for code, _ in pair.owner.ends] == [1002]
+
+
+@pytest.mark.parametrize("head", [b"\x81\xfe\x00\x14", b"\x81\xff" + bytes(7) + b"\x14"])
+async def test_length_may_be_written_with_more_bytes_than_it_needs(pair: Pair, head: bytes) -> None:
+    pair.link.data_received(head + bytes(4) + HEARTBEAT + pair.text(HEARTBEAT))
+    assert pair.owner.messages == [agenthub.Heartbeat()] * 2
+
+
+async def test_link_that_is_held_and_released_within_a_message_goes_on_in_order(pair: Pair) -> None:
+    def hold_for_a_moment(link: agenthub.Link) -> None:
+        link.hold("for a moment")
+        link.release("for a moment")
+
+    pair.owner.on_message = hold_for_a_moment
+    pair.link.data_received(b"".join(pair.text(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(5)))
+    assert [message.id for message in pair.owner.messages] == ["0", "1", "2", "3", "4"]
+    assert pair.socket.is_reading is True
+
+
+async def test_link_that_is_held_keeps_the_rest_and_goes_on_where_it_was(pair: Pair) -> None:
+    pair.owner.on_message = lambda link: link.hold("enough")
+    raw = mixed_frames()
+    pair.link.data_received(raw[:-3])
+    pair.link.data_received(raw[-3:])
+    for number in range(6):
+        assert len(pair.owner.messages) == number + 1
+        assert pair.socket.is_reading is False
+        pair.link.release("enough")
+    assert pair.socket.is_reading is True
+    assert [pong.data for pong in await pair.heard()] == [b"a", b"b", b"c"]
+
+
+async def test_agent_masks_each_message_with_a_key_of_its_own() -> None:
+    link = agenthub.ClientLink(ClientProtocol(parse_uri("ws://hub/")), Owner(), None)
+    socket = Socket(link)
+    link.connection_made(socket)
+    link._is_open = True
+    await asyncio.sleep(0)
+    socket.writes.clear()
+    messages = agenthub.KEYS_BYTES // 4 + 10
+    for _ in range(messages):
+        link.send(b"same")
+    await asyncio.sleep(0)
+    raw = b"".join(socket.writes)
+    frames = [raw[start : start + 10] for start in range(0, len(raw), 10)]
+    assert {frame[:2] for frame in frames} == {b"\x81\x84"}
+    assert len({frame[2:6] for frame in frames}) > messages - 3  # 32 bits each: two may be equal.
+    unmasked = [bytes(byte ^ key for byte, key in zip(frame[6:], frame[2:6], strict=True)) for frame in frames]
+    assert unmasked == [b"same"] * messages
+    link.abort()
+
+
 # Writing.
 
 

@@ -202,3 +202,8 @@ def snapshot(value: Any, seen: dict[int, int] | None = None) -> Any:
     else:
         names = list(getattr(type(value), "__slots__", ())) or list(getattr(value, "__dict__", ()))
     return [(name, snapshot(getattr(value, name), seen)) for name in names if name not in PASSING]
+
+
+def rank_of(world: World, keyword: str, program: Program) -> int | None:
+    """Return how well a program matches a keyword: 0 is best, None is not at all."""
+    return world.hub._finder.ranks(keyword).get(world.hub._agents[program.agent_id])
