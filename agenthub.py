@@ -2876,6 +2876,40 @@ class LinkOwner(Protocol):
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 
+class Flag:
+    """What asyncio.Event is, with a tenth of the memory: each link has two of them, and a hub has many links."""
+
+    __slots__ = ("_is_set", "_waiters")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self) -> None:
+        """Return when it is set, or has been set for a moment since the call."""
+        if not self._is_set:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter.cancelled() and waiter in self._waiters:
+                    self._waiters.remove(waiter)
+
+
 class Link:
     """What all links share: decoding for the owner, and telling it once that the link has closed."""
 
@@ -2888,8 +2922,8 @@ class Link:
         self._decode = decode
         self._is_closing = False  # What comes in is not delivered any more.
         self._is_reported = False
-        self.gone = asyncio.Event()  # Nothing is left of it.
-        self.writable = asyncio.Event()  # What is sent does not pile up.
+        self.gone = Flag()  # Nothing is left of it.
+        self.writable = Flag()  # What is sent does not pile up.
         self.writable.set()
 
     def send(self, raw: bytes) -> None:
@@ -3356,7 +3390,7 @@ class ServerLink(WebSocketLink):
         self._allowed_at = self._loop.time()
         self._rationing: asyncio.TimerHandle | None = None
         self._written_bytes = 0  # Since the connection was made.
-        self._later: collections.deque[Any] = collections.deque()  # To be sent when it is not stuffed any more ...
+        self._later: collections.deque[Any] | None = None  # To be sent when it is not stuffed any more ...
         self._later_bytes = 0  # ... of which some are encoded, and of this size.
         self._stuck: asyncio.TimerHandle | None = None
 
@@ -3387,17 +3421,19 @@ class ServerLink(WebSocketLink):
         if not self.is_stuffed:
             self._send_frame(raw)
         elif self._later_bytes <= self._backlog_bytes_max // 2:
-            self._later.append(raw)
+            self.postpone(raw)
             self._later_bytes += len(raw)
         else:
             self._loop.call_soon(self._cut_off)  # Not now: its owner is in the midst of sending.
 
     def postpone(self, message: Any) -> None:
+        if self._later is None:
+            self._later = collections.deque()
         self._later.append(message)
 
     def take_unsent(self) -> list[Any]:
-        unsent = [message for message in self._later if not isinstance(message, bytes)]
-        self._later.clear()
+        unsent = [message for message in self._later or () if not isinstance(message, bytes)]
+        self._later = None
         return unsent
 
     def close(self, code: int, reason: str = "") -> None:
@@ -5272,7 +5308,7 @@ class TaskHandle:
         self._loop = asyncio.get_running_loop()
         self._end: Settled | AgentHubError | None = None
         self._updates: collections.deque[Progress] | None = None  # Until there are some.
-        self._waiters: list[asyncio.Future[None]] = []  # For news: progress, or the end.
+        self._news = Flag()  # Set for a moment when there is progress, or the end.
         self._deadline = 0.0
 
     @property
@@ -5347,28 +5383,16 @@ class TaskHandle:
                 yield self._updates.popleft()
             if self.done:
                 return
-            await self._news()
+            await self._news.wait()
 
     async def _ended(self) -> Settled | AgentHubError:
         while self._end is None:
-            await self._news()
+            await self._news.wait()
         return self._end
 
-    async def _news(self) -> None:
-        """Return when there is progress, or the end."""
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            if waiter.cancelled():
-                self._waiters.remove(waiter)
-
     def _tell(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._news.set()
+        self._news.clear()
 
     def _on_progress(self, report: Reported) -> None:
         if self._updates is None:
@@ -6238,7 +6262,7 @@ def settled_from(report: Reported) -> Settled:
     )
 
 
-async def done_or_set(future: asyncio.Future[Any], event: asyncio.Event) -> None:
+async def done_or_set(future: asyncio.Future[Any], event: asyncio.Event | Flag) -> None:
     """Return when a future is done or an event is set, whichever comes first."""
     waiting = asyncio.create_task(event.wait())
     try:

@@ -2942,7 +2942,7 @@ async def test_who_stops_waiting_for_a_result_leaves_the_others_alone() -> None:
         waiting[0].cancel()
         with pytest.raises(TimeoutError):
             await handle.result(timeout_s=0.001)
-        assert len(handle._waiters) == 2
+        assert len(handle._news._waiters) == 2
         go_on.set()
         assert await asyncio.gather(*waiting[1:]) == ["done", "done"]
         assert waiting[0].cancelled()

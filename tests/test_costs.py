@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import gc
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from types import FrameType
 from typing import Any
@@ -268,6 +270,41 @@ async def test_many_messages_arm_the_timer_once(hub: LocalHub, monkeypatch: pyte
     wire.say(*(Heartbeat(id=str(number)) for number in range(100)))
     await asyncio.sleep(0)
     assert armed == 1
+
+
+async def test_idle_agent_takes_little_memory(hub: LocalHub) -> None:
+    def join(number: int) -> Wire:
+        wire = Wire(hub)
+        wire.say(Register(id="r", name=f"agent-{number}", capabilities=[f"work-{number % 7}"]))
+        return wire
+
+    wires = [join(number) for number in range(50)]  # What is there once for all.
+    await asyncio.sleep(0)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        wires += [join(number) for number in range(300)]
+        await asyncio.sleep(0)
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / 300 < 10_000  # Without the socket, its transport, and what the interpreter does not count.
+
+
+async def test_flag_wakes_who_waits_and_forgets_who_does_not() -> None:
+    flag = agenthub.Flag()
+    waiting = [asyncio.create_task(flag.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    assert len(flag._waiters) == 2
+    waiting[1].cancel()
+    flag.set()  # Before the one that was cancelled has noticed.
+    flag.clear()
+    await asyncio.wait(waiting)
+    assert [task.cancelled() for task in waiting] == [True, True, False]
+    assert not flag.is_set()
 
 
 # Discovery looks at few, and finds what looking at all finds.

@@ -164,8 +164,9 @@ def test_the_mcp_json_of_the_readme_is_that_of_the_example() -> None:
 
 
 def test_every_link_within_the_project_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "docs" / "protocol.md", *(ROOT / "examples").rglob("README.md")]
-    assert len(pages) == 4
+    pages = [ROOT / "README.md", ROOT / "docs" / "protocol.md", ROOT / "benchmarks" / "README.md"]
+    pages += (ROOT / "examples").rglob("README.md")
+    assert len(pages) == 5
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
