@@ -335,7 +335,8 @@ def descendants_of(pid: int) -> list[int]:
     """Return the processes that a process has started, and those that they have; none if it is gone."""
     children: list[int] = []
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        children += map(int, thread.read_text().split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # That thread has just ended.
+            children += map(int, thread.read_text().split())
     return [one for child in children for one in (child, *descendants_of(child))]
 
 

@@ -180,9 +180,8 @@ class AcceptsAFormerAssignee(Hub):
         if task is None or message.attempt is None or message.attempt >= task.attempt or peer.agent is task.requester:
             super()._on_result(peer, message)
             return
-        position = len(self._effects)
         super()._on_outcome(task, dataclasses.replace(message, attempt=None))
-        self._acknowledge_at(position, peer, message, task)
+        self._acknowledge_first(peer, message, task)
 
     _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
 
@@ -200,7 +199,7 @@ class ResurrectsAFinalTask(Hub):
         self._counts[task.state] += 1
         task.success, task.output, task.error = message.success, message.output, None
         self._note(task)
-        self._acknowledge_at(len(self._effects), peer, message, task)
+        self._acknowledge_first(peer, message, task)
         if task.requester.peer is not None:
             self._send(task.requester.peer, self._settled(task))
 
