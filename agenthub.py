@@ -5492,6 +5492,7 @@ class Agent:
         self._last_failure = ""  # Of a try to connect.
         self._late_until = 0.0  # A registration that was not answered may arrive at the hub until then.
         self._ended_by: Exception | None = None  # What made another try pointless.
+        self._is_leaving = False
         self._background: set[asyncio.Task[Any]] = set()
         for function_name, function in inspect.getmembers(type(self), inspect.isfunction):
             mark = getattr(function, "__agenthub__", None)
@@ -5608,6 +5609,7 @@ class Agent:
         """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. What is open is settled."""
         if self._connection is None:
             return
+        self._is_leaving = True
         has_left = False
         if drain_s > 0 and (self._session is not None or self._running or self._results):
             has_left = await self._deregister(Deregister(drain=True), drain_s)
@@ -5649,6 +5651,7 @@ class Agent:
         self._last_failure = ""
         self._late_until = 0.0
         self._ended_by = None
+        self._is_leaving = False
         self._connection = asyncio.create_task(self._stay_connected())
         return self._connection
 
@@ -5727,7 +5730,9 @@ class Agent:
                     self._give_up_if_due(error, loop.time() - last_seen)
                     self._last_failure = error.message
                     delay_s = backoff.next_s()
-                    log_agent.warning("%s; next try in %.1f s", printable(error.message), delay_s)
+                    has_left = self._is_leaving and error.close_code == CloseCode.DONE
+                    level = logging.DEBUG if has_left else logging.WARNING
+                    log_agent.log(level, "%s; next try in %.1f s", printable(error.message), delay_s)
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(delay_s):
                             await self._impatience.wait()
@@ -6140,7 +6145,10 @@ class Agent:
                     await self._request(message, Reported, until=last)
                     break
                 except Refused as refusal:
-                    if refusal.code != Code.OVERLOADED or handle._loop.time() >= patient_until:
+                    now = handle._loop.time()
+                    if refusal.code == Code.OVERLOADED and now >= last:
+                        raise TimeoutError from refusal
+                    if refusal.code != Code.OVERLOADED or now >= patient_until:
                         raise
                     log_agent.info("overloaded task=%s: %s", printable(handle.task_id), printable(refusal.message))
                 async with asyncio.timeout_at(last):

@@ -997,6 +997,18 @@ async def test_submit_that_finds_no_room_within_the_ttl_is_a_timeout(kind: Calla
         third.cancel_soon()
 
 
+async def test_refusal_that_comes_when_the_ttl_is_over_is_a_timeout(
+    kind: Callable[..., LocalHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub.Backoff, "next_s", lambda self: 0.0)  # So that one is always under way.
+    async with kind(HubSettings(open_tasks_max=1)) as hub, Agent("requester", **at(hub)) as me:
+        first = await me.submit("nobody", wait=True)
+        for _ in range(20):
+            with pytest.raises(TaskTimeout, match="did not take it"):
+                await soon(me.submit("nobody", wait=True, ttl=0.01))
+        first.cancel_soon()
+
+
 async def test_time_spent_on_waiting_for_room_is_part_of_the_ttl(kind: Callable[..., LocalHub]) -> None:
     async with kind(HubSettings(open_tasks_max=1)) as hub, Agent("requester", **at(hub)) as me:
         first = await me.submit("nobody", wait=True)
