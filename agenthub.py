@@ -85,7 +85,7 @@ else:
     AsyncioProtocol = object
 
     class Later:
-        """Stands for a module until it is first used: what needs half of the time of an import, few need at once."""
+        """Stands for a module until it is first used. These would take half the time of the import of this one."""
 
         def __init__(self, name: str) -> None:
             self._name = name
@@ -1511,8 +1511,7 @@ class Hub:
         peer = self._peers.get(connection)
         if peer is None:  # It was closed from this side, and this was still on its way.
             return []
-        if now > self._now:
-            self._now = now
+        self._advance(now)
         peer.last_seen = self._now
         self._message_bytes = message_bytes
         self.effort = 1 + message_bytes // EFFORT_BYTES
@@ -1520,8 +1519,7 @@ class Hub:
             self._RECEIVERS[type(message)](self, peer, message)
         except Refused as refusal:
             self._refuse(peer, refusal, getattr(message, "id", None), getattr(message, "task_id", None))
-        effects, self._effects = self._effects, []
-        return effects
+        return self._take_effects()
 
     def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> list[Effect]:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
@@ -3023,8 +3021,9 @@ class MemoryLink(Link):
 class WebSocketLink(Link, AsyncioProtocol):
     """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
 
-    Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
-    of the loop goes out in one write. While it is held, nothing that came in is handled, and soon nothing comes in.
+    What is sent in one turn of the loop goes out together, at its end or when it is more than OUT_BYTES_MAX, so the
+    answers to the messages of a chunk share their writes. While it is held, nothing that came in is handled, and soon
+    nothing comes in.
 
     Text messages in one frame that is there as a whole, which is what nearly all are, are read and written here; the
     protocol object gets the other frames, each by itself, and what belongs to the handshake.

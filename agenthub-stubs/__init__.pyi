@@ -821,8 +821,9 @@ class MemoryLink(Link):
 class WebSocketLink(Link, AsyncioProtocol):
     """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
 
-    Everything in a chunk of received bytes is handled before anything is written, and all that is sent in one turn
-    of the loop goes out in one write. While it is held, nothing that came in is handled, and soon nothing comes in.
+    What is sent in one turn of the loop goes out together, at its end or when it is more than OUT_BYTES_MAX, so the
+    answers to the messages of a chunk share their writes. While it is held, nothing that came in is handled, and soon
+    nothing comes in.
 
     Text messages in one frame that is there as a whole, which is what nearly all are, are read and written here; the
     protocol object gets the other frames, each by itself, and what belongs to the handshake.

@@ -20,8 +20,8 @@ from typing import Any
 
 from websockets.frames import apply_mask
 
-from agenthub import frame_header
-from benchmarks.ends import Load, add_load_options, figures_of, load_of, loop_factory
+from agenthub import frame_header, run_loop
+from benchmarks.ends import Load, add_load_options, figures_of, load_of
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3.
 TTL_S = 300.0
@@ -182,8 +182,7 @@ def main() -> int:
     add_load_options(parser)
     args = parser.parse_args()
     try:
-        with asyncio.Runner(loop_factory=loop_factory(args.loop)) as runner:
-            runner.run(serve(load_of(args), args.capability))
+        run_loop(serve(load_of(args), args.capability), args.loop)
     except KeyboardInterrupt:
         return 130
     return 0

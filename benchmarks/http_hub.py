@@ -37,7 +37,7 @@ async def post_task(capability: str, request: Request) -> Response:
         del open_tasks[number]
 
 
-@app.get("/work/{capability}", response_model=None)
+@app.get("/next/{capability}", response_model=None)
 async def get_work(capability: str) -> dict[str, Any] | Response:
     """Give a worker the next task, or 204 if none comes for a while."""
     try:

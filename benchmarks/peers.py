@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -155,7 +156,7 @@ def wait_until_listening(process: subprocess.Popen[str], port: int) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(POLL_S)
-    raise Unavailable(f"{Path(str(process.args[0])).name} did not start")  # type: ignore[index]
+    raise Unavailable(f"{Path(typing.cast(list[str], process.args)[0]).name} did not start")
 
 
 AGENTHUB = System(

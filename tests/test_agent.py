@@ -2922,14 +2922,22 @@ async def test_alarms_that_are_cleared_do_not_ring() -> None:
         await rung.wait()
 
 
-async def test_many_tasks_are_one_timer() -> None:
+@contextlib.asynccontextmanager
+async def requester_of_one_who_waits() -> AsyncIterator[tuple[Agent, asyncio.Event]]:
+    """Two agents in memory: one to ask, and one whose `wait` is done when the event is set."""
     async with agenthub.LocalHub() as hub, Agent("r", hub=hub) as requester, Agent("w", hub=hub) as worker:
         go_on = asyncio.Event()
 
         @worker.capability("wait")
-        async def wait() -> None:
+        async def wait() -> str:
             await go_on.wait()
+            return "done"
 
+        yield requester, go_on
+
+
+async def test_many_tasks_are_one_timer() -> None:
+    async with requester_of_one_who_waits() as (requester, go_on):
         loop: Any = asyncio.get_running_loop()
         before = len(loop._scheduled)
         handles = [await requester.submit("wait") for _ in range(16)]
@@ -2940,14 +2948,7 @@ async def test_many_tasks_are_one_timer() -> None:
 
 
 async def test_who_stops_waiting_for_a_result_leaves_the_others_alone() -> None:
-    async with agenthub.LocalHub() as hub, Agent("r", hub=hub) as requester, Agent("w", hub=hub) as worker:
-        go_on = asyncio.Event()
-
-        @worker.capability("wait")
-        async def wait() -> str:
-            await go_on.wait()
-            return "done"
-
+    async with requester_of_one_who_waits() as (requester, go_on):
         handle = await requester.submit("wait")
         waiting = [asyncio.create_task(handle.result()) for _ in range(3)]
         await asyncio.sleep(0)

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from websockets.frames import Frame, Opcode
 
 import agenthub
 from agenthub import (
@@ -177,14 +178,8 @@ class Wire:
 
     def say(self, *messages: agenthub.AgentMessage) -> None:
         """Let messages come in as one chunk."""
-        self.link.data_received(b"".join(frame(agenthub.encode(message)) for message in messages))
-
-
-def frame(raw: bytes) -> bytes:
-    key = b"\x01\x02\x03\x04"
-    masked = bytes(byte ^ key[at % 4] for at, byte in enumerate(raw))
-    head = bytes((0x81, 0x80 | len(raw))) if len(raw) < 126 else bytes((0x81, 0xFE)) + len(raw).to_bytes(2, "big")
-    return head + key + masked
+        frames = (Frame(Opcode.TEXT, agenthub.encode(message)).serialize(mask=True) for message in messages)
+        self.link.data_received(b"".join(frames))
 
 
 @pytest.fixture

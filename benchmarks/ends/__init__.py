@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+from agenthub import run_loop
 from benchmarks.measure import percentile
 
 WARM_UP_S = 0.5
@@ -51,11 +52,10 @@ def run_end(working: Working, asking: Asking, argv: Sequence[str] | None = None)
     """Run one end, as the command line says. Returns the exit status."""
     args = _parser().parse_args(argv)
     try:
-        with asyncio.Runner(loop_factory=loop_factory(args.loop)) as runner:
-            if args.role == "worker":
-                runner.run(serve(working(args.url)))
-            else:
-                print(json.dumps(runner.run(measure(asking(args.url), load_of(args)))), flush=True)
+        if args.role == "worker":
+            run_loop(serve(working(args.url)), args.loop)
+        else:
+            print(json.dumps(run_loop(measure(asking(args.url), load_of(args)), args.loop)), flush=True)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -81,16 +81,6 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 def load_of(args: argparse.Namespace) -> Load:
     return Load(args.open, args.bytes, args.seconds, args.warm_up)
-
-
-def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes an event loop of that name; None is what asyncio makes by itself."""
-    if name == "asyncio":
-        return None
-    import uvloop
-
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 async def serve(working: AbstractAsyncContextManager[None]) -> None:

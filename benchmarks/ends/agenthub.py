@@ -39,12 +39,15 @@ async def working(url: str) -> AsyncIterator[None]:
 @contextlib.asynccontextmanager
 async def asking(url: str) -> AsyncIterator[Ask]:
     async with Agent("echo-requester", url=url) as agent:
+        yield asker(agent)
 
-        async def ask(payload: Payload) -> Payload:
-            answer: Payload = await agent.delegate("echo", payload)
-            return answer
 
-        yield ask
+def asker(agent: Agent) -> Ask:
+    async def ask(payload: Payload) -> Payload:
+        answer: Payload = await agent.delegate("echo", payload)
+        return answer
+
+    return ask
 
 
 if __name__ == "__main__":

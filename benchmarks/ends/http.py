@@ -17,7 +17,7 @@ async def working(url: str) -> AsyncIterator[None]:
     async with ClientSession(url, connector=TCPConnector(limit=0), raise_for_status=True) as client:
 
         async def work() -> None:
-            async with client.get("/work/echo") as response:
+            async with client.get("/next/echo") as response:
                 task = await response.json() if response.status == 200 else None
             if task is not None:
                 output = {"text": task["input"]["text"]}

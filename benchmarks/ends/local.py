@@ -7,8 +7,8 @@ import sys
 from collections.abc import AsyncIterator
 
 from agenthub import Agent, LocalHub
-from benchmarks.ends import Ask, Payload, run_end
-from benchmarks.ends.agenthub import make_worker
+from benchmarks.ends import Ask, run_end
+from benchmarks.ends.agenthub import asker, make_worker
 
 
 @contextlib.asynccontextmanager
@@ -22,12 +22,7 @@ async def asking(url: str) -> AsyncIterator[Ask]:
     worker = make_worker()
     worker.use_hub(hub := LocalHub())
     async with hub, worker, Agent("echo-requester", hub=hub) as agent:
-
-        async def ask(payload: Payload) -> Payload:
-            answer: Payload = await agent.delegate("echo", payload)
-            return answer
-
-        yield ask
+        yield asker(agent)
 
 
 if __name__ == "__main__":
