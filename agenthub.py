@@ -624,12 +624,12 @@ class Delegated:
     task_id: str
     sender: str
     agent_id: str
-    capability: str | None
-    input: Any
+    capability: str | None = None
+    input: Any = None
     ttl: float
     priority: int
     max_retries: int
-    parent_id: str | None
+    parent_id: str | None = None
     attempt: int
 
 
@@ -639,11 +639,11 @@ class Settled:
 
     type: Literal["result"] = "result"
     task_id: str
-    sender: str | None
+    sender: str | None = None
     success: bool
     state: str
-    output: Any
-    error: ErrorInfo | None
+    output: Any = None
+    error: ErrorInfo | None = None
     attempt: int
 
 

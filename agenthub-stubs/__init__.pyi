@@ -329,12 +329,12 @@ class Delegated:
     task_id: str
     sender: str
     agent_id: str
-    capability: str | None
-    input: Any
+    capability: str | None = ...
+    input: Any = ...
     ttl: float
     priority: int
     max_retries: int
-    parent_id: str | None
+    parent_id: str | None = ...
     attempt: int
 
 @dataclass(slots=True, kw_only=True)
@@ -343,11 +343,11 @@ class Settled:
 
     type: Literal["result"] = ...
     task_id: str
-    sender: str | None
+    sender: str | None = ...
     success: bool
     state: str
-    output: Any
-    error: ErrorInfo | None
+    output: Any = ...
+    error: ErrorInfo | None = ...
     attempt: int
 
 @dataclass(slots=True, kw_only=True)

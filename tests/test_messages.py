@@ -676,6 +676,16 @@ def test_field_that_is_none_is_left_out_of_replies() -> None:
     assert written(agenthub.HeartbeatAck(reply_to="1")) == {"type": "heartbeat_ack", "reply_to": "1"}
 
 
+def test_agent_reads_what_leaves_out_its_nulls() -> None:
+    delegated = {"type": "delegate", "task_id": "t", "sender": "s", "agent_id": "a", "ttl": 1.0, "priority": 0}
+    delegated |= {"max_retries": 0, "attempt": 1}
+    settled = {"type": "result", "task_id": "t", "success": True, "state": "completed", "attempt": 1}
+    for message, nulls in ((delegated, ("capability", "input", "parent_id")), (settled, ("sender", "output", "error"))):
+        with_nulls = message | dict.fromkeys(nulls)
+        read = decoder_from_hub()
+        assert read(json.dumps(message).encode()) == read(json.dumps(with_nulls).encode())
+
+
 def test_acknowledgement_is_read_as_a_report() -> None:
     raw = encode(agenthub.Acknowledged(reply_to="1", task_id="t", state="pending", attempt=1))
     assert decoder_from_hub()(raw) == agenthub.Reported(reply_to="1", task_id="t", state="pending", attempt=1)
