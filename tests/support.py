@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
+import agenthub
+from tests.peer import Connection, connect
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 20.0  # The bound on every wait: generous, because it is reached only when something is broken.
@@ -55,7 +55,7 @@ def hub_process(*args: str, **options: Any) -> Iterator[tuple[str, subprocess.Po
 class RawClient:
     """A WebSocket that speaks JSON and knows nothing of our code. `seen` holds what was passed over while waiting."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.seen: list[dict[str, Any]] = []
         self.count = 0
@@ -112,9 +112,8 @@ class RawClient:
     async def closed(self) -> int:
         """Wait for the end of the connection; return its close code, passing over what still comes in."""
         async with asyncio.timeout(WAIT_S):
-            with contextlib.suppress(ConnectionClosed):
-                async for _ in self.connection:
-                    pass
+            async for _ in self.connection:
+                pass
             await self.connection.wait_closed()
         assert self.connection.close_code is not None
         return self.connection.close_code
@@ -124,3 +123,12 @@ class RawClient:
 async def raw_client(url: str, **options: Any) -> AsyncIterator[RawClient]:
     async with connect(url, **options) as connection:
         yield RawClient(connection)
+
+
+def client_link(owner: agenthub.LinkOwner) -> agenthub.ClientLink:
+    """Return an agent's end of a WebSocket that has no socket yet."""
+    # TODO websockets
+    from websockets.client import ClientProtocol
+    from websockets.uri import parse_uri
+
+    return agenthub.ClientLink(ClientProtocol(parse_uri("ws://hub/")), owner, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -20,10 +19,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from websockets.client import ClientProtocol
-from websockets.datastructures import Headers
-from websockets.server import ServerProtocol
-from websockets.uri import parse_uri
+from wsproto import ConnectionType
+from wsproto.events import Ping, Request
 
 import agenthub
 from agenthub import (
@@ -41,7 +38,8 @@ from agenthub import (
     TaskState,
     hash_of,
 )
-from tests.support import WAIT_S, raw_client
+from tests.peer import CLOSE, CONTINUATION, PING, Peer, frame
+from tests.support import WAIT_S, client_link, raw_client
 from tests.test_cli import ran
 from tests.test_security import (
     CERTIFICATE,
@@ -55,7 +53,7 @@ from tests.test_security import (
     private_file,
     until,
 )
-from tests.test_security_input import CLOSE, CONTINUATION, PING, UPGRADE, Clock, Rationed, frame, message
+from tests.test_security_input import UPGRADE, Clock, Rationed, message
 from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs a shell as on POSIX")
@@ -354,7 +352,7 @@ async def test_end_of_the_socket_takes_nothing_away_that_came_before_it(is_close
     pair = Pair()
     pair.say()
     await pair.heard()
-    raw = b"".join(pair.text(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(2000))
+    raw = b"".join(frame(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(2000))
     assert len(raw) > 3 * agenthub.SLICE_BYTES
     pair.link.data_received(raw + (DONE if is_closed else b""))
     assert pair.link._holds == {"others have a turn"}
@@ -419,7 +417,17 @@ async def test_name_that_cannot_be_read_is_nobodys(header: str) -> None:
 
 
 def _request(host: str) -> Any:
-    return dataclasses.make_dataclass("Request", ["headers"])(Headers(Host=host))
+    """Return a request for this host, as a link understands it."""
+    requests: list[Any] = []
+
+    def answer(link: agenthub.Link, request: Any) -> tuple[int, str]:
+        requests.append(request)
+        return 403, ""
+
+    pair = Pair(answer)
+    pair.link.data_received(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode())
+    pair.link.abort()
+    return requests.pop()
 
 
 async def test_page_of_health_counts_wrong_tokens_and_does_not_tell_right_ones_from_them_for_a_while(
@@ -487,20 +495,19 @@ def test_token_on_the_command_line_is_not_taken_for_the_name_of_a_file(
 async def test_agent_cuts_a_hub_that_asks_for_pongs_and_does_not_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub, "CLIENT_MESSAGE_BYTES_MAX", 1000)
     monkeypatch.setattr(agenthub, "BACKLOG_BYTES_MAX", 500)
-    link = agenthub.ClientLink(ClientProtocol(parse_uri("ws://hub/")), Owner(), None)
+    link = client_link(Owner())
     transport = Socket(link)
     link.connection_made(transport)
     await asyncio.sleep(0)
-    server = ServerProtocol()
-    server.receive_data(b"".join(transport.writes))
-    (request,) = server.events_received()
-    server.send_response(server.accept(request))
-    link.data_received(b"".join(server.data_to_send()))
+    server = Peer(ConnectionType.SERVER)
+    (request,) = server.receive(b"".join(transport.writes))
+    assert isinstance(request, Request)
+    link.data_received(server.to_send())
     await asyncio.wait_for(link.ready, WAIT_S)
     for waiting, is_cut in ((1500, False), (1501, True)):
         transport.backlog_bytes = waiting
-        server.send_ping(b"ping")
-        link.data_received(b"".join(server.data_to_send()))
+        server.send(Ping(b"ping"))
+        link.data_received(server.to_send())
         await asyncio.sleep(0)
         assert transport.is_aborted == is_cut
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -41,7 +42,8 @@ def test_quick_run_prints_a_table_and_writes_where_it_was_measured(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads((tmp_path / "x.json").read_text())
     assert {"date", "machine", "python", "packages", "commit", "quick", "workloads"} <= set(report)
-    assert report["packages"]["pydantic"]
+    is_installed = importlib.util.find_spec("pydantic") is not None
+    assert (report["packages"]["pydantic"] is not None) == is_installed
     assert list(report["workloads"]) == ["growth", "start"]
     for workload in report["workloads"].values():
         assert workload["rounds"] == 1
@@ -72,10 +74,16 @@ def test_bad_option_is_an_error_of_usage(args: tuple[str, ...], tmp_path: Path) 
 
 @pytest.mark.parametrize("workload", ["throughput", "latency", "idle"])
 def test_missing_package_is_told_with_what_to_install(workload: str, tmp_path: Path) -> None:
-    done = benchmarks(workload, "--quick", "--json", str(tmp_path / "x.json"), without=("picows", "orjson"))
+    done = benchmarks(workload, "--quick", "--json", str(tmp_path / "x.json"), without=("picows", "uvloop", "orjson"))
     assert done.returncode == 1
-    assert f"{workload} is left out: it needs picows, orjson: pip install picows orjson" in done.stdout
+    assert f"{workload} is left out: it needs picows, uvloop, orjson: pip install picows uvloop orjson" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_package_that_is_there_is_not_among_the_missing() -> None:
+    measure.require("json")
+    with pytest.raises(measure.Unavailable, match=r"^it needs no_such_package: pip install no_such_package$"):
+        measure.require("json", "no_such_package")
 
 
 def test_missing_matplotlib_is_told_before_anything_is_measured(tmp_path: Path) -> None:

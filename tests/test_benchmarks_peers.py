@@ -27,6 +27,8 @@ def quick() -> Options:
 
 
 def test_agenthub_is_measured_with_three_processes() -> None:
+    for package in peers.AGENTHUB.packages:
+        pytest.importorskip(package)
     options = quick()
     rows = peers.run(options, systems=[peers.AGENTHUB])
     assert {row["loop"] for row in rows} <= {"asyncio", "uvloop"}
@@ -58,7 +60,7 @@ def test_server_that_does_not_start_is_left_out_after_the_first_round(capfd: pyt
             yield server
 
     options = dataclasses.replace(quick(), rounds=2)
-    broken = dataclasses.replace(peers.AGENTHUB, name="broken", start=start)
+    broken = dataclasses.replace(peers.AGENTHUB, name="broken", start=start, packages=())
     assert peers.run(options, systems=[broken]) == []
     lines = [note for note in options.notes if note.startswith("broken on asyncio is left out: ")]
     assert len(lines) == 1
@@ -137,6 +139,8 @@ def test_end_says_how_it_is_called() -> None:
 
 
 def test_sdk_is_measured_at_both_ends_and_in_memory() -> None:
+    for package in ("pydantic", "websockets"):
+        pytest.importorskip(package, reason="the load on the SDK asks for it")
     rows = sdk.run(quick())
     assert {row["part"] for row in rows} == {*sdk.HANDLERS, *sdk.REQUESTERS}
     assert all(row["tasks_per_s"] > 0 for row in rows)

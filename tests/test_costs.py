@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from websockets.frames import Frame, Opcode
 
 import agenthub
 from agenthub import (
@@ -36,6 +35,7 @@ from agenthub import (
     ServerLink,
     run_loop,
 )
+from tests.peer import frame
 from tests.world import Program, World, rank_of
 
 FEW, MANY = 10, 1000
@@ -178,7 +178,7 @@ class Wire:
 
     def say(self, *messages: agenthub.AgentMessage) -> None:
         """Let messages come in as one chunk."""
-        frames = (Frame(Opcode.TEXT, agenthub.encode(message)).serialize(mask=True) for message in messages)
+        frames = (frame(agenthub.encode(message)) for message in messages)
         self.link.data_received(b"".join(frames))
 
 

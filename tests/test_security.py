@@ -31,7 +31,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from websockets.exceptions import ConnectionClosed
 
 import agenthub
 from agenthub import (
@@ -56,6 +55,7 @@ from agenthub import (
     decoder_from_agent,
     hash_of,
 )
+from tests.peer import ConnectionClosed, frame
 from tests.support import WAIT_S, hub_process, raw_client, running
 from tests.world import Program, World
 
@@ -1978,7 +1978,7 @@ async def test_message_with_a_look_alike_is_refused_counted_and_logged(caplog: p
             assert (await client.delegate(text, capability="stand-by", input=SECRET))["code"] == "invalid_message"
         for raw in (b"\xff", b'{"type": "status", "task_id": "\xed\xa0\x80"}'):
             async with raw_client(hub.url) as other:
-                await other.connection.send(raw, text=True)
+                other.connection.transport.write(frame(raw))
                 assert await other.closed() == 1007
         assert hub.hub.summary()["refused"] == {"invalid_message": len(LOOK_ALIKES) + 2}
         assert is_logged(caplog, "refused code=invalid_message agent=ann-")

@@ -15,6 +15,7 @@ import heapq
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -33,8 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websockets.asyncio.server import ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
 
 import agenthub
 from agenthub import (
@@ -55,6 +54,7 @@ from agenthub import (
     Session,
     Status,
 )
+from tests.peer import BINARY, CLOSE, CONTINUATION, PING, TEXT, Connection, Script, frame, serve
 from tests.support import ROOT, WAIT_S, RawClient, hub_process, raw_client, running
 from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
 from tests.world import World
@@ -154,21 +154,6 @@ UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
 )
-TEXT, BINARY, CONTINUATION, CLOSE, PING = 1, 2, 0, 8, 9
-
-
-def frame(payload: bytes = b"", opcode: int = TEXT, *, fin: bool = True, masked: bool = True, rsv: int = 0) -> bytes:
-    """Return a frame as RFC 6455 §5.2 has it, or not; masked with zeros."""
-    first = (0x80 if fin else 0) | rsv << 4 | opcode
-    length = len(payload)
-    mask_bit = 0x80 if masked else 0
-    if length < 126:
-        header = bytes((first, mask_bit | length))
-    elif length < 65_536:
-        header = struct.pack("!BBH", first, mask_bit | 126, length)
-    else:
-        header = struct.pack("!BBQ", first, mask_bit | 127, length)
-    return header + (bytes(4) if masked else b"") + payload
 
 
 def message(**fields: Any) -> bytes:
@@ -735,7 +720,7 @@ async def deaf_agent(url: str, name: str) -> AsyncIterator[RawClient]:
     host, _, port = url.removeprefix("ws://").partition(":")
     plain.connect((host, int(port)))
     plain.setblocking(False)
-    async with raw_client(url, sock=plain, max_queue=1, max_size=None, close_timeout=0) as client:
+    async with raw_client(url, sock=plain, max_queue=1, max_size=math.inf) as client:
         try:
             await client.register(name, name)
             client.connection.transport.pause_reading()
@@ -1182,25 +1167,13 @@ async def test_close_with_a_code_and_a_reason_of_ones_own_is_counted_under_ours(
 # 17. A hub that is hostile to its agents and to the command line.
 
 REGISTERED = {"agent_id": "agent-1", "resume": "secret", "heartbeat_s": 30, "max_bytes": 1_048_576, "tasks": []}
-Script = Callable[[ServerConnection], Awaitable[None]]
-
-
-@contextlib.asynccontextmanager
-async def hostile_hub(script: Script) -> AsyncIterator[str]:
-    """Listen for WebSockets, and do with each what the script says; yield the URL."""
-
-    async def run(connection: ServerConnection) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            await script(connection)
-
-    async with serve(run, "127.0.0.1", 0, max_size=None, compression=None, close_timeout=0.1) as server:
-        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+hostile_hub = serve  # It does with each WebSocket what a script says.
 
 
 def answering(then: Script | None = None, **replies: Any) -> Script:
     """Return a script that answers requests by their type, and does something more after a registration."""
 
-    async def script(connection: ServerConnection) -> None:
+    async def script(connection: Connection) -> None:
         async for raw in connection:
             asked = json.loads(raw)
             kind = "tasks" if asked.get("tasks") else asked["type"]
@@ -1303,15 +1276,15 @@ async def test_message_larger_than_a_client_takes_ends_the_connection(monkeypatc
     monkeypatch.setattr(agenthub, "CLIENT_MESSAGE_BYTES_MAX", 10_000)
     messages: list[Any] = []
 
-    async def whole(connection: ServerConnection) -> None:
+    async def whole(connection: Connection) -> None:
         await connection.send(json.dumps({"type": "broadcast", "message": "x" * 10_000}))
         await connection.wait_closed()
 
-    async def pieces(connection: ServerConnection) -> None:
+    async def pieces(connection: Connection) -> None:
         await connection.send("x" * 100 for _ in range(200))
         await connection.wait_closed()
 
-    async def crumbs(connection: ServerConnection) -> None:
+    async def crumbs(connection: Connection) -> None:
         await connection.send("" for _ in range(10_000))
         await connection.wait_closed()
 
@@ -1328,7 +1301,7 @@ async def test_hub_that_hands_over_more_tasks_than_the_agent_takes_is_cut(caplog
     cut = asyncio.Event()
     counts: list[int] = []
 
-    async def flood(connection: ServerConnection) -> None:
+    async def flood(connection: Connection) -> None:
         task = {"type": "delegate", "sender": "hub", "agent_id": "agent-1", "capability": "wait", "input": MARK}
         task |= {"ttl": 60, "priority": 0, "max_retries": 0, "parent_id": None, "attempt": 1}
         try:
@@ -1402,7 +1375,7 @@ async def test_agent_lives_through_whatever_a_hub_says(caplog: pytest.LogCapture
     done: list[str] = []
     finished = asyncio.Event()
 
-    async def talk(connection: ServerConnection) -> None:
+    async def talk(connection: Connection) -> None:
         task = {"sender": "hub", "agent_id": "agent-1", "capability": "work", "input": 1, "ttl": 60, "priority": 0}
         task |= {"type": "delegate", "max_retries": 0, "parent_id": None, "attempt": 1}
         for number, odd in enumerate(ODD_TASKS):
@@ -1442,7 +1415,7 @@ async def test_agent_lives_through_whatever_a_hub_says(caplog: pytest.LogCapture
 async def test_broadcasts_and_progress_that_nobody_takes_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     sent = asyncio.Event()
 
-    async def flood(connection: ServerConnection) -> None:
+    async def flood(connection: Connection) -> None:
         raw = await connection.recv()  # The heartbeat ...
         raw = await connection.recv()  # ... and the task.
         asked = json.loads(raw)
@@ -1645,7 +1618,7 @@ async def test_names_that_would_steer_a_terminal_are_shown_escaped(
 async def test_what_a_call_is_told_is_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     end: dict[str, Any] = {}
 
-    async def settle(connection: ServerConnection) -> None:
+    async def settle(connection: Connection) -> None:
         async for raw in connection:
             asked = json.loads(raw)
             if asked["type"] == "delegate":
@@ -1677,7 +1650,7 @@ def test_rows_of_a_hostile_hub_are_cut_before_they_are_laid_out() -> None:
 async def test_hostile_hub_does_not_fill_the_log_of_an_agent(caplog: pytest.LogCaptureFixture) -> None:
     sent = asyncio.Event()
 
-    async def flood(connection: ServerConnection) -> None:
+    async def flood(connection: Connection) -> None:
         for _ in range(1000):
             await connection.send(MARK)
         sent.set()

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from websockets.client import ClientProtocol
-from websockets.frames import Close, Frame, Opcode
-from websockets.uri import parse_uri
+from wsproto.events import AcceptConnection, CloseConnection, Event, Pong, Request, TextMessage
 
 import agenthub
 from agenthub import Disconnected, HubServer, InvalidMessage
-from tests.support import WAIT_S
+from tests.peer import BINARY, CONTINUATION, PING, PONG, Peer, frame
+from tests.support import WAIT_S, client_link
 
 HEARTBEAT = b'{"type":"heartbeat"}'
 MAX_BYTES = 5000
@@ -96,32 +95,26 @@ class Socket(asyncio.Transport):
 
 
 class Pair:
-    """The hub's link, and a `websockets` client that talks to it without a socket."""
+    """The hub's link, and a client that talks to it without a socket."""
 
     def __init__(self, answer: Any = lambda link, request: None) -> None:
         self.owner = Owner()
         self.link = agenthub.ServerLink(self.owner, answer, message_bytes_max=MAX_BYTES, backlog_bytes_max=100_000)
         self.socket = Socket(self.link)
-        self.client = ClientProtocol(parse_uri("ws://hub/"), max_size=None)
+        self.client = Peer()
         self.link.connection_made(self.socket)
-        self.client.send_request(self.client.connect())
+        self.client.send(Request("hub", "/"))
 
     def say(self) -> None:
         """Give the link what the client has to say."""
-        self.link.data_received(b"".join(self.client.data_to_send()))
+        self.link.data_received(self.client.to_send())
 
-    async def heard(self) -> list[Any]:
+    async def heard(self) -> list[Event]:
         """Return what the client hears, when the link has written it."""
         await asyncio.sleep(0)
-        for written in self.socket.writes:
-            self.client.receive_data(written)
+        raw = b"".join(self.socket.writes)
         self.socket.writes.clear()
-        return self.client.events_received()
-
-    def text(self, raw: bytes) -> bytes:
-        """Return the bytes of a text message from the client."""
-        self.client.send_text(raw)
-        return b"".join(self.client.data_to_send())
+        return self.client.receive(raw)
 
 
 @pytest.fixture
@@ -130,7 +123,7 @@ async def pair() -> Pair:
     pair = Pair()
     pair.say()
     (response,) = await pair.heard()
-    assert response.status_code == 101
+    assert isinstance(response, AcceptConnection)
     assert pair.owner.opened_count == 1
     return pair
 
@@ -146,19 +139,19 @@ async def ended(pair: Pair) -> None:
 
 
 async def test_message_arrives_with_its_size(pair: Pair) -> None:
-    pair.link.data_received(pair.text(HEARTBEAT))
+    pair.link.data_received(frame(HEARTBEAT))
     assert pair.owner.messages == [agenthub.Heartbeat()]
     assert pair.owner.sizes == [len(HEARTBEAT)]
 
 
 async def test_messages_of_one_chunk_arrive_in_order(pair: Pair) -> None:
-    chunk = b"".join(pair.text(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(10))
+    chunk = b"".join(frame(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(10))
     pair.link.data_received(chunk)
     assert [message.id for message in pair.owner.messages] == [str(number) for number in range(10)]
 
 
 async def test_it_does_not_matter_how_bytes_are_cut_into_chunks(pair: Pair) -> None:
-    raw = pair.text(b'{"type":"heartbeat","id":"a"}') + pair.text(b'{"type":"heartbeat","id":"b"}')
+    raw = frame(b'{"type":"heartbeat","id":"a"}') + frame(b'{"type":"heartbeat","id":"b"}')
     for index in range(len(raw)):
         pair.link.data_received(raw[index : index + 1])
     assert [message.id for message in pair.owner.messages] == ["a", "b"]
@@ -166,31 +159,22 @@ async def test_it_does_not_matter_how_bytes_are_cut_into_chunks(pair: Pair) -> N
 
 async def test_handshake_and_messages_may_come_in_one_chunk() -> None:
     pair = Pair()
-    request = b"".join(pair.client.data_to_send())
-    frame = Frame(Opcode.TEXT, HEARTBEAT).serialize(mask=True)
-    pair.link.data_received(request + frame)
+    pair.link.data_received(pair.client.to_send() + frame(HEARTBEAT))
     assert pair.owner.messages == [agenthub.Heartbeat()]
 
 
 async def test_message_in_fragments_is_put_together(pair: Pair) -> None:
-    pair.client.send_text(HEARTBEAT[:5], fin=False)
-    pair.client.send_continuation(b"", fin=False)
-    pair.client.send_ping(b"in between")
-    pair.client.send_continuation(HEARTBEAT[5:], fin=True)
-    pair.say()
+    first = frame(HEARTBEAT[:5], fin=False) + frame(b"", CONTINUATION, fin=False)
+    pair.link.data_received(first + frame(b"in between", PING) + frame(HEARTBEAT[5:], CONTINUATION))
     assert pair.owner.messages == [agenthub.Heartbeat()]
     assert pair.owner.sizes == [len(HEARTBEAT)]
-    (pong,) = await pair.heard()
-    assert (pong.opcode, pong.data) == (Opcode.PONG, b"in between")
+    assert await pair.heard() == [Pong(b"in between")]
 
 
 @pytest.mark.parametrize("is_fragmented", [False, True])
 async def test_binary_message_is_refused_and_the_link_lives_on(pair: Pair, is_fragmented: bool) -> None:
-    pair.client.send_binary(HEARTBEAT, fin=not is_fragmented)
-    if is_fragmented:
-        pair.client.send_continuation(b"", fin=True)
-    pair.client.send_text(HEARTBEAT)
-    pair.say()
+    rest = frame(b"", CONTINUATION) if is_fragmented else b""
+    pair.link.data_received(frame(HEARTBEAT, BINARY, fin=not is_fragmented) + rest + frame(HEARTBEAT))
     refused, message = pair.owner.messages
     assert isinstance(refused, InvalidMessage)
     assert "binary" in refused.message
@@ -199,7 +183,7 @@ async def test_binary_message_is_refused_and_the_link_lives_on(pair: Pair, is_fr
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"[" * 3000])
 async def test_what_is_no_message_is_refused_and_the_link_lives_on(pair: Pair, raw: bytes) -> None:
-    pair.link.data_received(pair.text(raw) + pair.text(HEARTBEAT))
+    pair.link.data_received(frame(raw) + frame(HEARTBEAT))
     refused, message = pair.owner.messages
     assert isinstance(refused, InvalidMessage)
     assert message == agenthub.Heartbeat()
@@ -207,12 +191,10 @@ async def test_what_is_no_message_is_refused_and_the_link_lives_on(pair: Pair, r
 
 @pytest.mark.parametrize("is_fragmented", [False, True])
 async def test_text_that_is_not_utf8_ends_the_link(pair: Pair, is_fragmented: bool) -> None:
-    pair.client.send_text(b'{"type":"\xff', fin=not is_fragmented)
-    if is_fragmented:
-        pair.client.send_continuation(b'"}', fin=True)
-    pair.say()
+    rest = frame(b'"}', CONTINUATION) if is_fragmented else b""
+    pair.link.data_received(frame(b'{"type":"\xff', fin=not is_fragmented) + rest)
     await pair.heard()
-    assert pair.client.close_rcvd == Close(1007, "not UTF-8")
+    assert pair.client.closed == CloseConnection(1007, "not UTF-8")
     await ended(pair)
     assert pair.owner.ends == [(1007, "not UTF-8")]
 
@@ -220,28 +202,25 @@ async def test_text_that_is_not_utf8_ends_the_link(pair: Pair, is_fragmented: bo
 @pytest.mark.parametrize("is_fragmented", [False, True])
 async def test_message_over_the_limit_ends_the_link(pair: Pair, is_fragmented: bool) -> None:
     if is_fragmented:
-        for _ in range(6):
-            pair.client.send_text(b" " * 1000, fin=False) if _ == 0 else pair.client.send_continuation(
-                b" " * 1000, False
-            )
+        part = b" " * 1000
+        pair.link.data_received(frame(part, fin=False) + frame(part, CONTINUATION, fin=False) * 5)
     else:
-        pair.client.send_text(b" " * (MAX_BYTES + 1))
-    pair.say()
+        pair.link.data_received(frame(b" " * (MAX_BYTES + 1)))
     await pair.heard()
-    assert pair.client.close_rcvd is not None
-    assert pair.client.close_rcvd.code == 1009
+    assert pair.client.closed is not None
+    assert pair.client.closed.code == 1009
     await ended(pair)
     assert [code for code, _ in pair.owner.ends] == [1009]
     assert pair.owner.messages == []
 
 
 async def test_message_at_the_limit_is_read(pair: Pair) -> None:
-    pair.link.data_received(pair.text(HEARTBEAT + b" " * (MAX_BYTES - len(HEARTBEAT))))
+    pair.link.data_received(frame(HEARTBEAT + b" " * (MAX_BYTES - len(HEARTBEAT))))
     assert pair.owner.messages == [agenthub.Heartbeat()]
 
 
 async def test_frame_that_is_not_masked_ends_the_link(pair: Pair) -> None:
-    pair.link.data_received(Frame(Opcode.TEXT, HEARTBEAT).serialize(mask=False))
+    pair.link.data_received(frame(HEARTBEAT, masked=False))
     await ended(pair)
     assert [code for code, _ in pair.owner.ends] == [1002]
 
@@ -253,19 +232,19 @@ def mixed_frames() -> bytes:
     ]
     middle = b'{"type":"heartbeat","id":"4"}'
     frames = [
-        Frame(Opcode.TEXT, texts[0]),
-        Frame(Opcode.PING, b"a"),
-        Frame(Opcode.TEXT, texts[1]),
-        Frame(Opcode.TEXT, middle[:9], fin=False),
-        Frame(Opcode.PING, b"b"),
-        Frame(Opcode.CONT, middle[9:]),
-        Frame(Opcode.PONG, b""),
-        Frame(Opcode.TEXT, b""),
-        Frame(Opcode.TEXT, texts[2]),
-        Frame(Opcode.TEXT, texts[3]),
-        Frame(Opcode.PING, b"c"),
+        frame(texts[0]),
+        frame(b"a", PING),
+        frame(texts[1]),
+        frame(middle[:9], fin=False),
+        frame(b"b", PING),
+        frame(middle[9:], CONTINUATION),
+        frame(b"", PONG),
+        frame(b""),
+        frame(texts[2]),
+        frame(texts[3]),
+        frame(b"c", PING),
     ]
-    return b"".join(frame.serialize(mask=True) for frame in frames)
+    return b"".join(frames)
 
 
 async def test_frames_of_all_kinds_come_out_alike_wherever_they_are_cut() -> None:
@@ -279,14 +258,14 @@ async def test_frames_of_all_kinds_come_out_alike_wherever_they_are_cut() -> Non
                 pair.link.data_received(chunk)
         ids = [getattr(message, "id", "none") for message in pair.owner.messages]
         assert ids == ["0", "1", "4", "none", "2", "3"], cut
-        assert [pong.data for pong in await pair.heard()] == [b"a", b"b", b"c"], cut
+        assert await pair.heard() == [Pong(b"a"), Pong(b"b"), Pong(b"c")], cut
         assert pair.owner.ends == []
         pair.link.abort()
 
 
 async def test_text_within_a_fragmented_message_ends_the_link(pair: Pair) -> None:
-    first = Frame(Opcode.TEXT, HEARTBEAT[:5], fin=False).serialize(mask=True)
-    pair.link.data_received(first + pair.text(HEARTBEAT) + pair.text(HEARTBEAT))
+    first = frame(HEARTBEAT[:5], fin=False)
+    pair.link.data_received(first + frame(HEARTBEAT) + frame(HEARTBEAT))
     await ended(pair)
     assert pair.owner.messages == []
     assert [code for code, _ in pair.owner.ends] == [1002]
@@ -294,7 +273,7 @@ async def test_text_within_a_fragmented_message_ends_the_link(pair: Pair) -> Non
 
 @pytest.mark.parametrize("head", [b"\x81\xfe\x00\x14", b"\x81\xff" + bytes(7) + b"\x14"])
 async def test_length_may_be_written_with_more_bytes_than_it_needs(pair: Pair, head: bytes) -> None:
-    pair.link.data_received(head + bytes(4) + HEARTBEAT + pair.text(HEARTBEAT))
+    pair.link.data_received(head + bytes(4) + HEARTBEAT + frame(HEARTBEAT))
     assert pair.owner.messages == [agenthub.Heartbeat()] * 2
 
 
@@ -304,7 +283,7 @@ async def test_link_that_is_held_and_released_within_a_message_goes_on_in_order(
         link.release("for a moment")
 
     pair.owner.on_message = hold_for_a_moment
-    pair.link.data_received(b"".join(pair.text(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(5)))
+    pair.link.data_received(b"".join(frame(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(5)))
     assert [message.id for message in pair.owner.messages] == ["0", "1", "2", "3", "4"]
     assert pair.socket.is_reading is True
 
@@ -319,11 +298,11 @@ async def test_link_that_is_held_keeps_the_rest_and_goes_on_where_it_was(pair: P
         assert pair.socket.is_reading is False
         pair.link.release("enough")
     assert pair.socket.is_reading is True
-    assert [pong.data for pong in await pair.heard()] == [b"a", b"b", b"c"]
+    assert await pair.heard() == [Pong(b"a"), Pong(b"b"), Pong(b"c")]
 
 
 async def test_agent_masks_each_message_with_a_key_of_its_own() -> None:
-    link = agenthub.ClientLink(ClientProtocol(parse_uri("ws://hub/")), Owner(), None)
+    link = client_link(Owner())
     socket = Socket(link)
     link.connection_made(socket)
     link._is_open = True
@@ -348,17 +327,16 @@ async def test_agent_masks_each_message_with_a_key_of_its_own() -> None:
 @pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 65_535, 65_536, 70_000])
 async def test_frame_of_any_length_is_read_by_a_client(pair: Pair, length: int) -> None:
     pair.link.send(b"x" * length)
-    (frame,) = await pair.heard()
-    assert (frame.opcode, frame.fin, len(frame.data)) == (Opcode.TEXT, True, length)
+    assert await pair.heard() == [TextMessage("x" * length)]
 
 
 async def test_all_that_is_sent_in_one_turn_is_written_at_once(pair: Pair) -> None:
     pair.owner.on_message = lambda link: [link.send(b"1"), link.send(b"2")]
-    pair.link.data_received(pair.text(HEARTBEAT) + pair.text(HEARTBEAT))
+    pair.link.data_received(frame(HEARTBEAT) + frame(HEARTBEAT))
     assert pair.socket.writes == []
     await asyncio.sleep(0)
     assert len(pair.socket.writes) == 1
-    assert [frame.data for frame in await pair.heard()] == [b"1", b"2", b"1", b"2"]
+    assert await pair.heard() == [TextMessage(text) for text in "1212"]
 
 
 async def test_peer_that_does_not_read_is_closed_and_then_cut(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,11 +361,11 @@ async def test_backlog_within_its_bound_is_no_reason_to_close(pair: Pair) -> Non
 
 
 async def test_peer_that_closes_is_answered(pair: Pair) -> None:
-    pair.client.send_close(1000, "enough")
+    pair.client.send(CloseConnection(1000, "enough"))
     pair.say()
     assert pair.owner.ends == [(1000, "enough")]
     await pair.heard()
-    assert pair.client.close_rcvd is not None
+    assert pair.client.closed is not None
     await ended(pair)
     assert not pair.socket.is_aborted
 
@@ -397,10 +375,8 @@ async def test_close_comes_after_what_was_sent_and_nothing_is_read_after_it(pair
     pair.link.close(1001, "going")
     pair.link.send(b"too late")
     pair.link.close(1000, "again")
-    pair.link.data_received(pair.text(HEARTBEAT))
-    events = await pair.heard()
-    assert [event.data for event in events if event.opcode == Opcode.TEXT] == [b"last"]
-    assert pair.client.close_rcvd == Close(1001, "going")
+    pair.link.data_received(frame(HEARTBEAT))
+    assert await pair.heard() == [TextMessage("last"), CloseConnection(1001, "going")]
     assert pair.owner.messages == []
     assert pair.owner.ends == []
     pair.say()

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed
 
+from tests.peer import ConnectionClosed
 from tests.support import WAIT_S, RawClient, hub_process, raw_client
 
 numbers = itertools.count(1)

@@ -1,0 +1,324 @@
+"""The other end of a WebSocket, by `wsproto`, which knows nothing of our code: in memory, on asyncio; bare frames."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import socket
+import ssl
+import struct
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from wsproto import ConnectionType, WSConnection
+from wsproto.connection import ConnectionState
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Event,
+    Ping,
+    RejectConnection,
+    Request,
+    TextMessage,
+)
+from wsproto.extensions import PerMessageDeflate
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # Opcodes, RFC 6455 §5.2.
+CLOSE_S = 10.0  # For the other end to take part in a close; then the socket is cut.
+WRITE_BYTES_MAX = 32_768  # May wait to be written before `send` waits.
+
+
+class ConnectionClosed(Exception):
+    """Nothing more can be said, or is there to be heard."""
+
+
+class InvalidStatus(Exception):
+    """The server has answered the handshake, but not with 101."""
+
+    def __init__(self, status_code: int) -> None:
+        super().__init__(f"HTTP {status_code}")
+        self.status_code = status_code
+
+
+def frame(payload: bytes = b"", opcode: int = TEXT, *, fin: bool = True, masked: bool = True, rsv: int = 0) -> bytes:
+    """Return a frame as RFC 6455 §5.2 has it, or not. The same payload is always masked with the same key."""
+    first = (0x80 if fin else 0) | rsv << 4 | opcode
+    length = len(payload)
+    mask_bit = 0x80 if masked else 0
+    if length < 126:
+        header = bytes((first, mask_bit | length))
+    elif length < 65_536:
+        header = struct.pack("!BBH", first, mask_bit | 126, length)
+    else:
+        header = struct.pack("!BBQ", first, mask_bit | 127, length)
+    if not masked:
+        return header + payload
+    key = zlib.crc32(payload).to_bytes(4)
+    stream = (key * (length // 4 + 1))[:length]
+    return header + key + (int.from_bytes(payload) ^ int.from_bytes(stream)).to_bytes(length)
+
+
+class Peer:
+    """One end of a WebSocket, without a socket: `receive` what comes in, and write what there is `to_send`.
+
+    It answers a request, pings and a close by itself, and fails the connection of who breaks the protocol.
+    """
+
+    def __init__(self, role: ConnectionType = ConnectionType.CLIENT) -> None:
+        self.closed: CloseConnection | None = None  # As the other end has said it.
+        self.is_failed = False
+        self._role = role
+        self._websocket = WSConnection(role)
+        self._out = bytearray()
+
+    @property
+    def is_open(self) -> bool:
+        return self._websocket.state is ConnectionState.OPEN and not self.is_failed
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether it is this end's turn to close the socket (RFC 6455 §7.1.1)."""
+        return self.is_failed or (self._role is ConnectionType.SERVER and self.closed is not None)
+
+    def send(self, event: Event) -> None:
+        self._out += self._websocket.send(event)
+
+    def to_send(self) -> bytes:
+        """Return what is to be written, once."""
+        raw = bytes(self._out)
+        self._out.clear()
+        return raw
+
+    def receive(self, raw: bytes) -> list[Event]:
+        """Return what has come in. A message comes in as many pieces as there are frames, or more."""
+        events: list[Event] = []
+        if raw and self.closed is None and not self.is_failed:
+            self._websocket.receive_data(raw)
+            for event in self._websocket.events():  # One by one: they are answered in the state that they came in.
+                events.append(event)
+                self._answer(event)
+        return events
+
+    def fail(self, code: int, reason: str | None = None) -> None:
+        """End the connection without waiting for the other end (RFC 6455 §7.1.7)."""
+        if self.is_open:
+            self.send(CloseConnection(code, reason))
+        self.is_failed = True
+
+    def _answer(self, event: Event) -> None:
+        state = self._websocket.state
+        if isinstance(event, Request):
+            self.send(AcceptConnection())
+        elif isinstance(event, Ping) and state is ConnectionState.OPEN:
+            self.send(event.response())
+        elif isinstance(event, CloseConnection):
+            if state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):  # wsproto's word for a broken protocol.
+                self.fail(event.code, event.reason)
+                return
+            self.closed = event
+            if state is ConnectionState.REMOTE_CLOSING:
+                self.send(event.response())
+
+
+class Connection(asyncio.Protocol):
+    """A WebSocket on a socket. It reads no further while more than `queue_max` messages wait to be received.
+
+    A message of more than `bytes_max` bytes ends it.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, peer: Peer, bytes_max: float, queue_max: int) -> None:
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._peer = peer
+        self._bytes_max = bytes_max
+        self._queue_max = queue_max
+        self._pieces: list[Any] = []  # Of a message that is not complete.
+        self._pieces_bytes = 0
+        self._messages: collections.deque[str | bytes] = collections.deque()
+        self._is_leaving = False
+        self._gone = asyncio.Event()
+        self._news = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    @property
+    def close_code(self) -> int | None:
+        """The code that the other end closed with, 1006 if it did not; None while the connection is there."""
+        if not self._gone.is_set():
+            return None
+        return 1006 if self._peer.closed is None else self._peer.closed.code
+
+    async def recv(self) -> str | bytes:
+        """Return the next message. Raises ConnectionClosed when there is none to come."""
+        while not self._messages:
+            if self._gone.is_set():
+                raise ConnectionClosed(f"closed with {self.close_code}")
+            self._news.clear()
+            await self._news.wait()
+        message = self._messages.popleft()
+        if len(self._messages) <= self._queue_max // 4:
+            self.transport.resume_reading()
+        return message
+
+    async def __aiter__(self) -> AsyncIterator[str | bytes]:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                yield await self.recv()
+
+    async def send(self, message: str | bytes | Iterable[str]) -> None:
+        """Send a message, in as many fragments as it has parts and one more, which is empty."""
+        if isinstance(message, str):
+            await self._send(TextMessage(message))
+        elif isinstance(message, bytes):
+            await self._send(BytesMessage(message))
+        else:
+            for part in message:
+                await self._send(TextMessage(part, message_finished=False))
+            await self._send(TextMessage(""))
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close politely, or cut the socket after CLOSE_S. What comes in meanwhile is passed over."""
+        self._is_leaving = True
+        self.transport.resume_reading()
+        if self._peer.is_open:
+            self._peer.send(CloseConnection(code, reason))
+            self._flush()
+        elif not self.opened.done():
+            self.transport.abort()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), CLOSE_S)
+        self.transport.abort()
+        await self._gone.wait()
+
+    async def wait_closed(self) -> None:
+        """Wait until the socket is closed too."""
+        await self._gone.wait()
+
+    async def _send(self, event: Event) -> None:
+        if not self._peer.is_open or self.transport.is_closing():
+            raise ConnectionClosed("cannot send")
+        self._peer.send(event)
+        self._flush()
+        await self._writable.wait()
+
+    def _flush(self) -> None:
+        if (raw := self._peer.to_send()) and not self.transport.is_closing():
+            self.transport.write(raw)
+
+    # What an asyncio.Protocol has
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(WRITE_BYTES_MAX)
+        self._flush()
+
+    def data_received(self, raw: bytes) -> None:
+        for event in self._peer.receive(raw):
+            if isinstance(event, TextMessage | BytesMessage):
+                self._take(event)
+            elif isinstance(event, AcceptConnection | Request):
+                self.opened.set_result(None)
+            elif isinstance(event, RejectConnection):
+                self.opened.set_exception(InvalidStatus(event.status_code))
+        self._flush()
+        if self._peer.is_over:
+            self.transport.close()
+
+    def _take(self, event: TextMessage | BytesMessage) -> None:
+        self._pieces.append(event.data)
+        self._pieces_bytes += len(event.data.encode() if isinstance(event.data, str) else event.data)
+        if self._pieces_bytes > self._bytes_max:
+            self._peer.fail(1009)
+        elif event.message_finished and not self._is_leaving and not self._peer.is_failed:
+            message = "".join(self._pieces) if isinstance(event, TextMessage) else b"".join(self._pieces)
+            self._messages.append(message)
+            self._news.set()
+            if len(self._messages) > self._queue_max:
+                self.transport.pause_reading()
+        if event.message_finished:
+            self._pieces.clear()
+            self._pieces_bytes = 0
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(error or ConnectionClosed("before it was open"))
+        for event in (self._gone, self._news, self._writable):
+            event.set()
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    url: str,
+    *,
+    additional_headers: Mapping[str, str] | None = None,
+    ssl: ssl.SSLContext | None = None,
+    sock: socket.socket | None = None,
+    local_addr: tuple[str, int] | None = None,
+    max_size: float = 2**20,
+    max_queue: int = 16,
+) -> AsyncIterator[Connection]:
+    """Open a WebSocket, over a socket that is connected if one is given; close it when the block ends.
+
+    Like a browser, it offers to compress. Raises InvalidStatus, or an OSError, if nothing comes of it.
+    """
+    address = urlsplit(url)
+    peer = Peer()
+    target = (address.path or "/") + (f"?{address.query}" if address.query else "")
+    headers = [(name.encode(), value.encode()) for name, value in (additional_headers or {}).items()]
+    peer.send(Request(address.netloc, target, extensions=[PerMessageDeflate()], extra_headers=headers))
+    where = {"sock": sock} if sock is not None else {"host": address.hostname, "port": address.port}
+    _, connection = await asyncio.get_running_loop().create_connection(
+        lambda: Connection(peer, max_size, max_queue), ssl=ssl, local_addr=local_addr, **where
+    )
+    try:
+        await connection.opened
+    except BaseException:
+        connection.transport.abort()
+        raise
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+Script = Callable[[Connection], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def serve(script: Script) -> AsyncIterator[str]:
+    """Listen for WebSockets, and do with each what the script says until that is over or the socket is; yield the URL.
+
+    What else goes wrong in a script is raised when the block ends.
+    """
+    connections: list[Connection] = []
+    runs: list[asyncio.Task[None]] = []
+
+    def accept() -> Connection:
+        connections.append(Connection(Peer(ConnectionType.SERVER), float("inf"), 16))
+        runs.append(asyncio.create_task(run(connections[-1])))
+        return connections[-1]
+
+    async def run(connection: Connection) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            await connection.opened
+            await script(connection)
+        await connection.close()
+
+    server = await asyncio.get_running_loop().create_server(accept, "127.0.0.1", 0)
+    try:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await asyncio.gather(*(connection.close(1001) for connection in connections))
+        await asyncio.gather(*runs)
