@@ -1,6 +1,6 @@
 """AgentHub: programs register what they can do, find each other, delegate tasks and get results.
 
-One file, to install (`pip install agenthub`) or to copy into a project. A hub is started with
+One file, to install (`pip install 'agenthub[standard]'`) or to copy into a project. A hub is started with
 `python -m agenthub hub`; an agent is a decorated function:
 
     from agenthub import Agent
@@ -18,7 +18,7 @@ and any other agent calls it with `await me.delegate("greet", {"name": "Ada"})`.
 The sections, top to bottom; each uses only those above it:
 
     1 Errors         what can go wrong, by whose fault it is
-    2 Messages       the ten messages of the wire, their limits, decode and encode
+    2 Messages       the ten messages of the wire, their limits, decode and encode; a checker, built in
     3 Task states    the table that is the life of a task
     4 Hub            every decision; no socket, no clock, no loop
     5 Journal        what must survive the hub's death, in a file of SQLite
@@ -152,6 +152,18 @@ __all__ = [
 
 PROTOCOL_VERSION = 1
 URL_DEFAULT = "ws://127.0.0.1:8765"
+
+
+def installed(package: str, oldest: tuple[int, int]) -> str | None:
+    """Return the version of a package to be used; None if it is missing or too old, or AGENTHUB_BUILTIN forbids it."""
+    if os.environ.get("AGENTHUB_BUILTIN", "0") not in ("", "0"):
+        return None
+    try:
+        version = str(importlib.import_module(package).__version__)
+    except (ImportError, AttributeError):
+        return None
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return version if release >= oldest else None
 
 
 # ============================================================================================
@@ -320,6 +332,7 @@ SCAN_BYTES = 65_536  # How far into a message that is not JSON its id is looked 
 JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
 BRACKETS_TO_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one deeper, or one less deep.
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
 SCALARS = frozenset((str, bool, types.NoneType))
 
 # Which characters a text may hold, as regular expressions that Python, Rust and ECMAScript read alike.
@@ -413,7 +426,11 @@ class Payload:
 
     bytes_max: int | None = None
 
-    def check(self, value: Any) -> Any:
+    @property
+    def check(self) -> Callable[[Any], Any]:
+        return check_json if self.bytes_max is None else self._check_read
+
+    def _check_read(self, value: Any) -> Any:
         text = json.dumps(check_json(value))
         if self.bytes_max is not None and len(text) > self.bytes_max:
             raise ValueError(f"is larger than {self.bytes_max} bytes")
@@ -424,8 +441,7 @@ class Payload:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        check = check_json if self.bytes_max is None else self.check
-        return core_schema.no_info_after_validator_function(check, handler(source))
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 Id = Annotated[str, Limit(pattern=ID_PATTERN, min_length=1, max_length=128)]
@@ -735,53 +751,375 @@ HubOutput = HubMessage | Acknowledged | Relayed  # What the hub writes. An agent
 NULLS_ARE_VALUES = (Broadcast, Delegated, Settled, Relayed)
 
 
-class Codec:
-    """Bytes to checked messages and back, by Pydantic, from the annotations above.
+class PydanticCodec:
+    """Messages checked and written by Pydantic, from the annotations above.
 
-    Strict: no string for a number, no bool for a number, no number that is not finite. Made at the first use, so
-    that importing this module costs no import of Pydantic.
+    Strict: no string for a number, no bool for a number, no number that is not finite.
     """
 
+    def __init__(self, version: str) -> None:
+        import pydantic
+
+        self.name = f"pydantic {version}"
+        self.invalid: type[Exception] = pydantic.ValidationError
+        self._adapter = pydantic.TypeAdapter
+        self._discriminator = pydantic.Field(discriminator="type")
+        self._config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+    def validator(self, union: Any) -> Callable[[bytes], Any]:
+        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
+        one_of = typing.cast(Any, Annotated[union, self._discriminator])
+        adapter: pydantic.TypeAdapter[Any] = self._adapter(one_of, config=self._config)
+        return adapter.validator.validate_json
+
+    def errors_of(self, error: Any) -> list[Any]:
+        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and perhaps `ctx`."""
+        return list(error.errors(include_url=False, include_input=False))
+
+    def encoder(self, message: type) -> Callable[[Any], bytes]:
+        """Return the function that writes messages of one class."""
+        serializer = self._adapter(message).serializer
+        return functools.partial(serializer.to_json, exclude_none=message not in NULLS_ARE_VALUES)
+
+
+# Messages, built in
+#
+# What Pydantic does with the annotations above, for where it is not installed: the same is taken
+# and refused, and the same is said of it. tests/test_builtin_messages.py compares the two. A check
+# gives back the value as it is to be, or raises Unfit.
+
+PARSE_DEPTH_MAX = 200  # Where Pydantic's parser stops, which counts nothing that is empty, and before Python's does.
+EMPTY = re.compile(rb"\[[ \t\r\n]*\]|\{[ \t\r\n]*\}")
+DIGITS_MAX = 4300  # Of a number's whole part. To convert them takes quadratic time, so Python has this bound too.
+SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+Check = Callable[[Any], Any]
+
+
+class Unfit(Exception):
+    """A value is not what it should be. `errors` are those of Pydantic."""
+
+    def __init__(self, errors: list[dict[str, Any]]) -> None:
+        super().__init__(errors)
+        self.errors = errors
+
+    @classmethod
+    def because(cls, kind: str, text: str, **context: Any) -> Unfit:
+        return cls([{"type": kind, "loc": (), "msg": text, "ctx": context}])
+
+    def within(self, part: str | int) -> list[dict[str, Any]]:
+        """Return the errors as those of a part of something."""
+        return [{**error, "loc": (part, *error["loc"])} for error in self.errors]
+
+
+class BuiltinCodec:
+    """Messages checked and written with nothing but the standard library."""
+
+    name = "built in"
+    invalid: type[Exception] = Unfit
+
     def __init__(self) -> None:
-        try:
-            import pydantic
-        except ImportError as error:
-            raise PackageMissing("pydantic", "Reading a message") from error
-        discriminated = pydantic.Field(discriminator="type")
-        config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-        self.from_agent, self.from_hub = (
-            pydantic.TypeAdapter[Any](typing.cast(Any, Annotated[union, discriminated]), config=config)
-            for union in (AgentMessage, HubMessage)
-        )
-        self.encoders: dict[type, Callable[[Any], bytes]] = {
-            message: functools.partial(
-                pydantic.TypeAdapter(message).serializer.to_json, exclude_none=message not in NULLS_ARE_VALUES
-            )
-            for message in typing.get_args(AgentMessage | HubOutput)
-        }
-        self._invalid = pydantic.ValidationError
+        self._write = json.JSONEncoder(
+            ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=self._fields_of
+        ).encode
 
-    def decoder(
-        self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str, depth_max: int
-    ) -> Callable[[bytes], Any]:
-        """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
-        validate, invalid = adapter.validator.validate_json, self._invalid
+    def validator(self, union: Any) -> Callable[[bytes], Any]:
+        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
+        checks = {type_of(message): object_check(message) for message in typing.get_args(union)}
 
-        def decode(raw: bytes) -> Any:
+        def validate(raw: bytes) -> Any:
+            document = parse_json(raw)
+            if type(document) is not dict:
+                raise Unfit.because("dict_type", "Input should be an object")
+            if "type" not in document:
+                raise Unfit.because("union_tag_not_found", "There is no `type`")
+            tag = document["type"]
+            if type(tag) is not str or tag not in checks:
+                raise Unfit.because("union_tag_invalid", "There is no such `type`")
             try:
-                message = validate(raw)
-            except invalid as error:
-                errors = error.errors(include_url=False, include_input=False)
-                raise _invalid_message(_readable(raw, id_field), union, errors, id_field) from None
-            # To look for one byte is much cheaper, and answers it for most.
-            if (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw):
-                _refuse_constants(raw, id_field)
-            if raw.count(b"[") + raw.count(b"{") > depth_max and depth_of(raw) > depth_max:
-                text = f"a field is nested more than {DEPTH_MAX} deep"
-                raise InvalidMessage(text, reply_to=_readable_id(_readable(raw, id_field), id_field))
-            return message
+                return checks[tag](document)
+            except Unfit as unfit:
+                raise Unfit(unfit.within(tag)) from None
 
-        return decode
+        return validate
+
+    def errors_of(self, error: Any) -> list[Any]:
+        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and `ctx`."""
+        return list(error.errors)
+
+    def encoder(self, message: type) -> Callable[[Any], bytes]:
+        """Return the function that writes messages of one class."""
+        fields, has_nulls = [(name, f'"{name}":') for name in field_names(message)], message in NULLS_ARE_VALUES
+        write = self._written
+
+        def encode(message: Any) -> bytes:
+            try:
+                texts = [
+                    name_text + write(value)
+                    for name, name_text in fields
+                    if (value := getattr(message, name)) is not None or has_nulls
+                ]
+                return f"{{{','.join(texts)}}}".encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"cannot be serialized: {error}") from error
+
+        return encode
+
+    def _written(self, value: Any) -> str:
+        """Return a field's value in JSON. For most the encoder would be a detour."""
+        if type(value) is str:
+            return json.encoder.encode_basestring(value)
+        if type(value) is int or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        if value is None:
+            return "null"
+        try:
+            return self._write(value)
+        except ValueError:  # There may be numbers in it that are not finite. They become null, as Pydantic has it.
+            text = json.dumps(value, default=self._fields_of)
+            return self._write(json.loads(text, parse_constant=lambda constant: None))
+
+    def _fields_of(self, part: Any) -> dict[str, Any]:
+        """Return what is to be written of a part of a message that is an object."""
+        kind = type(part)
+        if not dataclasses.is_dataclass(kind):
+            raise TypeError(f"{kind.__name__} is not JSON")
+        return {name: value for name in field_names(kind) if (value := getattr(part, name)) is not None}
+
+
+def parse_json(raw: bytes) -> Any:
+    """Return the JSON in some bytes, also with NaN and infinities; raise Unfit if it is none."""
+    try:
+        if is_deeper(raw, PARSE_DEPTH_MAX) and is_deeper(EMPTY.sub(b"", raw), PARSE_DEPTH_MAX):
+            raise ValueError("recursion limit exceeded")
+        if b"\\" in raw and SURROGATE.search(SURROGATE_PAIR.sub(b"", raw.replace(b"\\\\", b"  "))):
+            raise ValueError("lone surrogate in hex escape")
+        parse = parse_small if len(raw) <= DIGITS_MAX else parse_large
+        return parse(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise Unfit.because("json_invalid", f"Invalid JSON: {error}") from None
+
+
+def parse_number(convert: Callable[[str], float], text: str) -> float:
+    if len(text) > DIGITS_MAX and len(re.split("[.eE]", text.removeprefix("-"), maxsplit=1)[0]) > DIGITS_MAX:
+        raise ValueError("number out of range")
+    return convert(text)
+
+
+parse_small = json.JSONDecoder().decode
+parse_large = json.JSONDecoder(
+    parse_int=functools.partial(parse_number, int), parse_float=functools.partial(parse_number, float)
+).decode
+
+
+def check_of(annotation: Any, limit: Limit | None = None) -> Check:
+    """Return the check of an annotation, which is of one of the kinds that messages have."""
+    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
+        inner, mark = arguments
+        return payload_check(check_of(inner), mark) if isinstance(mark, Payload) else check_of(inner, mark)
+    if kind in (typing.Union, types.UnionType):
+        return union_check(arguments)
+    if kind is list:
+        return list_check(check_of(*arguments), limit or Limit())
+    if kind in (str, int, float):
+        return {str: string_check, int: integer_check, float: number_check}[kind](limit or Limit())
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return object_check(kind)
+    if kind is Any or kind is Literal:  # Of literals there is only the type, by which the check was chosen.
+        return lambda value: value
+    return type_check(kind, *{bool: ("bool_type", "a valid boolean"), dict: ("dict_type", "an object")}[kind])
+
+
+def type_check(kind: type, error: str, wanted: str) -> Check:
+    def check(value: Any) -> Any:
+        if type(value) is not kind:
+            raise Unfit.because(error, f"Input should be {wanted}")
+        return value
+
+    return check
+
+
+def string_check(limit: Limit) -> Check:
+    shortest, longest = limit.min_length or 0, sys.maxsize if limit.max_length is None else limit.max_length
+    fits = None if limit.pattern is None else re.compile(limit.pattern).fullmatch
+
+    def check(value: Any) -> Any:
+        if type(value) is not str:
+            raise Unfit.because("string_type", "Input should be a valid string")
+        if len(value) < shortest:
+            few = f"{shortest} character{'s' if shortest > 1 else ''}"
+            raise Unfit.because("string_too_short", f"String should have at least {few}")
+        if len(value) > longest:
+            raise Unfit.because("string_too_long", f"String should have at most {longest} characters")
+        if fits is not None and not fits(value):
+            raise Unfit.because("string_pattern_mismatch", "String should match a pattern", pattern=limit.pattern)
+        return value
+
+    return check
+
+
+def integer_check(limit: Limit) -> Check:
+    def check(value: Any) -> Any:
+        if type(value) is not int:
+            raise Unfit.because("int_type", "Input should be a valid integer")
+        return check_bounds(value, limit)
+
+    return check
+
+
+def number_check(limit: Limit) -> Check:
+    def check(value: Any) -> Any:
+        if type(value) is int:
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
+        elif type(value) is not float:
+            raise Unfit.because("float_type", "Input should be a valid number")
+        if not math.isfinite(value):
+            raise Unfit.because("finite_number", "Input should be a finite number")
+        return check_bounds(value, limit)
+
+    return check
+
+
+def check_bounds(value: float, limit: Limit) -> float:
+    if limit.gt is not None and not value > limit.gt:
+        raise Unfit.because("greater_than", f"Input should be greater than {limit.gt}")
+    if limit.ge is not None and not value >= limit.ge:
+        raise Unfit.because("greater_than_equal", f"Input should be greater than or equal to {limit.ge}")
+    if limit.le is not None and not value <= limit.le:
+        raise Unfit.because("less_than_equal", f"Input should be less than or equal to {limit.le}")
+    return value
+
+
+def payload_check(inner: Check, payload: Payload) -> Check:
+    def check(value: Any) -> Any:
+        try:
+            return payload.check(inner(value))
+        except ValueError as error:
+            raise Unfit.because("value_error", f"Value error, {error}", error=error) from None
+
+    return check
+
+
+def list_check(check_item: Check, limit: Limit) -> Check:
+    longest = sys.maxsize if limit.max_length is None else limit.max_length
+
+    def check(value: Any) -> Any:
+        if type(value) is not list:
+            raise Unfit.because("list_type", "Input should be a valid array")
+        if len(value) > longest:
+            text = f"List should have at most {longest} items after validation, not {len(value)}"
+            raise Unfit.because("too_long", text)
+        items, errors = [], []
+        for index, item in enumerate(value):
+            try:
+                items.append(check_item(item))
+            except Unfit as unfit:
+                errors += unfit.within(index)
+        if errors:
+            raise Unfit(errors)
+        return items
+
+    return check
+
+
+def union_check(branches: tuple[Any, ...]) -> Check:
+    """Return the check of what may be one of several things: None, or the first that it fits."""
+    is_nullable = types.NoneType in branches
+    checks = {branch.__name__: check_of(branch) for branch in branches if branch is not types.NoneType}
+    only = next(iter(checks.values())) if len(checks) == 1 else None  # Then the path to an error does not name it.
+
+    def check(value: Any) -> Any:
+        if value is None and is_nullable:
+            return None
+        if only is not None:
+            return only(value)
+        errors = []
+        for name, check_branch in checks.items():
+            try:
+                return check_branch(value)
+            except Unfit as unfit:
+                errors += unfit.within(name)
+        raise Unfit(errors)
+
+    return check
+
+
+def object_check(made: type) -> Check:
+    """Return the check of an object that becomes a `made`; fields that it does not know are passed over."""
+    hints = typing.get_type_hints(made, include_extras=True)
+    checks = [(one.name, check_of(hints[one.name]), has_default(one)) for one in dataclasses.fields(made)]
+
+    def check(value: Any) -> Any:
+        if type(value) is not dict:
+            raise Unfit.because("dataclass_type", "Input should be an object")
+        fields, errors = {}, []
+        for name, check_field, is_optional in checks:
+            if name in value:
+                try:
+                    fields[name] = check_field(value[name])
+                except Unfit as unfit:
+                    errors += unfit.within(name)
+            elif not is_optional:
+                errors += Unfit.because("missing", "Field required").within(name)
+        if errors:
+            raise Unfit(errors)
+        return made(**fields)
+
+    return check
+
+
+# What both have in common
+
+
+@functools.cache
+def codec() -> PydanticCodec | BuiltinCodec:
+    """Return what checks and writes messages. It is made at the first use: importing this module imports no package."""
+    version = installed("pydantic", oldest=(2, 11))
+    return BuiltinCodec() if version is None else PydanticCodec(version)
+
+
+def decoder(union: Any, id_field: str, depth_max: int) -> Callable[[bytes], Any]:
+    """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
+    validate, invalid, errors_of = codec().validator(union), codec().invalid, codec().errors_of
+
+    def decode(raw: bytes) -> Any:
+        try:
+            message = validate(raw)
+        except invalid as error:
+            raise _invalid_message(_readable(raw, id_field), union, errors_of(error), id_field) from None
+        # To look for one byte is much cheaper, and answers it for most.
+        if (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw):
+            _refuse_constants(raw, id_field)
+        if is_deeper(raw, depth_max):
+            text = f"a field is nested more than {DEPTH_MAX} deep"
+            raise InvalidMessage(text, reply_to=_readable_id(_readable(raw, id_field), id_field))
+        return message
+
+    return decode
+
+
+@functools.cache
+def decoder_from_agent() -> Callable[[bytes], AgentMessage]:
+    """Return the function that reads what agents send. It raises InvalidMessage, which names the field."""
+    return decoder(AgentMessage, "id", DEPTH_MAX + 1)
+
+
+@functools.cache
+def decoder_from_hub() -> Callable[[bytes], HubMessage]:
+    """Return the function that reads what the hub sends. It raises InvalidMessage, which names the field."""
+    return decoder(HubMessage, "reply_to", DEPTH_MAX + DEPTH_OF_REPLY)
+
+
+@functools.cache
+def encoders() -> dict[type, Callable[[Any], bytes]]:
+    return {message: codec().encoder(message) for message in typing.get_args(AgentMessage | HubOutput)}
+
+
+def encode(message: AgentMessage | HubOutput) -> bytes:
+    """Return `message` as it goes over the wire; raise ValueError if a payload in it is not JSON."""
+    return encoders()[type(message)](message)
 
 
 def envelope_bytes(message_bytes_max: int) -> int:
@@ -790,25 +1128,22 @@ def envelope_bytes(message_bytes_max: int) -> int:
 
 
 @functools.cache
-def codec() -> Codec:
-    return Codec()
+def field_names(made: type) -> tuple[str, ...]:
+    return tuple(one.name for one in dataclasses.fields(made))
 
 
-@functools.cache
-def decoder_from_agent() -> Callable[[bytes], AgentMessage]:
-    """Return the function that reads what agents send. It raises InvalidMessage, which names the field."""
-    return codec().decoder(codec().from_agent, AgentMessage, "id", DEPTH_MAX + 1)
+def has_default(one: dataclasses.Field[Any]) -> bool:
+    return one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
 
 
-@functools.cache
-def decoder_from_hub() -> Callable[[bytes], HubMessage]:
-    """Return the function that reads what the hub sends. It raises InvalidMessage, which names the field."""
-    return codec().decoder(codec().from_hub, HubMessage, "reply_to", DEPTH_MAX + DEPTH_OF_REPLY)
+def type_of(message: type) -> str:
+    """Return the `type` of the messages of a class."""
+    return str(next(one.default for one in dataclasses.fields(message) if one.name == "type"))
 
 
-def encode(message: AgentMessage | HubOutput) -> bytes:
-    """Return `message` as it goes over the wire; raise ValueError if a payload in it is not JSON."""
-    return codec().encoders[type(message)](message)
+def is_deeper(raw: bytes, depth: int) -> bool:
+    """Say whether some JSON is nested deeper than that. To count its brackets answers it for most."""
+    return len(raw.translate(None, NOT_OPENING)) > depth and depth_of(raw) > depth
 
 
 def depth_of(raw: bytes) -> int:
@@ -848,7 +1183,7 @@ def _invalid_message(readable: dict[str, Any], union: Any, errors: list[Any], id
 def _field_error(errors: list[Any]) -> str:
     """Say which field is wrong and how. Of the branches of a union, the one that came furthest knows best."""
     error = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
-    # Of the branches of a union the checker says the type, as `str`, `constrained-str` or `Capability`.
+    # Of the branches of a union the path has the type, as `str`, `constrained-str` or `Capability`.
     parts = (str(part) for part in error["loc"][1:])
     path = [part for part in parts if re.fullmatch("[a-z0-9_]+", part) and part != "str"]
     context = error.get("ctx", {})
@@ -857,7 +1192,7 @@ def _field_error(errors: list[Any]) -> str:
 
 
 def _types_of(union: Any) -> list[str]:
-    return sorted(message.__dataclass_fields__["type"].default for message in typing.get_args(union))
+    return sorted(map(type_of, typing.get_args(union)))
 
 
 def _readable(raw: bytes, id_field: str) -> dict[str, Any]:
@@ -905,22 +1240,84 @@ def _readable_id(readable: dict[str, Any], id_field: str) -> str | None:
 
 def json_schema() -> dict[str, Any]:
     """Return one JSON Schema (2020-12) with all messages in its `$defs`, in both directions."""
-    inputs: list[Any] = [
-        ("agent", "validation", codec().from_agent),
-        ("hub", "validation", codec().from_hub),
-    ]
-    import pydantic
-
-    references, definitions = pydantic.TypeAdapter.json_schemas(inputs)
+    definitions: dict[str, Any] = {}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"AgentHub protocol {PROTOCOL_VERSION}",
         "anyOf": [
-            {"title": "from an agent to the hub", **references["agent", "validation"]},
-            {"title": "from the hub to an agent", **references["hub", "validation"]},
+            {"title": "from an agent to the hub", **_schema_of_messages(AgentMessage, definitions)},
+            {"title": "from the hub to an agent", **_schema_of_messages(HubMessage, definitions)},
         ],
-        **definitions,
+        "$defs": dict(sorted(definitions.items())),
     }
+
+
+JSON_TYPES: Mapping[Any, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    types.NoneType: "null",
+    list: "array",
+    dict: "object",
+}
+KEYWORDS: Mapping[str, Mapping[str, str]] = {  # What JSON Schema calls the bounds of a Limit.
+    "string": {"pattern": "pattern", "min_length": "minLength", "max_length": "maxLength"},
+    "array": {"min_length": "minItems", "max_length": "maxItems"},
+    "integer": {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum"},
+    "number": {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum"},
+}
+
+
+def _schema_of_messages(union: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    messages = {type_of(message): _schema_of(message, definitions) for message in typing.get_args(union)}
+    mapping = {name: schema["$ref"] for name, schema in messages.items()}
+    return {"oneOf": list(messages.values()), "discriminator": {"propertyName": "type", "mapping": mapping}}
+
+
+def _schema_of(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON Schema of an annotation, in the words of Pydantic; `definitions` gets those it refers to."""
+    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
+        schema = _schema_of(arguments[0], definitions)
+        limits = KEYWORDS.get(schema.get("type", ""), {}) if isinstance(arguments[1], Limit) else {}
+        bounds = {keyword: getattr(arguments[1], name) for name, keyword in limits.items()}
+        return in_order(schema | {keyword: bound for keyword, bound in bounds.items() if bound is not None})
+    if kind in (typing.Union, types.UnionType):
+        return {"anyOf": [_schema_of(branch, definitions) for branch in arguments]}
+    if kind is Any:
+        return {}
+    if kind is Literal:
+        return {"const": arguments[0], "type": "string"}
+    if kind is list:
+        return {"items": _schema_of(arguments[0], definitions), "type": "array"}
+    if kind is dict:
+        return {"additionalProperties": True, "type": "object"}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if kind.__name__ not in definitions:
+            definitions[kind.__name__] = _schema_of_object(kind, definitions)
+        return {"$ref": f"#/$defs/{kind.__name__}"}
+    return {"type": JSON_TYPES[kind]}
+
+
+def _schema_of_object(made: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    hints, properties = typing.get_type_hints(made, include_extras=True), {}
+    for one in dataclasses.fields(made):
+        schema = _schema_of(hints[one.name], definitions)
+        if "$ref" not in schema.get("anyOf", [schema])[0]:  # What it refers to has a title.
+            schema["title"] = one.name.replace("_", " ").title()
+        if one.default is not dataclasses.MISSING:
+            schema["default"] = one.default
+        properties[one.name] = in_order(schema)
+    schema = {"properties": properties, "title": made.__name__, "type": "object"}
+    if not made.__doc__.startswith(f"{made.__name__}("):  # Which is what dataclasses have that were given none.
+        schema["description"] = inspect.cleandoc(made.__doc__)
+    required = [one.name for one in dataclasses.fields(made) if not has_default(one)]
+    return in_order(schema | ({"required": required} if required else {}))
+
+
+def in_order(schema: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(schema.items()))
 
 
 # ============================================================================================
@@ -2739,7 +3136,9 @@ class Journal:
             )
         return agents, tasks, last - clock_offset
 
-    def _read(self, decode: Callable[[bytes], Any], raw: bytes, kind: type[Kept]) -> Kept:
+    def _read(self, decode: Callable[[bytes], Any], raw: Any, kind: type[Kept]) -> Kept:
+        if not isinstance(raw, bytes):
+            raise JournalError(f"{self.path}: holds a damaged row: a {type(raw).__name__} where a message should be")
         try:
             message = decode(raw)
         except InvalidMessage as error:
@@ -5082,15 +5481,6 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     return hints
 
 
-JSON_TYPES: Mapping[Any, str] = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    types.NoneType: "null",
-    list: "array",
-    dict: "object",
-}
 PYTHON_TYPES: Mapping[str, Any] = {name: kind for kind, name in JSON_TYPES.items()} | {"number": (int, float)}
 
 

@@ -5,7 +5,6 @@ import enum
 import functools
 import logging
 import os
-import pydantic
 import ssl
 import typing
 from _typeshed import Incomplete
@@ -169,7 +168,8 @@ class Payload:
     """Any JSON that passes `check_json`. What the hub itself reads has at most `bytes_max` bytes, and no NUL."""
 
     bytes_max: int | None = ...
-    def check(self, value: Any) -> Any: ...
+    @property
+    def check(self) -> Callable[[Any], Any]: ...
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any: ...
 
 @dataclass(slots=True)
@@ -430,19 +430,46 @@ AgentMessage = Register | Deregister | Discover | Delegate | Result | Status | B
 HubMessage = Registered | Deregistered | Discovered | Delegated | Settled | Reported | Announced | HeartbeatAck | Error
 HubOutput = HubMessage | Acknowledged | Relayed
 
-class Codec:
-    """Bytes to checked messages and back, by Pydantic, from the annotations above.
+class PydanticCodec:
+    """Messages checked and written by Pydantic, from the annotations above.
 
-    Strict: no string for a number, no bool for a number, no number that is not finite. Made at the first use, so
-    that importing this module costs no import of Pydantic.
+    Strict: no string for a number, no bool for a number, no number that is not finite.
     """
 
-    encoders: dict[type, Callable[[Any], bytes]]
+    name: Incomplete
+    invalid: type[Exception]
+    def __init__(self, version: str) -> None: ...
+    def validator(self, union: Any) -> Callable[[bytes], Any]:
+        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
+    def errors_of(self, error: Any) -> list[Any]:
+        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and perhaps `ctx`."""
+    def encoder(self, message: type) -> Callable[[Any], bytes]:
+        """Return the function that writes messages of one class."""
+
+Check = Callable[[Any], Any]
+
+class Unfit(Exception):
+    """A value is not what it should be. `errors` are those of Pydantic."""
+
+    errors: Incomplete
+    def __init__(self, errors: list[dict[str, Any]]) -> None: ...
+    @classmethod
+    def because(cls, kind: str, text: str, **context: Any) -> Unfit: ...
+    def within(self, part: str | int) -> list[dict[str, Any]]:
+        """Return the errors as those of a part of something."""
+
+class BuiltinCodec:
+    """Messages checked and written with nothing but the standard library."""
+
+    name: str
+    invalid: type[Exception]
     def __init__(self) -> None: ...
-    def decoder(
-        self, adapter: pydantic.TypeAdapter[Any], union: Any, id_field: str, depth_max: int
-    ) -> Callable[[bytes], Any]:
-        """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
+    def validator(self, union: Any) -> Callable[[bytes], Any]:
+        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
+    def errors_of(self, error: Any) -> list[Any]:
+        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and `ctx`."""
+    def encoder(self, message: type) -> Callable[[Any], bytes]:
+        """Return the function that writes messages of one class."""
 
 class TaskState(enum.StrEnum):
     """Where a task stands."""

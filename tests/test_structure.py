@@ -226,10 +226,6 @@ def test_importing_brings_in_no_other_package() -> None:
 @pytest.mark.parametrize(
     ("use", "package"),
     [
-        ("agenthub.encode(agenthub.Heartbeat())", "pydantic"),
-        ("agenthub.decoder_from_agent()", "pydantic"),
-        ("agenthub.decoder_from_hub()", "pydantic"),
-        ("agenthub.json_schema()", "pydantic"),
         ("asyncio.run(agenthub.HubServer(port=0).start())", "websockets"),
     ],
 )
