@@ -1,6 +1,7 @@
 """AgentHub: programs register what they can do, find each other, delegate tasks and get results.
 
-One file, to install (`pip install 'agenthub[standard]'`) or to copy into a project. A hub is started with
+One file, to install (`pip install 'agenthub[standard]'`) or to copy into a project. It needs nothing
+but Python; `pydantic` and `websockets` are used where they are installed. A hub is started with
 `python -m agenthub hub`; an agent is a decorated function:
 
     from agenthub import Agent
@@ -22,7 +23,7 @@ The sections, top to bottom; each uses only those above it:
     3 Task states    the table that is the life of a task
     4 Hub            every decision; no socket, no clock, no loop
     5 Journal        what must survive the hub's death, in a file of SQLite
-    6 Transport      links: WebSocket and in memory
+    6 Transport      links: WebSocket and in memory; the protocol of WebSockets, built in
     7 Server         the hub on an event loop, with sockets and timers
     8 Agent          the SDK: both styles over one registry and one connection loop
     9 Command line   hub, agent, status, call, bridge, schema, token
@@ -3228,8 +3229,9 @@ class Journal:
 # 6 Transport
 #
 # A link is one end of a connection: it turns bytes into messages for its owner, and sends the
-# bytes it is given. WebSocketLink does so around a Sans-I/O protocol object of `websockets`, for
-# either role; MemoryLink within this process. Neither decides anything about what is said.
+# bytes it is given. WebSocketLink does so around a Sans-I/O protocol object for its role, which is
+# one of `websockets` or the one built in; MemoryLink within this process. Neither decides anything
+# about what is said.
 # ============================================================================================
 
 BACKLOG_BYTES_MAX = 8 * 1_048_576  # What may wait for a peer that does not read.
@@ -3418,7 +3420,7 @@ class MemoryLink(Link):
 
 
 class WebSocketLink(Link, AsyncioProtocol):
-    """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
+    """One end of a WebSocket, around a protocol object for its role: of `websockets`, or built in.
 
     What is sent in one turn of the loop goes out together, at its end or when it is more than OUT_BYTES_MAX, so the
     answers to the messages of a chunk share their writes. While it is held, nothing that came in is handled, and soon
@@ -3428,7 +3430,6 @@ class WebSocketLink(Link, AsyncioProtocol):
     protocol object gets the other frames, each by itself, and what belongs to the handshake.
     """
 
-    TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
     MASK_BIT: int  # In the second byte of the frames that come in.
     KEY_BYTES: int  # How long the key is that they are masked with.
 
@@ -3437,7 +3438,7 @@ class WebSocketLink(Link, AsyncioProtocol):
     ) -> None:
         super().__init__(owner, decode)
         self._protocol = protocol
-        self._apply_mask = mask_function()
+        self._apply_mask = websockets_used().apply_mask
         self._message_bytes_max = message_bytes_max
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -3627,7 +3628,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         else:
             self._queue()  # Its pongs go before the answers to what came after the pings.
         for event in self._protocol.events_received():
-            if self._is_closing and event_opcode(event) != self.CLOSE:
+            if self._is_closing and event_opcode(event) != CLOSE:
                 continue
             if self._is_open:
                 self._on_frame(event)
@@ -3651,19 +3652,19 @@ class WebSocketLink(Link, AsyncioProtocol):
 
     def _on_frame(self, frame: Any) -> None:
         opcode = frame.opcode
-        if opcode == self.TEXT and frame.fin:
+        if opcode == TEXT and frame.fin:
             self._deliver_large(bytes(frame.data))
-        elif opcode == self.CLOSE:
+        elif opcode == CLOSE:
             self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
         else:
             self.spend(FRAME_EFFORT)
-            if opcode in (self.TEXT, self.BINARY, self.CONTINUATION):
+            if opcode in (TEXT, BINARY, CONTINUATION):
                 self._on_fragment(frame)
 
     def _on_fragment(self, frame: Any) -> None:
         """Put a fragmented message together; the protocol object has bounded its size."""
-        if frame.opcode != self.CONTINUATION:
-            self._fragments, self._fragments_are_text = bytearray(), frame.opcode == self.TEXT
+        if frame.opcode != CONTINUATION:
+            self._fragments, self._fragments_are_text = bytearray(), frame.opcode == TEXT
             self._fragments_count = 0
         if self._fragments is None:
             raise AssertionError("the protocol object lets no continuation through without a start")
@@ -3772,9 +3773,7 @@ class ServerLink(WebSocketLink):
         decode: Callable[[bytes], Any] | None = None,
         on_gone: Callable[[ServerLink], None] = lambda link: None,
     ) -> None:
-        from websockets.server import ServerProtocol
-
-        protocol = ServerProtocol(max_size=message_bytes_max, logger=WIRE_LOGGER)
+        protocol = websockets_used().server(message_bytes_max)
         decode = decode if decode is not None else decoder_from_agent()
         super().__init__(protocol, owner, decode, message_bytes_max=message_bytes_max)
         self.address = address
@@ -3973,24 +3972,14 @@ async def connect_websocket(
     The hub's certificate is checked by the system's authorities, or by those in `ca_file` (else AGENTHUB_CA_FILE).
     Raises Disconnected if that fails, ValueError if it is no such URL, token or file.
     """
-    require_websockets()
-    from websockets.client import ClientProtocol
-    from websockets.exceptions import InvalidHandshake, InvalidURI
-    from websockets.uri import parse_uri
-
-    try:
-        uri = parse_uri(check_url(url))
-    except InvalidURI as error:
-        raise ValueError(str(error)) from error
-    protocol = ClientProtocol(uri, max_size=CLIENT_MESSAGE_BYTES_MAX, logger=WIRE_LOGGER)
+    host, port, is_secure = split_url(url)[:3]
+    protocol = websockets_used().client(url, CLIENT_MESSAGE_BYTES_MAX)
     token = bearer_token() if token is None else check_token("the token", token)
-    tls = client_tls(ca_file or os.environ.get("AGENTHUB_CA_FILE") or None) if uri.secure else None
+    tls = client_tls(ca_file or os.environ.get("AGENTHUB_CA_FILE") or None) if is_secure else None
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(HANDSHAKE_S):
-            _, link = await loop.create_connection(
-                lambda: ClientLink(protocol, owner, token), uri.host, uri.port, ssl=tls
-            )
+            _, link = await loop.create_connection(lambda: ClientLink(protocol, owner, token), host, port, ssl=tls)
             try:
                 await link.ready
             except BaseException:
@@ -4000,7 +3989,7 @@ async def connect_websocket(
         raise Disconnected(f"no hub answers at {url}") from error
     except OSError as error:
         raise Disconnected(f"no hub at {url}: {error.strerror or error}") from error
-    except InvalidHandshake as error:
+    except websockets_used().refused as error:
         raise Disconnected(f"no hub at {url}: {error}") from error
     return link
 
@@ -4026,12 +4015,6 @@ def run_loop(main: typing.Coroutine[Any, Any, Output], loop: str = "auto") -> Ou
     log_loop.debug("the event loop is that of %s", "asyncio" if factory is None else "uvloop")
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
-
-
-def require_websockets() -> None:
-    """Raise PackageMissing, which says what to install, where there is no `websockets`."""
-    if importlib.util.find_spec("websockets") is None:
-        raise PackageMissing("websockets", "Speaking over the network")
 
 
 def bearer_token() -> str | None:
@@ -4093,30 +4076,55 @@ def check_url(url: str) -> str:
     return url
 
 
-WHOLE_TEXT = 0x81  # The first byte of a frame that is a whole text message (RFC 6455 §5.2): FIN, and the opcode 1.
+class HubUrl(NamedTuple):
+    """A hub's URL in parts. `path` is what a request asks for, the query included."""
+
+    host: str
+    port: int
+    is_secure: bool
+    path: str
+
+    @property
+    def host_header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.is_secure else 80) else f"{host}:{self.port}"
+
+
+def split_url(url: str) -> HubUrl:
+    """Return the parts of a hub's URL, in ASCII; raise ValueError if it is none."""
+    from urllib.parse import quote, urlsplit
+
+    check_url(url)
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host = host if ":" in host else host.encode("idna").decode()
+    except ValueError as error:
+        raise ValueError(f"{url!r} is no hub's URL: {error}") from error
+    path = quote(parts.path or "/", safe=URL_CHARACTERS)
+    if parts.query:
+        path += "?" + quote(parts.query, safe=URL_CHARACTERS)
+    is_secure = parts.scheme == "wss"
+    return HubUrl(host, port or (443 if is_secure else 80), is_secure, path)
+
+
+URL_CHARACTERS = "%:/?#[]@!$&'()*+,;="  # That mean something where they stand (RFC 3986 §2.2).
+WHOLE = 0x80  # The first bit of a frame that is, or ends, a message: FIN (RFC 6455 §5.2).
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # Opcodes, which share its byte.
+WHOLE_TEXT = WHOLE | TEXT
 
 pack_medium_header = struct.Struct("!BBH").pack
 pack_long_header = struct.Struct("!BBQ").pack
 
 
 @functools.lru_cache(maxsize=1024)
-def frame_header(length: int, is_masked: bool = False) -> bytes:
-    """Return the header of a text frame in one piece, without the masking key (RFC 6455 §5.2)."""
+def frame_header(length: int, is_masked: bool = False, opcode: int = TEXT) -> bytes:
+    """Return the header of a frame that is a message in one piece, without the masking key (RFC 6455 §5.2)."""
     if length < 126:
-        return bytes((WHOLE_TEXT, is_masked << 7 | length))
+        return bytes((WHOLE | opcode, is_masked << 7 | length))
     if length < 65_536:
-        return pack_medium_header(WHOLE_TEXT, is_masked << 7 | 126, length)
-    return pack_long_header(WHOLE_TEXT, is_masked << 7 | 127, length)
-
-
-@functools.cache
-def mask_function() -> Callable[[bytes, bytes], bytes]:
-    """Return the function that masks data with a key of 4 bytes, or unmasks it (RFC 6455 §5.3)."""
-    try:
-        from websockets.speedups import apply_mask
-    except ImportError:  # It was installed without what is written in C.
-        from websockets.utils import apply_mask
-    return apply_mask
+        return pack_medium_header(WHOLE | opcode, is_masked << 7 | 126, length)
+    return pack_long_header(WHOLE | opcode, is_masked << 7 | 127, length)
 
 
 def frame_bytes(data: bytes, start: int) -> int:
@@ -4142,6 +4150,458 @@ def is_utf8(raw: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+# WebSocket, built in
+#
+# RFC 6455 without its socket, for where `websockets` is not installed: what a WebSocketLink uses of
+# its protocol objects. Bytes go in by `receive_data`; `data_to_send` and `events_received` say what
+# comes of them. An event is the request or response that opens the connection, then each frame.
+# There are no extensions and no subprotocols.
+
+HEAD_BYTES_MAX = 65_536  # Of a request or response, with the ends of its lines, ...
+HEAD_LINE_BYTES_MAX = 8192  # ... of one line in it, without its end, ...
+HEADERS_MAX = 128  # ... and how many there may be.
+MASK_BLOCK_BYTES = 8192  # Are masked at a time: larger numbers do not stay in the processor's nearest cache.
+CONTROL_BYTES_MAX = 125  # RFC 6455 §5.5.
+REASON_BYTES_MAX = CONTROL_BYTES_MAX - 2
+ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3.
+# RFC 6455 §7.4: what may stand in a frame. 1004 to 1006 and 1015 may not; from 3000 on everybody may use them.
+CODES_IN_FRAMES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)))
+HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2.
+HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+
+class HandshakeFailed(Exception):
+    """There is no WebSocket at the other end. `status` is what a server answers to a request of that kind."""
+
+    def __init__(self, text: str, status: int = 400) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class FrameError(Exception):
+    """The other end broke the rules. `code` is the close code that says so."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Frame(NamedTuple):
+    opcode: int
+    data: bytes
+    fin: bool
+
+
+class ClosedWith(NamedTuple):
+    code: int
+    reason: str
+
+
+class Headers:
+    """The headers of a request or response, in their order. Their names are compared without case."""
+
+    def __init__(self, *pairs: tuple[str, str]) -> None:
+        self.pairs = list(pairs)
+
+    def get_all(self, name: str) -> list[str]:
+        return [value for other, value in self.pairs if other.lower() == name.lower()]
+
+    def words(self, name: str) -> list[str]:
+        """Return the words of a header that is a list, in lower case."""
+        return [word.strip().lower() for value in self.get_all(name) for word in value.split(",")]
+
+    def only(self, name: str) -> str:
+        """Return the value of a header that must be there once."""
+        values = self.get_all(name)
+        if len(values) != 1:
+            raise HandshakeFailed(f"{'many' if values else 'missing'} {name} headers")
+        return values[0]
+
+    def __setitem__(self, name: str, value: str) -> None:
+        self.pairs.append((name, value))
+
+    def __delitem__(self, name: str) -> None:
+        self.pairs = [(other, value) for other, value in self.pairs if other.lower() != name.lower()]
+
+
+@dataclass(slots=True)
+class Request:
+    path: str
+    headers: Headers
+    method: str = "GET"
+    version: str = "HTTP/1.1"
+
+
+@dataclass(slots=True)
+class Response:
+    status_code: int
+    phrase: str
+    headers: Headers
+    body: bytes = b""
+
+
+class BuiltinProtocol:
+    """What both roles share: frames, and the end of a connection."""
+
+    IS_SERVER: typing.ClassVar[bool]
+
+    def __init__(self, message_bytes_max: int) -> None:
+        self.max_message_size = message_bytes_max
+        self.handshake_exc: Exception | None = None
+        self.close_rcvd: ClosedWith | None = None
+        self.close_sent: ClosedWith | None = None
+        self._is_open = False
+        self._is_deaf = False  # Nothing that still comes is read.
+        self._has_eof = False  # Nothing will come.
+        self._is_ended = False  # Nothing will be sent.
+        self._unread = bytearray()
+        self._head: list[bytes] = []  # The lines of it that are there.
+        self._head_bytes = 0
+        self._events: list[Any] = []
+        self._writes: list[bytes] = []
+        self._fragments_bytes: int | None = None  # Of the message of which some fragments have come.
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes that have come in. Never raises: what is wrong with them fails the connection."""
+        if self._is_deaf:
+            return
+        self._unread += data
+        try:
+            while not self._is_deaf and (self._take_frame() if self._is_open else self._take_head()):
+                pass
+        except FrameError as error:
+            self.fail(error.code, str(error))
+        except HandshakeFailed as error:
+            self.handshake_exc = error
+            self._refuse(error)
+            self._end()
+
+    def receive_eof(self) -> None:
+        """Take note that nothing will come any more."""
+        if not self._is_open and self.handshake_exc is None:
+            self.handshake_exc = HandshakeFailed("the connection was closed")
+        self._has_eof = True
+        self._end()
+
+    def events_received(self) -> list[Any]:
+        events, self._events = self._events, []
+        return events
+
+    def data_to_send(self) -> list[bytes]:
+        """Return what is to be written; an empty string at the end means that nothing will follow."""
+        writes, self._writes = self._writes, []
+        return writes
+
+    def close_expected(self) -> bool:
+        """Tell whether the other end is expected to close the socket."""
+        return not self._has_eof and (self.close_sent is not None if self._is_open else self._is_ended)
+
+    def send_close(self, code: int, reason: str = "") -> None:
+        raw_reason = reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore").encode()
+        self._send(CLOSE, code.to_bytes(2, "big") + raw_reason)
+        self.close_sent = ClosedWith(code, reason)
+
+    def fail(self, code: int, reason: str = "") -> None:
+        """Say why the connection has failed, and listen to nothing more (RFC 6455 §7.1.7)."""
+        if self.close_sent is None:
+            self.send_close(code, reason)
+        self._stop()
+
+    def _stop(self) -> None:
+        """End what is read. A server ends the connection then, and a client waits for it to do so (§7.1.1)."""
+        self._is_deaf = True
+        self._unread.clear()
+        if self.IS_SERVER:
+            self._end()
+
+    def _end(self) -> None:
+        self._is_deaf = True
+        self._unread.clear()
+        if not self._is_ended:
+            self._is_ended = True
+            self._writes.append(b"")
+
+    def _send(self, opcode: int, data: bytes) -> None:
+        """Queue a frame in one piece."""
+        header = frame_header(len(data), is_masked=not self.IS_SERVER, opcode=opcode)
+        if self.IS_SERVER:
+            self._writes.append(header + data)
+        else:
+            key = os.urandom(4)
+            self._writes.append(header + key + apply_mask(data, key))
+
+    def _take_head(self) -> bool:
+        """Read the request or response if it is there to its end; return whether to read on."""
+        end = self._unread.find(b"\n")
+        size = len(self._unread) if end < 0 else end
+        self._head_bytes += end + 1
+        if (
+            size > HEAD_LINE_BYTES_MAX + len(b"\r")
+            or len(self._head) > HEADERS_MAX + 1
+            or self._head_bytes > HEAD_BYTES_MAX
+        ):
+            raise HandshakeFailed("the headers are too many or too long", 431)
+        if end < 0:
+            return False
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 1]
+        if not line.endswith(b"\r"):  # Who takes that for a line may see another end of the headers than others.
+            raise HandshakeFailed("a line must end with CR and LF")
+        self._head.append(line[:-1])
+        if line != b"\r":
+            return True
+        (first, *lines), self._head = self._head[:-1] or [b""], []
+        words = first.decode("latin-1").split(" ", 2)
+        if len(words) != 3 or not (first.isascii() or not self.IS_SERVER) or not HEADER_VALUE.fullmatch(first):
+            raise HandshakeFailed("the first line is not one of HTTP")
+        self._on_head(words, Headers(*map(header_in, lines)))
+        return False
+
+    def _on_head(self, words: list[str], headers: Headers) -> None:
+        """Take the three words of the first line, and the headers."""
+        raise NotImplementedError
+
+    def _refuse(self, error: HandshakeFailed) -> None:
+        """Say, where that can be said, that the first bytes were wrong."""
+
+    def _take_frame(self) -> bool:
+        """Read a frame if it is there to its end; return whether it is."""
+        unread = self._unread
+        if len(unread) < 2:
+            return False
+        first, second = unread[0], unread[1]
+        is_masked, length = second >= 128, second & 127
+        self._check_header(first, is_masked, length)
+        start = 2 + {126: 2, 127: 8}.get(length, 0)
+        if len(unread) < start:
+            return False
+        if start > 2:
+            length = int.from_bytes(unread[2:start], "big")
+        opcode, before = first & 15, self._fragments_bytes or 0
+        if opcode < CLOSE and before + length > self.max_message_size:
+            raise FrameError(CloseCode.TOO_BIG, f"larger than {self.max_message_size} bytes")
+        end = start + 4 * is_masked + length
+        if len(unread) < end:
+            return False
+        data = bytes(unread[end - length : end])
+        if is_masked:
+            data = apply_mask(data, bytes(unread[start : start + 4]))
+        del unread[:end]
+        self._on_frame(Frame(opcode, data, first >= 128))
+        return True
+
+    def _check_header(self, first: int, is_masked: bool, length: int) -> None:
+        """Raise FrameError if no frame may begin like that (RFC 6455 §5.1, §5.2, §5.4, §5.5)."""
+        opcode, is_last = first & 15, first >= 128
+        if first & 0x70:
+            raise FrameError(1002, "reserved bits must be 0")
+        if not (opcode <= BINARY or CLOSE <= opcode <= PONG):
+            raise FrameError(1002, f"there is no opcode {opcode}")
+        if opcode >= CLOSE and (length > CONTROL_BYTES_MAX or not is_last):
+            raise FrameError(1002, "a control frame must be short, and in one piece")
+        if is_masked != self.IS_SERVER:
+            raise FrameError(1002, "what a client sends must be masked, and nothing else")
+        if opcode < CLOSE and (opcode == CONTINUATION) != (self._fragments_bytes is not None):
+            raise FrameError(1002, "a continuation must follow what it continues, and nothing else")
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.opcode < CLOSE:
+            self._fragments_bytes = None if frame.fin else (self._fragments_bytes or 0) + len(frame.data)
+        elif frame.opcode == PING and self.close_sent is None:
+            self._send(PONG, frame.data)
+        elif frame.opcode == CLOSE:
+            self.close_rcvd = closed_with(frame.data)
+            if self.close_sent is None:
+                self._send(CLOSE, frame.data)
+                self.close_sent = self.close_rcvd
+            self._stop()
+        self._events.append(frame)
+
+
+class BuiltinServer(BuiltinProtocol):
+    """The end that is connected to. A Request comes as the first event, to be answered before more is received."""
+
+    IS_SERVER = True
+
+    def accept(self, request: Request) -> Response:
+        """Return the response that opens the WebSocket, or that says why not (RFC 6455 §4.2)."""
+        try:
+            accepted = self._accepted(request)
+        except HandshakeFailed as error:
+            self.handshake_exc = error
+            response = self.reject(error.status, f"no WebSocket is opened: {error}\n")
+            if error.status == 426:
+                response.headers["Upgrade"] = "websocket"
+                response.headers["Sec-WebSocket-Version"] = "13"
+            elif error.status == 405:
+                response.headers["Allow"] = "GET"
+            return response
+        headers = Headers(("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accepted))
+        return Response(101, "Switching Protocols", headers)
+
+    def reject(self, status: int, text: str) -> Response:
+        """Return a plain HTTP response, after which the connection ends."""
+        from http import HTTPStatus
+
+        body = text.encode()
+        headers = Headers(
+            ("Connection", "close"), ("Content-Length", str(len(body))), ("Content-Type", "text/plain; charset=utf-8")
+        )
+        return Response(status, HTTPStatus(status).phrase, headers, body)
+
+    def send_response(self, response: Response) -> None:
+        lines = [f"HTTP/1.1 {response.status_code} {response.phrase}"]
+        lines += [f"{name}: {value}" for name, value in response.headers.pairs]
+        self._writes.append("\r\n".join([*lines, "", ""]).encode("latin-1") + response.body)
+        if response.status_code == 101:
+            self._is_open = True
+        else:
+            self._end()
+
+    def _accepted(self, request: Request) -> str:
+        headers = request.headers
+        if request.method != "GET":
+            raise HandshakeFailed("the method must be GET", 405)
+        if request.version != "HTTP/1.1":
+            raise HandshakeFailed("the protocol must be HTTP/1.1", 505)
+        if "upgrade" not in headers.words("Connection") or headers.words("Upgrade") != ["websocket"]:
+            raise HandshakeFailed("this is a WebSocket, and needs a client for it", 426)
+        key = headers.only("Sec-WebSocket-Key")
+        if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
+            raise HandshakeFailed("Sec-WebSocket-Key must be 16 bytes in Base64")
+        if headers.only("Sec-WebSocket-Version") != "13":
+            raise HandshakeFailed("Sec-WebSocket-Version must be 13", 426)
+        return accept_of(key)
+
+    def _on_head(self, words: list[str], headers: Headers) -> None:
+        method, path, version = words
+        if version not in ("HTTP/1.1", "HTTP/1.0"):
+            raise HandshakeFailed("the first line is not one of HTTP")
+        if headers.get_all("Transfer-Encoding") or set(headers.get_all("Content-Length")) - {"0"}:
+            raise HandshakeFailed("a request may have no body")
+        self._events.append(Request(path, headers, method, version))
+
+    def _refuse(self, error: HandshakeFailed) -> None:
+        self.send_response(self.reject(error.status, f"no WebSocket is opened: {error}\n"))
+
+
+class BuiltinClient(BuiltinProtocol):
+    """The end that connects to a URL. The Response comes as the first event, or `handshake_exc` says what it lacks."""
+
+    IS_SERVER = False
+
+    def __init__(self, url: str, message_bytes_max: int) -> None:
+        super().__init__(message_bytes_max)
+        self._url = split_url(url)
+        self._key = base64.b64encode(os.urandom(16)).decode()
+
+    def connect(self) -> Request:
+        """Return the request that opens the WebSocket (RFC 6455 §4.1), to be sent by `send_request`."""
+        headers = Headers(
+            ("Host", self._url.host_header),
+            ("Upgrade", "websocket"),
+            ("Connection", "Upgrade"),
+            ("Sec-WebSocket-Key", self._key),
+            ("Sec-WebSocket-Version", "13"),
+            ("User-Agent", f"agenthub/{__version__}"),
+        )
+        return Request(self._url.path, headers)
+
+    def send_request(self, request: Request) -> None:
+        lines = [f"{request.method} {request.path} {request.version}"]
+        lines += [f"{name}: {value}" for name, value in request.headers.pairs]
+        self._writes.append("\r\n".join([*lines, "", ""]).encode())
+
+    def _on_head(self, words: list[str], headers: Headers) -> None:
+        version, status, phrase = words
+        if version != "HTTP/1.1" or not re.fullmatch("[1-5][0-9][0-9]", status):
+            raise HandshakeFailed("did not receive a valid HTTP response")
+        if status != "101":
+            raise HandshakeFailed(f"server rejected WebSocket connection: HTTP {status}")
+        if "upgrade" not in headers.words("Connection") or headers.words("Upgrade") != ["websocket"]:
+            raise HandshakeFailed("the response does not upgrade to a WebSocket")
+        if headers.only("Sec-WebSocket-Accept") != accept_of(self._key):
+            raise HandshakeFailed("the response is one to another request")
+        if headers.get_all("Sec-WebSocket-Extensions") or headers.get_all("Sec-WebSocket-Protocol"):
+            raise HandshakeFailed("the response has extensions or subprotocols that were not asked for")
+        self._is_open = True
+        self._events.append(Response(101, phrase, headers))
+
+
+def header_in(line: bytes) -> tuple[str, str]:
+    """Return the name and the value in a line of a request or response (RFC 9112 §5)."""
+    name, colon, value = line.partition(b":")
+    if not (colon and HEADER_NAME.fullmatch(name) and HEADER_VALUE.fullmatch(value)):
+        raise HandshakeFailed("a header is not one of HTTP")
+    return name.decode(), value.strip(b" \t").decode("latin-1")
+
+
+def accept_of(key: str) -> str:
+    """Return what answers the key of a request (RFC 6455 §4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest()).decode()
+
+
+def closed_with(data: bytes) -> ClosedWith:
+    """Return what a close frame says (RFC 6455 §5.5.1, §7.4); raise FrameError if it may not say that."""
+    if not data:
+        return ClosedWith(1005, "")  # RFC 6455 §7.1.5: what is said of a frame that says nothing.
+    code = int.from_bytes(data[:2], "big")
+    if code not in CODES_IN_FRAMES:  # Nor is any single byte one.
+        raise FrameError(1002, "there is no such close code")
+    try:
+        return ClosedWith(code, data[2:].decode())
+    except UnicodeDecodeError:
+        raise FrameError(1007, "not UTF-8") from None
+
+
+def apply_mask(data: bytes, key: bytes) -> bytes:
+    """Return the data masked with a key of 4 bytes, or unmasked (RFC 6455 §5.3): one exclusive or of large numbers."""
+    size = len(data)
+    if size > MASK_BLOCK_BYTES:
+        blocks = (data[start : start + MASK_BLOCK_BYTES] for start in range(0, size, MASK_BLOCK_BYTES))
+        return b"".join(apply_mask(block, key) for block in blocks)
+    mask = (key * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
+
+
+# Which of the two
+
+
+class WebSockets(NamedTuple):
+    """What carries a WebSocket: protocol objects for both roles, what a client's `handshake_exc` may be, the mask."""
+
+    name: str
+    server: Callable[[int], Any]  # From the largest message, in bytes.
+    client: Callable[[str, int], Any]  # From a URL and the largest message.
+    refused: type[Exception]
+    apply_mask: Callable[[bytes, bytes], bytes]
+
+
+@functools.cache
+def websockets_used() -> WebSockets:
+    """Return what carries the WebSockets of this process: the package `websockets`, or what is built in."""
+    version = installed("websockets", oldest=(15, 0))
+    if version is None:
+        return WebSockets("built in", BuiltinServer, BuiltinClient, HandshakeFailed, apply_mask)
+    from websockets.client import ClientProtocol
+    from websockets.exceptions import InvalidHandshake
+    from websockets.server import ServerProtocol
+    from websockets.uri import parse_uri
+
+    mask: Callable[[bytes, bytes], bytes]
+    try:
+        from websockets.speedups import apply_mask as mask
+    except ImportError:  # It was installed without what is written in C.
+        mask = apply_mask
+    return WebSockets(
+        f"websockets {version}",
+        lambda size: ServerProtocol(max_size=size, logger=WIRE_LOGGER),
+        lambda url, size: ClientProtocol(parse_uri(check_url(url)), max_size=size, logger=WIRE_LOGGER),
+        InvalidHandshake,
+        mask,
+    )
 
 
 # ============================================================================================
@@ -4946,7 +5406,6 @@ class HubServer(LocalHub):
         return f"[{self.host}]" if ":" in self.host else self.host
 
     async def start(self) -> None:
-        require_websockets()
         names = self._allow_hosts | {self._name.lower()} | set(LOOPBACK_NAMES if is_loopback(self.host) else ())
         is_any_name = not is_loopback(self.host) and not self._allow_hosts
         self._door = Door(self._access, None if is_any_name else names, self._admit)
@@ -4961,6 +5420,7 @@ class HubServer(LocalHub):
             raise
         self._door.origins = self._allow_origins | own_origins(names, self.port, is_secure=self._tls is not None)
         self._accepting = {self._loop.create_task(self._accept_all(listener)) for listener in listeners}
+        log_hub.info("messages: %s; websocket: %s", codec().name, websockets_used().name)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         others = [room.stop(drain_s) for room in self._rooms.values() if room is not self]

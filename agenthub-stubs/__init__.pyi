@@ -846,7 +846,7 @@ class MemoryLink(Link):
     def abort(self) -> None: ...
 
 class WebSocketLink(Link, AsyncioProtocol):
-    """One end of a WebSocket, around a `ServerProtocol` or `ClientProtocol` of `websockets`.
+    """One end of a WebSocket, around a protocol object for its role: of `websockets`, or built in.
 
     What is sent in one turn of the loop goes out together, at its end or when it is more than OUT_BYTES_MAX, so the
     answers to the messages of a chunk share their writes. While it is held, nothing that came in is handled, and soon
@@ -856,10 +856,6 @@ class WebSocketLink(Link, AsyncioProtocol):
     protocol object gets the other frames, each by itself, and what belongs to the handshake.
     """
 
-    TEXT: Incomplete
-    BINARY: Incomplete
-    CONTINUATION: Incomplete
-    CLOSE: Incomplete
     MASK_BIT: int
     KEY_BYTES: int
     def __init__(
@@ -924,6 +920,117 @@ class ClientLink(WebSocketLink):
     def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def send(self, raw: bytes) -> None: ...
+
+class HubUrl(NamedTuple):
+    """A hub's URL in parts. `path` is what a request asks for, the query included."""
+
+    host: str
+    port: int
+    is_secure: bool
+    path: str
+    @property
+    def host_header(self) -> str: ...
+
+WHOLE_TEXT = WHOLE | TEXT
+
+class HandshakeFailed(Exception):
+    """There is no WebSocket at the other end. `status` is what a server answers to a request of that kind."""
+
+    status: Incomplete
+    def __init__(self, text: str, status: int = 400) -> None: ...
+
+class FrameError(Exception):
+    """The other end broke the rules. `code` is the close code that says so."""
+
+    code: Incomplete
+    def __init__(self, code: int, reason: str) -> None: ...
+
+class Frame(NamedTuple):
+    opcode: int
+    data: bytes
+    fin: bool
+
+class ClosedWith(NamedTuple):
+    code: int
+    reason: str
+
+class Headers:
+    """The headers of a request or response, in their order. Their names are compared without case."""
+
+    pairs: Incomplete
+    def __init__(self, *pairs: tuple[str, str]) -> None: ...
+    def get_all(self, name: str) -> list[str]: ...
+    def words(self, name: str) -> list[str]:
+        """Return the words of a header that is a list, in lower case."""
+    def only(self, name: str) -> str:
+        """Return the value of a header that must be there once."""
+    def __setitem__(self, name: str, value: str) -> None: ...
+    def __delitem__(self, name: str) -> None: ...
+
+@dataclass(slots=True)
+class Request:
+    path: str
+    headers: Headers
+    method: str = ...
+    version: str = ...
+
+@dataclass(slots=True)
+class Response:
+    status_code: int
+    phrase: str
+    headers: Headers
+    body: bytes = ...
+
+class BuiltinProtocol:
+    """What both roles share: frames, and the end of a connection."""
+
+    IS_SERVER: typing.ClassVar[bool]
+    max_message_size: Incomplete
+    handshake_exc: Exception | None
+    close_rcvd: ClosedWith | None
+    close_sent: ClosedWith | None
+    def __init__(self, message_bytes_max: int) -> None: ...
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes that have come in. Never raises: what is wrong with them fails the connection."""
+    def receive_eof(self) -> None:
+        """Take note that nothing will come any more."""
+    def events_received(self) -> list[Any]: ...
+    def data_to_send(self) -> list[bytes]:
+        """Return what is to be written; an empty string at the end means that nothing will follow."""
+    def close_expected(self) -> bool:
+        """Tell whether the other end is expected to close the socket."""
+    def send_close(self, code: int, reason: str = "") -> None: ...
+    def fail(self, code: int, reason: str = "") -> None:
+        """Say why the connection has failed, and listen to nothing more (RFC 6455 §7.1.7)."""
+
+class BuiltinServer(BuiltinProtocol):
+    """The end that is connected to. A Request comes as the first event, to be answered before more is received."""
+
+    IS_SERVER: bool
+    handshake_exc: Incomplete
+    def accept(self, request: Request) -> Response:
+        """Return the response that opens the WebSocket, or that says why not (RFC 6455 §4.2)."""
+    def reject(self, status: int, text: str) -> Response:
+        """Return a plain HTTP response, after which the connection ends."""
+    def send_response(self, response: Response) -> None: ...
+
+class BuiltinClient(BuiltinProtocol):
+    """The end that connects to a URL. The Response comes as the first event, or `handshake_exc` says what it lacks."""
+
+    IS_SERVER: bool
+    def __init__(self, url: str, message_bytes_max: int) -> None: ...
+    def connect(self) -> Request:
+        """Return the request that opens the WebSocket (RFC 6455 §4.1), to be sent by `send_request`."""
+    def send_request(self, request: Request) -> None: ...
+
+class WebSockets(NamedTuple):
+    """What carries a WebSocket: protocol objects for both roles, what a client's `handshake_exc` may be, the mask."""
+
+    name: str
+    server: Callable[[int], Any]
+    client: Callable[[str, int], Any]
+    refused: type[Exception]
+    apply_mask: Callable[[bytes, bytes], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Grant:

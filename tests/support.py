@@ -127,8 +127,5 @@ async def raw_client(url: str, **options: Any) -> AsyncIterator[RawClient]:
 
 def client_link(owner: agenthub.LinkOwner) -> agenthub.ClientLink:
     """Return an agent's end of a WebSocket that has no socket yet."""
-    # TODO websockets
-    from websockets.client import ClientProtocol
-    from websockets.uri import parse_uri
-
-    return agenthub.ClientLink(ClientProtocol(parse_uri("ws://hub/")), owner, None)
+    protocol = agenthub.websockets_used().client("ws://hub/", agenthub.CLIENT_MESSAGE_BYTES_MAX)
+    return agenthub.ClientLink(protocol, owner, None)

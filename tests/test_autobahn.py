@@ -1,7 +1,8 @@
-"""The cases of the Autobahn test suite against the hub's own end of a WebSocket, which echoes here what it is sent.
+"""The cases of the Autobahn test suite against both of our ends of a WebSocket, which echo here what they are sent.
 
-All 517 cases run: with the hub's own settings, and those that are over its limit also with a larger one. The suite has
-them for Python 2; `kosoku` runs the same ones with Python 3. Where that is not installed, this module is skipped.
+All 517 cases run against each end, with each implementation: with the hub's own settings, and those that are over its
+limit also with a larger one. The suite has them for Python 2; `kosoku` runs the same ones with Python 3. Where that is
+not installed, this module is skipped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,16 +24,23 @@ pytest.importorskip("kosoku")
 LARGEST_CASE_BYTES = 16 * 1_048_576
 RUN_S = 6 * WAIT_S  # A run is many cases. It takes some seconds, of which most are pauses that the cases make.
 
+CLIENTS_MAX = 16  # Cases that run at a time.
+
 # kosoku plays the other end in a process of its own: with its cases come folders in front of `sys.path`, and a function
 # in place of the one that `binascii` had, which are no company for other tests. It leaves by `os._exit` because its
 # threads are not always done when the interpreter is, and kosoku 0.1.0 then aborts the process, with the answer given.
-FUZZING_CLIENT = """
+FUZZING_PEER = """
 import asyncio, json, os, sys
-from kosoku import FailureError, run_fuzzingclient
+from kosoku import FailureError, run_fuzzingclient, run_fuzzingserver
+
+async def serve(patterns):
+    async with run_fuzzingserver(patterns, port=0) as server:
+        print(server.port, flush=True)
+        return await server.get_result()
 
 async def main(url, *patterns):
     try:
-        results = await run_fuzzingclient(url, patterns, concurrency=16)
+        results = await (run_fuzzingclient(url, patterns, concurrency=16) if url else serve(patterns))
     except FailureError as failure:
         results = failure.results
     print(json.dumps({
@@ -49,6 +58,11 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
+BUILT_IN = agenthub.WebSockets(
+    "built in", agenthub.BuiltinServer, agenthub.BuiltinClient, agenthub.HandshakeFailed, agenthub.apply_mask
+)
+
+
 class Verdict(NamedTuple):
     """What the suite says of the messages and of the close, and the close code that it was sent."""
 
@@ -64,71 +78,91 @@ class Outcome(NamedTuple):
     response: str
 
 
-# What the hub does otherwise than the suite expects, and why it may. NON-STRICT is not here, for it says that the RFC
+# What our ends do otherwise than the suite expects, and why they may. NON-STRICT is not here, for it says that the RFC
 # is kept. It is given, depending on how TCP cuts the bytes, where a message and then an error come in one chunk (3.2 to
-# 3.4, 4.1.3 to 4.1.5, 4.2.3 to 4.2.5, 5.15), since the hub answers nothing when it has failed the connection; and for
-# UTF-8 that is checked when the message is complete instead of in its midst (6.4.*), which RFC 6455 §8.1 leaves open.
-ACCEPTED: dict[str, tuple[Verdict, str]] = {
+# 3.4, 4.1.3 to 4.1.5, 4.2.3 to 4.2.5, 5.15), since nothing is answered when the connection has failed; and for UTF-8
+# that is checked when the message is complete instead of in its midst (6.4.*), which RFC 6455 §8.1 leaves open.
+CLOSE_IN_FRAGMENTS: dict[str, tuple[Verdict, str]] = {
     "7.1.5": (
         Verdict("FAILED", "WRONG CODE", 1002),
         "A close amid a fragmented message is a protocol error to `websockets`. The suite expects its own code, 1000, "
         "to be echoed, but RFC 6455 §5.5.1 says no more than that an endpoint typically does so.",
     ),
-    **dict.fromkeys(
-        [
-            *("9.1.4", "9.1.5", "9.1.6", "9.2.4", "9.2.5", "9.2.6"),
-            *("9.3.1", "9.3.2", "9.3.3", "9.3.4", "9.3.5", "9.3.6", "9.3.7", "9.3.8", "9.3.9"),
-            *("9.4.1", "9.4.2", "9.4.3", "9.4.4", "9.4.5", "9.4.6", "9.4.7", "9.4.8", "9.4.9"),
-        ],
-        (
-            Verdict("FAILED", "FAILED", 1009),
-            "These are messages of 4, 8 and 16 MiB, over the hub's limit of 1 MiB. RFC 6455 §10.4 asks for a limit, "
-            "and §7.4.1 has the code 1009 for what is over it.",
-        ),
+}
+TOO_BIG_FOR_A_HUB: dict[str, tuple[Verdict, str]] = dict.fromkeys(
+    [
+        *("9.1.4", "9.1.5", "9.1.6", "9.2.4", "9.2.5", "9.2.6"),
+        *("9.3.1", "9.3.2", "9.3.3", "9.3.4", "9.3.5", "9.3.6", "9.3.7", "9.3.8", "9.3.9"),
+        *("9.4.1", "9.4.2", "9.4.3", "9.4.4", "9.4.5", "9.4.6", "9.4.7", "9.4.8", "9.4.9"),
+    ],
+    (
+        Verdict("FAILED", "FAILED", 1009),
+        "These are messages of 4, 8 and 16 MiB, over the hub's limit of 1 MiB. RFC 6455 §10.4 asks for a limit, "
+        "and §7.4.1 has the code 1009 for what is over it.",
     ),
+)
+ACCEPTED: dict[tuple[str, str], dict[str, tuple[Verdict, str]]] = {
+    ("hub", "websockets"): CLOSE_IN_FRAGMENTS | TOO_BIG_FOR_A_HUB,
+    ("hub", "built in"): TOO_BIG_FOR_A_HUB,
+    ("agent", "websockets"): CLOSE_IN_FRAGMENTS,
+    ("agent", "built in"): {},
 }
 
 
-class EchoLink(agenthub.ServerLink):
-    """The hub's end of a WebSocket, with an owner that echoes instead of the one it is made for.
+class EchoingLink(agenthub.WebSocketLink):
+    """One end of a WebSocket, with an owner that echoes instead of the one it is made for.
 
-    All that the hub does with a message is done here too: it is put together, decoded, refused (since none is of the
-    hub's protocol) and, where it is no UTF-8, a reason to fail the connection. A binary message is refused like that as
+    All that is done with a message is done here too: it is put together, decoded, refused (since none is of our
+    protocol) and, where it is no UTF-8, a reason to fail the connection. A binary message is refused like that as
     well, but echoed all the same, since the suite learns nothing of frames, sizes and fragments from a refusal.
     """
 
-    def __init__(self, owner: agenthub.LinkOwner, *args: Any, **options: Any) -> None:
-        super().__init__(Echo(), *args, **options)
-        self.raw = b""
-        self.is_text = False
-        self.fragments: list[bytes] = []
+    raw = b""
+    is_text = False
+    fragments: list[bytes]
 
     def _deliver(self, raw: bytes) -> None:
         self.raw, self.is_text = raw, True
         super()._deliver(raw)
 
     def _on_fragment(self, frame: Any) -> None:
+        if frame.opcode != agenthub.CONTINUATION:
+            self.fragments = []
         self.fragments.append(frame.data)
-        if frame.fin:  # If it is text, `_deliver` is called with what the hub has put together.
+        if frame.fin:  # If it is text, `_deliver` is called with what has been put together.
             self.raw, self.is_text = b"".join(self.fragments), False
-            self.fragments.clear()
         super()._on_fragment(frame)
 
     def echo(self) -> None:
         if not self.is_text:
             if not self._is_mute:
-                self._protocol.send_binary(self.raw)  # The hub has no way of its own to send what is not text.
+                send_binary(self._protocol, self.raw)  # A link has no way of its own to send what is not text.
                 self._pump()
         elif agenthub.is_utf8(self.raw):  # Else the connection is failed next; and nobody may send such a text.
             self.send(self.raw)
 
 
+def send_binary(protocol: Any, raw: bytes) -> None:
+    if isinstance(protocol, agenthub.BuiltinProtocol):
+        protocol._send(agenthub.BINARY, raw)
+    else:
+        protocol.send_binary(raw)
+
+
+class EchoingServerLink(EchoingLink, agenthub.ServerLink):
+    def __init__(self, owner: agenthub.LinkOwner, *args: Any, **options: Any) -> None:
+        super().__init__(Echo(), *args, **options)
+
+
+class EchoingClientLink(EchoingLink, agenthub.ClientLink): ...
+
+
 class Echo:
-    """Has each message sent back, in the place of a hub."""
+    """Has each message sent back, in the place of a hub or an agent."""
 
     def opened(self, link: agenthub.Link) -> None: ...
 
-    def received(self, link: EchoLink, message: Any, message_bytes: int) -> None:
+    def received(self, link: EchoingLink, message: Any, message_bytes: int) -> None:
         assert isinstance(message, InvalidMessage)
         assert message_bytes == len(link.raw)
         link.echo()
@@ -136,68 +170,139 @@ class Echo:
     def closed(self, link: agenthub.Link, code: int, reason: str) -> None: ...
 
 
-@pytest.fixture(autouse=True)
-def _hub_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agenthub, "ServerLink", EchoLink)
+@pytest.fixture(autouse=True, params=["websockets", "built in"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have our ends echo, and carried by one of the implementations."""
+    name = str(request.param)
+    used = BUILT_IN if name == "built in" else agenthub.websockets_used()
+    if not used.name.startswith(name):
+        pytest.skip("websockets is not in use")
+    monkeypatch.setattr(agenthub, "websockets_used", lambda: used)
+    monkeypatch.setattr(agenthub, "ServerLink", EchoingServerLink)
+    monkeypatch.setattr(agenthub, "ClientLink", EchoingClientLink)
+    return name
 
 
-async def outcomes_of(*patterns: str, hub: HubServer) -> dict[str, Outcome]:
-    """Run the cases whose ids are like one of the patterns; return what came of each."""
-    async with hub:
-        client = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", FUZZING_CLIENT, hub.url, *patterns),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            async with asyncio.timeout(RUN_S):
-                answer, complaint = await client.communicate()
-        finally:
-            if client.returncode is None:
-                client.kill()
-                await client.wait()
-    assert client.returncode == 0, complaint.decode()
+async def outcomes_of(
+    url: str, patterns: tuple[str, ...], drive: Callable[[str], Awaitable[None]]
+) -> dict[str, Outcome]:
+    """Run the cases whose ids are like one of the patterns; return what came of each.
+
+    The suite is the client of `url`; without one it is the server, whose URL `drive` is called with.
+    """
+    peer = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", FUZZING_PEER, url, *patterns),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=LARGEST_CASE_BYTES,
+    )
+    try:
+        async with asyncio.timeout(RUN_S):
+            if not url:
+                assert peer.stdout is not None
+                port = (await peer.stdout.readline()).decode().strip()
+                await drive(f"ws://127.0.0.1:{port}")
+            answer, complaint = await peer.communicate()
+    finally:
+        if peer.returncode is None:
+            peer.kill()
+            await peer.wait()
+    assert peer.returncode == 0, complaint.decode()
     return {
         case: Outcome(**{**outcome, "verdict": Verdict(*outcome["verdict"])})
         for case, outcome in json.loads(answer).items()
     }
 
 
-def accepted(*sections: str) -> dict[str, Verdict]:
-    return {case: verdict for case, (verdict, _) in ACCEPTED.items() if case.startswith(sections)}
+async def outcomes_of_hub(*patterns: str, hub: HubServer) -> dict[str, Outcome]:
+    async def drive(url: str) -> None: ...
+
+    async with hub:
+        return await outcomes_of(hub.url, patterns, drive)
+
+
+async def outcomes_of_agent(*patterns: str) -> dict[str, Outcome]:
+    return await outcomes_of("", patterns, run_all_cases)
+
+
+async def run_all_cases(url: str) -> None:
+    """Connect once for each of the suite's cases, echo until it is done, and then have it conclude."""
+    count = int((await connected(f"{url}/getCaseCount")).raw)
+    cases = iter(range(1, count + 1))
+
+    async def run_some() -> None:
+        for case in cases:
+            await connected(f"{url}/runCase?case={case}&agent=agenthub")
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(CLIENTS_MAX):
+            group.create_task(run_some())
+    await connected(f"{url}/updateReports?agent=agenthub")
+
+
+async def connected(url: str) -> EchoingClientLink:
+    """Connect, and return the link when it is gone."""
+    link = await agenthub.connect_websocket(url, Echo())
+    assert isinstance(link, EchoingClientLink)
+    await link.gone.wait()
+    return link
+
+
+def accepted(end: str, implementation: str, *sections: str) -> dict[str, Verdict]:
+    table = ACCEPTED[end, implementation]
+    return {case: verdict for case, (verdict, _) in table.items() if case.startswith(sections)}
 
 
 def not_passed(outcomes: dict[str, Outcome]) -> dict[str, Verdict]:
     return {case: outcome.verdict for case, outcome in outcomes.items() if not outcome.is_passed}
 
 
-async def test_frames_fragments_utf8_and_closes_are_as_the_suite_expects_but_for_what_is_accepted() -> None:
-    outcomes = await outcomes_of("1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "10.*", hub=HubServer(port=0))
+FRAMES = ("1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "10.*")
+
+
+async def test_frames_fragments_utf8_and_closes_are_as_the_suite_expects_but_for_what_is_accepted(
+    implementation: str,
+) -> None:
+    outcomes = await outcomes_of_hub(*FRAMES, hub=HubServer(port=0))
     assert len(outcomes) == 247
-    assert not_passed(outcomes) == accepted("7.")
+    assert not_passed(outcomes) == accepted("hub", implementation, "7.")
 
 
-async def test_messages_up_to_the_limit_are_echoed_and_larger_ones_are_refused_as_too_big() -> None:
+async def test_messages_up_to_the_limit_are_echoed_and_larger_ones_are_refused_as_too_big(implementation: str) -> None:
     """9.1.3, 9.2.3, 9.5.* and 9.6.* are just at the limit."""
-    outcomes = await outcomes_of("9.*", hub=HubServer(port=0))
+    outcomes = await outcomes_of_hub("9.*", hub=HubServer(port=0))
     assert len(outcomes) == 54
-    assert not_passed(outcomes) == accepted("9.")
+    assert not_passed(outcomes) == accepted("hub", implementation, "9.")
 
 
-async def test_messages_over_the_limit_are_echoed_by_a_hub_with_a_larger_one() -> None:
+async def test_messages_over_the_limit_are_echoed_by_a_hub_with_a_larger_one(implementation: str) -> None:
     """What refuses them is the limit and nothing else. The backlog is larger too: it has to hold an echo."""
     settings = HubSettings(message_bytes_max=LARGEST_CASE_BYTES)
     hub = HubServer(settings, port=0, backlog_bytes_max=2 * LARGEST_CASE_BYTES)
-    outcomes = await outcomes_of(*accepted("9."), hub=hub)
-    assert outcomes.keys() == accepted("9.").keys()
+    outcomes = await outcomes_of_hub(*accepted("hub", implementation, "9."), hub=hub)
+    assert outcomes.keys() == accepted("hub", implementation, "9.").keys()
     assert not_passed(outcomes) == {}
 
 
 async def test_compression_is_offered_in_many_ways_and_never_negotiated() -> None:
-    outcomes = await outcomes_of("12.*", "13.*", hub=HubServer(port=0))
+    outcomes = await outcomes_of_hub("12.*", "13.*", hub=HubServer(port=0))
     assert len(outcomes) == 216
     assert {outcome.verdict for outcome in outcomes.values()} == {Verdict("UNIMPLEMENTED", "OK", 1000)}
     for outcome in outcomes.values():
         assert "permessage-deflate" in outcome.request
         assert outcome.response.startswith("HTTP/1.1 101 ")
         assert "sec-websocket-extensions" not in outcome.response.lower()
+
+
+async def test_agent_does_as_the_suite_expects_but_for_what_is_accepted(implementation: str) -> None:
+    outcomes = await outcomes_of_agent(*FRAMES, "9.*")
+    assert len(outcomes) == 301
+    assert not_passed(outcomes) == accepted("agent", implementation, "")
+
+
+async def test_agent_asks_for_no_compression() -> None:
+    outcomes = await outcomes_of_agent("12.*", "13.*")
+    assert len(outcomes) == 216
+    assert {outcome.verdict for outcome in outcomes.values()} == {Verdict("UNIMPLEMENTED", "OK", 1000)}
+    for outcome in outcomes.values():
+        assert "sec-websocket-extensions" not in outcome.request.lower()

@@ -23,7 +23,7 @@ ERRORS: list[tuple[AgentHubError, str]] = [
     (agenthub.Disconnected("the hub is gone", close_code=1001), "hub_lost"),
     (agenthub.TaskFailed("no such file", task_id="t"), "failed"),
     (agenthub.TaskTimeout("its time is over", task_id="t"), "timeout"),
-    (agenthub.PackageMissing("pydantic", "Reading a message"), "internal"),
+    (agenthub.PackageMissing("uvloop", "The event loop `uvloop`"), "internal"),
     (agenthub.JournalError("hub.db: is no file"), "internal"),
     (agenthub.IllegalTransition("a task that is over cannot begin"), "internal"),
 ]
@@ -64,6 +64,6 @@ def test_failure_may_carry_a_code_of_the_handlers_choice() -> None:
 
 
 def test_missing_package_is_an_import_error_that_says_what_to_install() -> None:
-    error = agenthub.PackageMissing("websockets", "Speaking over the network")
+    error = agenthub.PackageMissing("uvloop", "The event loop `uvloop`")
     assert isinstance(error, ImportError)
-    assert str(error) == "Speaking over the network needs the package websockets: pip install websockets"
+    assert str(error) == "The event loop `uvloop` needs the package uvloop: pip install uvloop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import shutil
 import subprocess
 import symtable
 import sys
@@ -199,6 +200,18 @@ def read(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
+def test_no_name_is_given_to_two_things() -> None:
+    made = [one for statement in tree().body for one in names_made_by(statement)]
+    assert {one for one in made if made.count(one) > 1} == {"capability"}  # Its overloads.
+
+
+def names_made_by(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    return [one.id for target in targets if target for one in ast.walk(target) if isinstance(one, ast.Name)]
+
+
 # Importing
 
 BLOCKED = """
@@ -223,30 +236,48 @@ def test_importing_brings_in_no_other_package() -> None:
     assert found == "[]\n"
 
 
-@pytest.mark.parametrize(
-    ("use", "package"),
-    [
-        ("asyncio.run(agenthub.HubServer(port=0).start())", "websockets"),
-    ],
-)
-def test_using_a_missing_package_says_what_to_install_in_one_line(use: str, package: str) -> None:
-    attempt = f"import asyncio\ntry:\n    {use}\nexcept agenthub.PackageMissing as error:\n    print(error)"
-    said = output_of(attempt, package)
-    assert said.endswith(f"needs the package {package}: pip install {package}\n")
-    assert said.count("\n") == 1
+def test_using_a_missing_package_says_what_to_install_in_one_line() -> None:
+    attempt = (
+        "import asyncio\n"
+        "try:\n    agenthub.run_loop(asyncio.sleep(0), 'uvloop')\n"
+        "except agenthub.PackageMissing as error:\n    print(error)"
+    )
+    assert output_of(attempt, "uvloop") == "The event loop `uvloop` needs the package uvloop: pip install uvloop\n"
 
 
-def test_everything_else_works_without_any_package() -> None:
+@pytest.mark.parametrize("missing", [("pydantic",), ("websockets",), ("pydantic", "websockets")], ids="-".join)
+def test_tasks_are_done_over_sockets_without_the_packages(missing: tuple[str, ...]) -> None:
     program = """
-agent = agenthub.Agent("greeter")
+import asyncio, logging
 
-@agent.capability("greet")
-async def greet(name: str) -> str:
-    return "Hello"
+logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO)
 
-print(agenthub.next_state(agenthub.TaskState.PENDING, agenthub.TaskEvent.ASSIGNED), agenthub.check_json([1]))
+async def main():
+    async with agenthub.HubServer(port=0) as hub:
+        agent = agenthub.Agent("greeter", url=hub.url)
+        agent.capability("greet")(lambda name: f"Hello, {name}!")
+        async with agent, agenthub.Agent("asker", url=hub.url) as me:
+            logging.disable()
+            print(await me.delegate("greet", {"name": "Ada"}))
+
+asyncio.run(main())
+print(sorted({'pydantic', 'pydantic_core', 'websockets'} & {name for name, module in sys.modules.items() if module}))
 """
-    assert output_of(program, "pydantic", "websockets") == "in_progress [1]\n"
+    first, *_, answer, imported = output_of(program, *missing).splitlines()
+    assert answer == "Hello, Ada!"
+    messages, websocket = first.removeprefix("messages: ").split("; websocket: ")
+    used = {"pydantic": messages, "websockets": websocket}
+    assert {used[package] for package in missing} == {"built in"}
+    assert not set(missing) & set(ast.literal_eval(imported))
+
+
+def test_file_is_all_that_a_hub_needs(tmp_path: Path) -> None:
+    """Isolated, without site-packages and with its own folder only: whatever it imports is Python's."""
+    shutil.copy(SOURCE, tmp_path)
+    program = "import agenthub, sys; print(agenthub.json_schema()['title'], agenthub.codec().name)"
+    command = [sys.executable, "-S", "-E", "-c", program]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.stdout, finished.stderr) == ("AgentHub protocol 1 built in\n", "")
 
 
 def test_file_run_as_a_program_hands_over_to_the_copy_that_others_import() -> None:

@@ -313,7 +313,7 @@ async def test_100_000_nested_brackets_are_refused(hub: str, field: str, start: 
             await client.connection.send(text)
             refusal = await client.receive()
             assert (refusal["type"], refusal["code"]) == ("error", "invalid_message")
-            assert field in refusal["message"] or "column" in refusal["message"]
+            assert field in refusal["message"] or "Invalid JSON" in refusal["message"]
         await client.nothing_else()
 
 
