@@ -309,7 +309,7 @@ def _expiry(open_tasks: int, options: Options) -> list[Row]:
 
 def _broadcast_by_socket(recipients: tuple[int, ...], options: Options) -> list[Row]:
     """Compare the hub's CPU for each recipient that is connected, on both event loops."""
-    require("picows", "uvloop", "orjson")
+    require("pydantic", "websockets", "picows", "uvloop", "orjson")
     from benchmarks.idle import SPARE_FILES, allow_files
     from benchmarks.load import broadcasts, contestants, drive, limit_of
 

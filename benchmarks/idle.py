@@ -23,7 +23,7 @@ def run(options: Options) -> list[Row]:
     They come at the pace of 10,000 agents with the default interval whatever the number of agents, because the CPU of
     fewer is too little to count; `heartbeats_percent_of_core` is scaled to the default interval.
     """
-    require("picows", "uvloop", "orjson")
+    require("pydantic", "websockets", "picows", "uvloop", "orjson")
     options.note(
         f"idle: heartbeats come {BEATS_PER_S:.0f} times a second, and are scaled to one each {HEARTBEAT_S:g} s"
     )

@@ -24,7 +24,7 @@ def run(options: Options) -> list[Row]:
     A task that had to wait because the one before it was late counts that, too: nothing waits for an answer before it
     sends. `sent_late_ms` is how late the driver was at the worst, which is part of the longest times.
     """
-    require("picows", "uvloop", "orjson")
+    require("pydantic", "websockets", "picows", "uvloop", "orjson")
     options.note("latency: times count from the moment planned; `sent_late_ms` is the driver's worst part in them")
     from benchmarks.load import Shape, closed_loop, contestants, drive
     from benchmarks.throughput import OPEN_DOORS

@@ -60,10 +60,13 @@ class Shape:
 
 
 def contestants(*options: str) -> dict[str, Callable[[], contextlib.AbstractContextManager[Server]]]:
-    """Return what is compared, ready to be started: the hub on each event loop with these options, and the relay."""
+    """Return what is compared, ready to be started: the relay, and the hub with these options on each event loop and on
+    asyncio with nothing but what is built in.
+    """
     return {
         "asyncio": lambda: hub(*options, loop="asyncio"),
         "uvloop": lambda: hub(*options, loop="uvloop"),
+        "built in": lambda: hub(*options, loop="asyncio", is_bare=True),
         "relay": lambda: server(sys.executable, "-m", "benchmarks.relay"),
     }
 

@@ -127,10 +127,14 @@ def server(*command: str, **options: Any) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def hub(*options: str, loop: str = "asyncio") -> Iterator[Server]:
-    """Run a hub with these options on a free port of 127.0.0.1, on this kind of event loop."""
+def hub(*options: str, loop: str = "asyncio", is_bare: bool = False) -> Iterator[Server]:
+    """Run a hub with these options on a free port of 127.0.0.1, on this kind of event loop.
+
+    A bare one uses neither `pydantic` nor `websockets`, but what is built in.
+    """
     command = [sys.executable, "-m", "agenthub", "hub", "--loop", loop]
-    with server(*command, "--port", "0", "--log-level", "error", *options) as started:
+    environment = {"AGENTHUB_BUILTIN": str(int(is_bare))}
+    with server(*command, "--port", "0", "--log-level", "error", *options, env=environment) as started:
         yield started
 
 

@@ -281,10 +281,12 @@ def run_system(system: System, loop: str, loads: Sequence[Load]) -> list[Figures
 
 
 @contextlib.contextmanager
-def running_end(end: str, role: str, url: str, loop: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Run one end of a system in a process of its own."""
+def running_end(
+    end: str, role: str, url: str, loop: str, *options: str, is_bare: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """Run one end of a system in a process of its own. An AgentHub that `is_bare` uses no packages there."""
     command = (sys.executable, "-m", f"benchmarks.ends.{end}", role, "--url", url, "--loop", loop, *options)
-    with measure.running(*command) as process:
+    with measure.running(*command, env={"AGENTHUB_BUILTIN": str(int(is_bare))}) as process:
         yield process
 
 

@@ -6,7 +6,9 @@ so when it is close to 1. The round trip in memory has hub, worker and requester
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -17,13 +19,14 @@ from benchmarks.peers import LOOPS, Figures, figures_from, load_options, read_li
 
 NAME = "sdk"
 OPEN = (1, 64)
+BUILT_IN = "asyncio, built in"  # Instead of a loop: that of asyncio, and an agent that uses no packages.
 HANDLERS = {"worker, async handler": "echo", "worker, plain handler": "echo-in-thread"}
 
 
 def run(options: Options) -> list[Row]:
     """Return a row for each part of the SDK, event loop, and number of open tasks. Raises Unavailable if one fails."""
     measure.require("pydantic", "websockets")
-    loops = LOOPS if importlib.util.find_spec("uvloop") is not None else LOOPS[:1]
+    loops = (*(LOOPS if importlib.util.find_spec("uvloop") is not None else LOOPS[:1]), BUILT_IN)
     loads = (
         [Load(2, 100, min(options.seconds, 0.2), 0.05)]
         if options.quick
@@ -54,10 +57,9 @@ def entry(part: str, loop: str, load: Load) -> Callable[[], Figures]:
 
 def run_worker(capability: str, loop: str, load: Load) -> Figures:
     """Return the figures of an agent that works, loaded by the cheap hub."""
-    command = (sys.executable, "-m", "benchmarks.cheap_hub", "--capability", capability, "--loop", loop)
     with (
-        measure.server(*command, *load_options(load)) as driver,
-        running_end("agenthub", "worker", driver.url, loop) as worker,
+        cheap_hub(loop, "--capability", capability, *load_options(load)) as driver,
+        agent("agenthub", "worker", driver.url, loop) as worker,
     ):
         if read_line(worker, measure.START_S) != "ready":
             raise Unavailable("the worker did not start")
@@ -67,16 +69,28 @@ def run_worker(capability: str, loop: str, load: Load) -> Figures:
 def run_requester(loop: str, load: Load) -> Figures:
     """Return the figures of an agent that asks, answered by the cheap hub."""
     with (
-        measure.server(sys.executable, "-m", "benchmarks.cheap_hub", "--loop", loop) as driver,
-        running_end("agenthub", "requester", driver.url, loop, *load_options(load)) as requester,
+        cheap_hub(loop) as driver,
+        agent("agenthub", "requester", driver.url, loop, *load_options(load)) as requester,
     ):
         return as_agent(figures_from(requester, load, {}))
 
 
 def run_local(loop: str, load: Load) -> Figures:
     """Return the figures of a process with hub, worker and requester in it."""
-    with running_end("local", "requester", "memory", loop, *load_options(load)) as process:
+    with agent("local", "requester", "memory", loop, *load_options(load)) as process:
         return as_agent(figures_from(process, load, {}))
+
+
+def cheap_hub(loop: str, *options: str) -> contextlib.AbstractContextManager[measure.Server]:
+    loop = "asyncio" if loop == BUILT_IN else loop
+    return measure.server(sys.executable, "-m", "benchmarks.cheap_hub", "--loop", loop, *options)
+
+
+def agent(
+    end: str, role: str, url: str, loop: str, *options: str
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    is_bare = loop == BUILT_IN
+    return running_end(end, role, url, "asyncio" if is_bare else loop, *options, is_bare=is_bare)
 
 
 REQUESTERS = {"requester": run_requester, "all in memory": run_local}

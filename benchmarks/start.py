@@ -22,6 +22,7 @@ def run(options: Options) -> list[Row]:
         "import agenthub": lambda: finish("-c", "import agenthub"),
         "agenthub --help": lambda: finish("-m", "agenthub", "--help"),
         "hub listens": lambda: listen("asyncio"),
+        "hub listens, built in": lambda: listen("asyncio", is_bare=True),
     }
     if importlib.util.find_spec("uvloop") is not None:
         starts["hub listens, uvloop"] = lambda: listen("uvloop")
@@ -57,9 +58,9 @@ def finish(*args: str) -> None:
         raise Unavailable(f"python {' '.join(args)} failed")
 
 
-def listen(loop: str) -> None:
+def listen(loop: str, is_bare: bool = False) -> None:
     """Run a hub until it has said where it listens, and no longer."""
-    with hub(loop=loop) as started:
+    with hub(loop=loop, is_bare=is_bare) as started:
         started.process.kill()
 
 

@@ -1,4 +1,4 @@
-"""Tasks per second there and back through a hub process, and what each costs it: on asyncio, on uvloop, and a relay."""
+"""Tasks per second there and back through a hub process, and what each costs it, beside a relay without any logic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIGURES = ("tasks_per_s", "hub_cpu_us_per_task", "hub_cores", "driver_cores")
 
 
 def run(options: Options) -> list[Row]:
-    require("picows", "uvloop", "orjson")
+    require("pydantic", "websockets", "picows", "uvloop", "orjson")
     from benchmarks.load import Shape
 
     options.note(f"throughput: `options` is the defaults, or `open` for {' '.join(OPEN_DOORS)}; the relay has none")

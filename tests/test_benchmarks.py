@@ -74,9 +74,10 @@ def test_bad_option_is_an_error_of_usage(args: tuple[str, ...], tmp_path: Path) 
 
 @pytest.mark.parametrize("workload", ["throughput", "latency", "idle"])
 def test_missing_package_is_told_with_what_to_install(workload: str, tmp_path: Path) -> None:
-    done = benchmarks(workload, "--quick", "--json", str(tmp_path / "x.json"), without=("picows", "uvloop", "orjson"))
+    missing = ("pydantic", "websockets", "picows", "uvloop", "orjson")
+    done = benchmarks(workload, "--quick", "--json", str(tmp_path / "x.json"), without=missing)
     assert done.returncode == 1
-    assert f"{workload} is left out: it needs picows, uvloop, orjson: pip install picows uvloop orjson" in done.stdout
+    assert f"{workload} is left out: it needs {', '.join(missing)}: pip install {' '.join(missing)}" in done.stdout
     assert "Traceback" not in done.stderr
 
 
