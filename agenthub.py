@@ -4099,6 +4099,8 @@ def split_url(url: str) -> HubUrl:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
         host = host if ":" in host else host.encode("idna").decode()
+        if not host:
+            raise ValueError("it names no host")
     except ValueError as error:
         raise ValueError(f"{url!r} is no hub's URL: {error}") from error
     path = quote(parts.path or "/", safe=URL_CHARACTERS)
@@ -4216,7 +4218,7 @@ class Headers:
         """Return the value of a header that must be there once."""
         values = self.get_all(name)
         if len(values) != 1:
-            raise HandshakeFailed(f"{'many' if values else 'missing'} {name} headers")
+            raise HandshakeFailed(f"the header {name} must be there once")
         return values[0]
 
     def __setitem__(self, name: str, value: str) -> None:
@@ -4540,7 +4542,7 @@ def header_in(line: bytes) -> tuple[str, str]:
 
 def accept_of(key: str) -> str:
     """Return what answers the key of a request (RFC 6455 §4.2.2)."""
-    return base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest()).decode()
+    return base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID, usedforsecurity=False).digest()).decode()
 
 
 def closed_with(data: bytes) -> ClosedWith:

@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -49,7 +50,7 @@ from agenthub import (
 )
 from tests.fuzz import KEYS, SMALL, Pairs, change, smaller, text
 
-EXAMPLES = 20_000  # In all. On request there are more.
+EXAMPLES = int(os.environ.get("MESSAGE_EXAMPLES", "20000"))  # In all. On request there are more.
 UNIONS: dict[str, Any] = {"from an agent": AgentMessage, "from the hub": HubMessage}
 DECODERS = {"from an agent": agenthub.decoder_from_agent, "from the hub": agenthub.decoder_from_hub}
 CLASSES = typing.get_args(AgentMessage | HubOutput)

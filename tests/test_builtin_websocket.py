@@ -411,8 +411,11 @@ REFUSED_RESPONSES: dict[str, tuple[bytes, str]] = {
     "other Upgrade": (changed(RESPONSE_LINES, "Upgrade: h2c"), "upgrade"),
     "no Connection": (changed(RESPONSE_LINES, "Connection:"), "upgrade"),
     "other Connection": (changed(RESPONSE_LINES, "Connection: close"), "upgrade"),
-    "no Accept": (changed(RESPONSE_LINES, "Sec-WebSocket-Accept:"), "missing Sec-WebSocket-Accept"),
-    "two Accepts": (head([*RESPONSE_LINES, f"Sec-WebSocket-Accept: {ACCEPTED}"]), "many Sec-WebSocket-Accept"),
+    "no Accept": (changed(RESPONSE_LINES, "Sec-WebSocket-Accept:"), "Sec-WebSocket-Accept must be there once"),
+    "two Accepts": (
+        head([*RESPONSE_LINES, f"Sec-WebSocket-Accept: {ACCEPTED}"]),
+        "Sec-WebSocket-Accept must be there once",
+    ),
     "other Accept": (changed(RESPONSE_LINES, f"Sec-WebSocket-Accept: {ACCEPTED.lower()}"), "another request"),
     "extension": (changed(RESPONSE_LINES, "Sec-WebSocket-Extensions: permessage-deflate"), "not asked for"),
     "subprotocol": (changed(RESPONSE_LINES, "Sec-WebSocket-Protocol: chat"), "not asked for"),

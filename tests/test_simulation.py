@@ -31,7 +31,7 @@ from agenthub import (
 )
 from tests.simulation import EVENTS, DiskJournal, Simulation, Violation, main, simulate
 
-SEEDS = 2000
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))
 SEEDS_PER_TEST = 100
 SEEDS_TO_CATCH = 300  # Within so many each sabotage must be caught.
 

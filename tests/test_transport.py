@@ -520,12 +520,6 @@ def test_url_of_a_hub_is_returned(url: str) -> None:
     assert agenthub.check_url(url) == url
 
 
-@pytest.mark.parametrize("url", ["ws://hub:port", "ws://hub:99999", "ws://[::1"])
-async def test_url_that_cannot_be_read_is_a_value_error(url: str) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        await agenthub.connect_websocket(url, Owner())
-
-
 async def test_nobody_there_is_disconnected() -> None:
     with pytest.raises(Disconnected, match=r"no hub at ws://127.0.0.1:9: "):
         await agenthub.connect_websocket("ws://127.0.0.1:9", Owner())
@@ -597,6 +591,27 @@ async def test_without_a_token_none_is_sent(token: str | None, monkeypatch: pyte
     if token is not None:
         monkeypatch.setenv("AGENTHUB_TOKEN", token)
     assert await authorization_sent() == []
+
+
+@pytest.mark.parametrize(
+    ("url", "parts", "host_header"),
+    [
+        ("ws://127.0.0.1:8765", ("127.0.0.1", 8765, False, "/"), "127.0.0.1:8765"),
+        ("wss://hub.example", ("hub.example", 443, True, "/"), "hub.example"),
+        ("ws://h:443/a?b?c", ("h", 443, False, "/a?b?c"), "h:443"),
+        ("ws://[::1]:8/", ("::1", 8, False, "/"), "[::1]:8"),
+        ("wss://ä.example/ü?x=ö&y=%20", ("xn--4ca.example", 443, True, "/%C3%BC?x=%C3%B6&y=%20"), "xn--4ca.example"),
+    ],
+)
+def test_url_is_taken_apart_into_what_a_request_is_made_of(url: str, parts: Any, host_header: str) -> None:
+    assert agenthub.split_url(url) == parts
+    assert agenthub.split_url(url).host_header == host_header
+
+
+@pytest.mark.parametrize("url", ["ws://:80", "ws://[::1", "ws://h:99999", "ws://h:b", "ws://a..b", f"ws://{'a' * 64}"])
+async def test_url_that_leads_nowhere_is_a_value_error(url: str) -> None:
+    with pytest.raises(ValueError, match="is no hub's URL: "):
+        await agenthub.connect_websocket(url, Owner())
 
 
 async def test_user_and_password_of_a_url_are_refused_and_not_shown() -> None:
