@@ -3044,6 +3044,8 @@ class Journal:
             return
         uri = f"{pathlib.Path(self.path).absolute().as_uri()}?immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
+            # Who was killed while it emptied the -wal has left a first page that speaks of pages that are not there yet.
+            database.execute("PRAGMA writable_schema = ON")  # Which passes that over.
             if self._is_empty(database):  # Of what is in its -wal nothing shows here.
                 raise JournalError(f"{self.path}: is a database, but not a journal of this; it is left as it is")
 

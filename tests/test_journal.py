@@ -1096,6 +1096,26 @@ def test_second_hub_in_this_process_is_refused(tmp_path: Path) -> None:
     assert len(use(path)[0]) == 2
 
 
+@pytest.mark.parametrize("pages", [1, 2, 20])
+def test_journal_whose_hub_was_killed_amid_a_checkpoint_is_whole(tmp_path: Path, pages: int) -> None:
+    """Its first page, which says how long the file is, is written first, and all is still in the -wal."""
+    path, wal = tmp_path / "hub.db", tmp_path / "hub.db-wal"
+    fill(path)
+    journal = Journal(path)
+    journal.open()
+    journal.load(0.0)
+    more = [task_row(number, request=Delegate(task_id=f"t{number}", input="x" * 500)) for number in range(4, 204)]
+    journal.write(Changes(new=more), 0.0)
+    before, log = path.read_bytes(), wal.read_bytes()
+    journal.close()
+    cut = 4096 * pages
+    assert max(cut, len(before)) < len(path.read_bytes())
+    path.write_bytes(path.read_bytes()[:cut] + before[cut:])
+    wal.write_bytes(log)
+    _, tasks = use(path)
+    assert len(tasks) == 203
+
+
 def use_in_another_process(path: Path) -> None:
     with running("-m", "agenthub", "hub", "--port", "0", "--db", str(path)) as process:
         output, complaint = process.communicate(timeout=WAIT_S)
