@@ -4115,7 +4115,7 @@ def split_url(url: str) -> HubUrl:
 URL_CHARACTERS = "%:/?#[]@!$&'()*+,;="  # That mean something where they stand (RFC 3986 §2.2).
 WHOLE = 0x80  # The first bit of a frame that is, or ends, a message: FIN (RFC 6455 §5.2).
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # Opcodes, which share its byte.
-WHOLE_TEXT = WHOLE | TEXT
+WHOLE_TEXT: int = WHOLE | TEXT
 
 pack_medium_header = struct.Struct("!BBH").pack
 pack_long_header = struct.Struct("!BBQ").pack
@@ -4249,7 +4249,7 @@ class Response:
 class BuiltinProtocol:
     """What both roles share: frames, and the end of a connection."""
 
-    IS_SERVER: typing.ClassVar[bool]
+    IS_SERVER: bool
 
     def __init__(self, message_bytes_max: int) -> None:
         self.max_message_size = message_bytes_max

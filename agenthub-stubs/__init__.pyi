@@ -931,8 +931,6 @@ class HubUrl(NamedTuple):
     @property
     def host_header(self) -> str: ...
 
-WHOLE_TEXT = WHOLE | TEXT
-
 class HandshakeFailed(Exception):
     """There is no WebSocket at the other end. `status` is what a server answers to a request of that kind."""
 
@@ -984,7 +982,7 @@ class Response:
 class BuiltinProtocol:
     """What both roles share: frames, and the end of a connection."""
 
-    IS_SERVER: typing.ClassVar[bool]
+    IS_SERVER: bool
     max_message_size: Incomplete
     handshake_exc: Exception | None
     close_rcvd: ClosedWith | None
