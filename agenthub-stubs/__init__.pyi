@@ -965,15 +965,13 @@ class Headers:
     def __setitem__(self, name: str, value: str) -> None: ...
     def __delitem__(self, name: str) -> None: ...
 
-@dataclass(slots=True)
-class Request:
+class Request(NamedTuple):
     path: str
     headers: Headers
     method: str = ...
     version: str = ...
 
-@dataclass(slots=True)
-class Response:
+class Response(NamedTuple):
     status_code: int
     phrase: str
     headers: Headers
