@@ -3597,22 +3597,24 @@ class WebSocketLink(Link, AsyncioProtocol):
         end = begin + length + self.KEY_BYTES
         if end > size or length > self._message_bytes_max or self._fragments is not None:
             return 0
-        raw = data[begin + self.KEY_BYTES : end]
-        if self.KEY_BYTES:
-            raw = self._apply_mask(raw, data[begin : begin + 4])
         if length < CPU_COUNTED_BYTES:
-            self._deliver(raw)
+            self._deliver_payload(data, begin, end)
         else:
-            self._deliver_large(raw)
+            self._measure(self._deliver_payload, data, begin, end)
         return end
 
+    def _deliver_payload(self, data: bytes, begin: int, end: int) -> None:
+        """Deliver the message between these places, the first of which may be that of its key."""
+        raw = data[begin + self.KEY_BYTES : end]
+        self._deliver(self._apply_mask(raw, data[begin : begin + 4]) if self.KEY_BYTES else raw)
+
     def _take_other(self, data: bytes, start: int) -> int:
-        """Give the protocol object what there is of the frame at `start`, or all if nothing can follow that matters;
+        """Give the protocol object what there is of the frame at `start`, or a slice if nothing that follows matters;
         return where that ends.
         """
         size = len(data)
         if not self._is_open or self._is_closing or self._is_mute:
-            end = size
+            end = min(size, start + SLICE_BYTES)
         else:
             length = self._missing or frame_bytes(data, start)
             if not length:
@@ -3620,8 +3622,12 @@ class WebSocketLink(Link, AsyncioProtocol):
                 return size
             end = min(size, start + length)
             self._missing = start + length - end
-        self._feed_protocol(data[start:end])
+        self._measure(self._feed_protocol, data[start:end])
         return end
+
+    def _measure(self, handle: Callable[..., None], *args: Any) -> None:
+        """Have something handled that may cost more than most messages do."""
+        handle(*args)
 
     def _feed_protocol(self, data: bytes) -> None:
         self._protocol.receive_data(data)
@@ -3655,7 +3661,7 @@ class WebSocketLink(Link, AsyncioProtocol):
     def _on_frame(self, frame: Any) -> None:
         opcode = frame.opcode
         if opcode == TEXT and frame.fin:
-            self._deliver_large(bytes(frame.data))
+            self._deliver(bytes(frame.data))
         elif opcode == CLOSE:
             self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
         else:
@@ -3678,13 +3684,9 @@ class WebSocketLink(Link, AsyncioProtocol):
         elif frame.fin:
             raw, self._fragments = bytes(self._fragments), None
             if self._fragments_are_text:
-                self._deliver_large(raw)
+                self._deliver(raw)
             else:
                 self._owner.received(self, InvalidMessage("message: must be text, not binary"), len(raw))
-
-    def _deliver_large(self, raw: bytes) -> None:
-        """Deliver what may cost more to handle than most messages do."""
-        self._deliver(raw)
 
     def _on_unreadable(self, raw: bytes) -> None:
         if not is_utf8(raw):  # RFC 6455 §8.1: such a connection must be failed.
@@ -3856,12 +3858,12 @@ class ServerLink(WebSocketLink):
         if not self._is_mute:
             self._put(frame_header(len(raw)), raw)
 
-    def _deliver_large(self, raw: bytes) -> None:
-        if self._rate == math.inf or len(raw) < CPU_COUNTED_BYTES:
-            self._deliver(raw)
+    def _measure(self, handle: Callable[..., None], *args: Any) -> None:
+        if self._rate == math.inf:
+            handle(*args)
             return
         began = time.thread_time()
-        self._deliver(raw)
+        handle(*args)
         self.spend((time.thread_time() - began) * self._rate / CPU_SHARE)
 
     def limit_messages(self, bytes_max: int) -> None:

@@ -38,7 +38,7 @@ from agenthub import (
     TaskState,
     hash_of,
 )
-from tests.peer import CLOSE, CONTINUATION, PING, Peer, frame
+from tests.peer import BINARY, CLOSE, CONTINUATION, PING, Peer, frame
 from tests.support import WAIT_S, client_link, raw_client
 from tests.test_cli import ran
 from tests.test_security import (
@@ -127,6 +127,35 @@ async def test_large_message_is_charged_with_the_time_that_it_took(monkeypatch: 
     assert rationed.count == 4
     rationed.clock.pass_time(0.1)
     assert rationed.count >= 5
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[frame(bytes(5000), BINARY)], [frame(bytes(9), BINARY, fin=False), frame(bytes(5000), CONTINUATION)]],
+    ids=["binary", "fragments"],
+)
+async def test_what_is_no_text_in_one_piece_is_charged_with_the_time_that_it_took_too(
+    pieces: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To take off a mask takes longer than to read a small message, and the more without what is written in C."""
+    each_message_takes(0.6 / len(pieces), monkeypatch)  # More than the half second that it may take at once.
+    rationed = Rationed(100)
+    for piece in pieces:
+        assert rationed.link._holds == set()
+        rationed.link.data_received(piece)
+    assert rationed.link._holds == {"sends too much"}
+
+
+async def test_what_comes_after_a_close_is_gone_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    rationed = Rationed(100)
+    rationed.link.close(4000, "replaced")
+    sizes: list[int] = []
+    receive_data = rationed.link._protocol.receive_data
+    monkeypatch.setattr(
+        rationed.link._protocol, "receive_data", lambda data: (sizes.append(len(data)), receive_data(data))
+    )
+    rationed.link.data_received(frame(b"", PING) * 20_000)
+    assert 0 < sum(sizes) <= agenthub.SLICE_BYTES
 
 
 async def test_without_a_rate_no_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
