@@ -163,6 +163,9 @@ def installed(package: str, oldest: tuple[int, int]) -> str | None:
         version = str(importlib.import_module(package).__version__)
     except (ImportError, AttributeError):
         return None
+    except Exception as error:  # As of a pydantic whose other half is of another version.
+        logging.getLogger("agenthub").warning("%s is installed, but cannot be used: %s", package, error)
+        return None
     release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     return version if release >= oldest else None
 
@@ -335,6 +338,7 @@ BRACKETS_TO_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
 SCALARS = frozenset((str, bool, types.NoneType))
+KEYS = frozenset((str,))
 
 # Which characters a text may hold, as regular expressions that Python, Rust and ECMAScript read alike.
 ID_PATTERN = "^[A-Za-z0-9_.:-]+$"
@@ -382,6 +386,8 @@ def check_json(value: Any, depth: int = DEPTH_MAX) -> Any:
         return value
     if isinstance(value, dict):
         items: Iterable[Any] = value.values()
+        if not (set(map(type, value)) <= KEYS or all(isinstance(key, str | int) for key in value)):
+            raise ValueError("holds an object with a key that is neither a text nor a whole number")
     elif isinstance(value, list | tuple):
         items = value
     elif isinstance(value, float):
@@ -786,8 +792,9 @@ class PydanticCodec:
 # Messages, built in
 #
 # What Pydantic does with the annotations above, for where it is not installed: the same is taken
-# and refused, and the same is said of it. tests/test_builtin_messages.py compares the two. A check
-# gives back the value as it is to be, or raises Unfit.
+# and refused, and the same is said of it, but for what is no JSON at all, of which each parser
+# speaks in its own words. tests/test_builtin_messages.py compares the two. A check gives back the
+# value as it is to be, or raises Unfit.
 
 PARSE_DEPTH_MAX = 200  # Where Pydantic's parser stops, which counts nothing that is empty, and before Python's does.
 EMPTY = re.compile(rb"\[[ \t\r\n]*\]|\{[ \t\r\n]*\}")
@@ -884,7 +891,7 @@ class BuiltinCodec:
     def _fields_of(self, part: Any) -> dict[str, Any]:
         """Return what is to be written of a part of a message that is an object."""
         kind = type(part)
-        if not dataclasses.is_dataclass(kind):
+        if not dataclasses.is_dataclass(kind) or kind.__module__ != __name__:
             raise TypeError(f"{kind.__name__} is not JSON")
         return {name: value for name in field_names(kind) if (value := getattr(part, name)) is not None}
 
@@ -3044,9 +3051,14 @@ class Journal:
             return
         uri = f"{pathlib.Path(self.path).absolute().as_uri()}?immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
-            # Who was killed while it emptied the -wal has left a first page that speaks of pages not there yet.
-            database.execute("PRAGMA writable_schema = ON")  # Which passes that over.
-            if self._is_empty(database):  # Of what is in its -wal nothing shows here.
+            try:
+                is_empty = self._is_empty(database)  # Of what is in its -wal nothing shows here.
+            except sqlite3.DatabaseError as error:
+                # Who was killed while it emptied the -wal has left a first page that speaks of pages not there yet.
+                if error.sqlite_errorcode != sqlite3.SQLITE_CORRUPT:
+                    raise
+                return
+            if is_empty:
                 raise JournalError(f"{self.path}: is a database, but not a journal of this; it is left as it is")
 
     def _is_empty(self, database: sqlite3.Connection) -> bool:
@@ -4103,8 +4115,8 @@ def split_url(url: str) -> HubUrl:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
         host = host if ":" in host else host.encode("idna").decode()
-        if not host:
-            raise ValueError("it names no host")
+        if not re.fullmatch(r"[!-\[\]-~]+", host) or port == 0:
+            raise ValueError("it names no host or port")
     except ValueError as error:
         raise ValueError(f"{url!r} is no hub's URL: {error}") from error
     path = quote(parts.path or "/", safe=URL_CHARACTERS)
@@ -4206,7 +4218,10 @@ class ClosedWith(NamedTuple):
 
 
 class Headers:
-    """The headers of a request or response, in their order. Their names are compared without case."""
+    """The headers of a request or response, in their order. Their names are compared without case.
+
+    To set one adds it; `del` takes away those of a name.
+    """
 
     def __init__(self, *pairs: tuple[str, str]) -> None:
         self.pairs = list(pairs)

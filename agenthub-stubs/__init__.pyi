@@ -953,7 +953,10 @@ class ClosedWith(NamedTuple):
     reason: str
 
 class Headers:
-    """The headers of a request or response, in their order. Their names are compared without case."""
+    """The headers of a request or response, in their order. Their names are compared without case.
+
+    To set one adds it; `del` takes away those of a name.
+    """
 
     pairs: Incomplete
     def __init__(self, *pairs: tuple[str, str]) -> None: ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -748,6 +749,25 @@ def test_codec_is_built_in_where_pydantic_is_missing_too_old_or_forbidden(monkey
     with monkeypatch.context() as patch:
         patch.setenv("AGENTHUB_BUILTIN", "1")
         assert make().name == "built in"
+
+
+def test_package_that_is_broken_is_not_used_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(name: str) -> Any:
+        raise SystemError("the other half is of another version")
+
+    monkeypatch.delenv("AGENTHUB_BUILTIN", raising=False)
+    monkeypatch.setattr(agenthub.importlib, "import_module", broken)
+    assert installed("pydantic", oldest=(2, 11)) is None
+    assert caplog.messages == ["pydantic is installed, but cannot be used: the other half is of another version"]
+
+
+def test_object_of_a_class_of_ones_own_is_no_payload() -> None:
+    """What its None is to mean nobody can know."""
+    encode = BuiltinCodec().encoder(Broadcast)
+    with pytest.raises(ValueError, match="Reading is not JSON"):
+        encode(Broadcast(message=dataclasses.make_dataclass("Reading", ["text"])("x")))
 
 
 def test_codec_is_pydantic_where_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from agenthub import (
     Payload,
     Register,
     Relayed,
+    TaskState,
     check_json,
     decoder_from_agent,
     decoder_from_hub,
@@ -716,6 +717,18 @@ def test_check_json_refuses_numbers_that_are_not_finite(value: float) -> None:
 def test_check_json_names_the_type_that_is_not_json(value: Any) -> None:
     with pytest.raises(ValueError, match=f"holds a {type(value).__name__}, which is not JSON"):
         check_json({"a": [value]})
+
+
+@pytest.mark.parametrize("key", [None, 1.5, float("nan"), (1, 2), b"b", TaskState])
+def test_check_json_refuses_keys_that_parsers_make_different_texts_of(key: Any) -> None:
+    with pytest.raises(ValueError, match="a key that is neither a text nor a whole number"):
+        check_json({"a": [{"b": 1, key: 2}]})
+
+
+def test_check_json_takes_keys_that_are_texts_and_whole_numbers() -> None:
+    value = {"a": 1, 2: 3, TaskState.PENDING: 4}
+    assert check_json(value) is value
+    assert written(Delegate(task_id="t", input=value))["input"] == {"a": 1, "2": 3, "pending": 4}
 
 
 def test_check_json_refuses_what_holds_itself() -> None:
