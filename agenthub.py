@@ -4233,6 +4233,14 @@ class Headers:
         """Return the words of a header that is a list, in lower case."""
         return [word.strip().lower() for value in self.get_all(name) for word in value.split(",")]
 
+    def is_upgrade(self) -> bool:
+        """Tell whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
+        return "upgrade" in self.words("Connection") and self.words("Upgrade") == ["websocket"]
+
+    def after(self, first_line: str) -> bytes:
+        """Return the head of a request or response as it is written."""
+        return "\r\n".join([first_line, *(f"{name}: {value}" for name, value in self.pairs), "", ""]).encode("latin-1")
+
     def only(self, name: str) -> str:
         """Return the value of a header that must be there once."""
         values = self.get_all(name)
@@ -4471,9 +4479,8 @@ class BuiltinServer(BuiltinProtocol):
         return Response(status, HTTPStatus(status).phrase, headers, body)
 
     def send_response(self, response: Response) -> None:
-        lines = [f"HTTP/1.1 {response.status_code} {response.phrase}"]
-        lines += [f"{name}: {value}" for name, value in response.headers.pairs]
-        self._writes.append("\r\n".join([*lines, "", ""]).encode("latin-1") + response.body)
+        head = response.headers.after(f"HTTP/1.1 {response.status_code} {response.phrase}")
+        self._writes.append(head + response.body)
         if response.status_code == 101:
             self._is_open = True
         else:
@@ -4485,7 +4492,7 @@ class BuiltinServer(BuiltinProtocol):
             raise HandshakeFailed("the method must be GET", 405)
         if request.version != "HTTP/1.1":
             raise HandshakeFailed("the protocol must be HTTP/1.1", 505)
-        if "upgrade" not in headers.words("Connection") or headers.words("Upgrade") != ["websocket"]:
+        if not headers.is_upgrade():
             raise HandshakeFailed("this is a WebSocket, and needs a client for it", 426)
         key = headers.only("Sec-WebSocket-Key")
         if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
@@ -4529,9 +4536,7 @@ class BuiltinClient(BuiltinProtocol):
         return Request(self._url.path, headers)
 
     def send_request(self, request: Request) -> None:
-        lines = [f"{request.method} {request.path} {request.version}"]
-        lines += [f"{name}: {value}" for name, value in request.headers.pairs]
-        self._writes.append("\r\n".join([*lines, "", ""]).encode())
+        self._writes.append(request.headers.after(f"{request.method} {request.path} {request.version}"))
 
     def _on_head(self, words: list[str], headers: Headers) -> None:
         version, status, phrase = words
@@ -4539,7 +4544,7 @@ class BuiltinClient(BuiltinProtocol):
             raise HandshakeFailed("did not receive a valid HTTP response")
         if status != "101":
             raise HandshakeFailed(f"server rejected WebSocket connection: HTTP {status}")
-        if "upgrade" not in headers.words("Connection") or headers.words("Upgrade") != ["websocket"]:
+        if not headers.is_upgrade():
             raise HandshakeFailed("the response does not upgrade to a WebSocket")
         if headers.only("Sec-WebSocket-Accept") != accept_of(self._key):
             raise HandshakeFailed("the response is one to another request")

@@ -963,6 +963,10 @@ class Headers:
     def get_all(self, name: str) -> list[str]: ...
     def words(self, name: str) -> list[str]:
         """Return the words of a header that is a list, in lower case."""
+    def is_upgrade(self) -> bool:
+        """Tell whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
+    def after(self, first_line: str) -> bytes:
+        """Return the head of a request or response as it is written."""
     def only(self, name: str) -> str:
         """Return the value of a header that must be there once."""
     def __setitem__(self, name: str, value: str) -> None: ...

@@ -49,7 +49,7 @@ from agenthub import (
     installed,
     json_schema,
 )
-from tests.fuzz import KEYS, SMALL, Pairs, change, smaller, text
+from tests.fuzz import KEYS, SMALL, Pairs, change, natural, smaller, text
 
 EXAMPLES = int(os.environ.get("MESSAGE_EXAMPLES", "20000"))  # In all. On request there are more.
 UNIONS: dict[str, Any] = {"from an agent": AgentMessage, "from the hub": HubMessage}
@@ -777,12 +777,6 @@ def test_codec_is_pydantic_where_that_is_installed(monkeypatch: pytest.MonkeyPat
 
 
 # On request
-
-
-def natural(number: str) -> int:
-    if not number.isdecimal():
-        raise argparse.ArgumentTypeError("must be a number from 0 on")
-    return int(number)
 
 
 def main(argv: list[str] | None = None) -> int:
