@@ -85,7 +85,7 @@ if typing.TYPE_CHECKING:
 else:
     AsyncioProtocol = object
 
-    class Later:
+    class LazyModule:
         """Stands for a module until it is first used. These would take half the time of the import of this one."""
 
         def __init__(self, name: str) -> None:
@@ -95,8 +95,8 @@ else:
             module = globals()[self._name] = importlib.import_module(self._name)
             return getattr(module, attribute)
 
-    argparse, asyncio, base64, hashlib, hmac = map(Later, ("argparse", "asyncio", "base64", "hashlib", "hmac"))
-    pathlib, random, shutil, socket = map(Later, ("pathlib", "random", "shutil", "socket"))
+    argparse, asyncio, base64, hashlib, hmac = map(LazyModule, ("argparse", "asyncio", "base64", "hashlib", "hmac"))
+    pathlib, random, shutil, socket = map(LazyModule, ("pathlib", "random", "shutil", "socket"))
 
 if __name__ == "__main__":
     # Run as a program this file is the module __main__, and what an agent's file imports would be a second copy, with
@@ -121,9 +121,9 @@ __all__ = [
     "Capability",
     "CloseCode",
     "ErrorInfo",
-    "Reported",
-    "Settled",
+    "StatusReply",
     "TaskInfo",
+    "TaskOutcome",
     # 3 Task states
     "FINAL_STATES",
     "TRANSITIONS",
@@ -155,7 +155,7 @@ PROTOCOL_VERSION = 1
 URL_DEFAULT = "ws://127.0.0.1:8765"
 
 
-def installed(package: str, oldest: tuple[int, int]) -> str | None:
+def usable_version(package: str, oldest: tuple[int, int]) -> str | None:
     """Return the version of a package to be used; None if it is missing or too old, or AGENTHUB_BUILTIN forbids it."""
     if os.environ.get("AGENTHUB_BUILTIN", "0") not in ("", "0"):
         return None
@@ -298,15 +298,15 @@ class IllegalTransition(AgentHubError):
 #   deregister      Deregister      Deregistered
 #   discover        Discover        Discovered
 #   delegate        Delegate        Delegated       (handed to its agent)
-#   result          Result          Settled         (told to its requester)
-#   status          Status          Reported, Acknowledged
-#   broadcast       Broadcast       Announced, Relayed
+#   result          Result          TaskOutcome     (to its requester)
+#   status          Status          StatusReply, TaskAck
+#   broadcast       Broadcast       BroadcastReply, BroadcastDelivery
 #   heartbeat       Heartbeat
 #   heartbeat_ack                   HeartbeatAck
 #   error                           Error
 #
 # The annotations are the only place where limits are written; what checks them is derived from
-# them. In what goes out, a field that is None is left out, except where NULLS_ARE_VALUES.
+# them. In what goes out, a field that is None is left out, except where KEEP_NULLS.
 # ============================================================================================
 
 
@@ -369,13 +369,13 @@ def check_text(field: str, text: str, pattern: str, max_length: int = 128) -> st
     return text
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return foreign text with its control characters escaped, for logs and terminals."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 @functools.lru_cache(maxsize=128)
-def readable_id(text: str, max_length: int) -> str:
+def slugify(text: str, max_length: int) -> str:
     """Return what of a text can be part of an id."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:max_length].strip("-")
 
@@ -428,7 +428,7 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
-class Payload:
+class JsonLimit:
     """Any JSON that passes `check_json`. What the hub itself reads has at most `bytes_max` bytes, and no NUL."""
 
     bytes_max: int | None = None
@@ -457,9 +457,9 @@ Name = Annotated[str, Limit(pattern=VISIBLE_PATTERN, min_length=1, max_length=12
 Keyword = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=128)]
 Description = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=4096)]
 Text = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=TEXT_MAX)]
-Json = Annotated[Any, Payload()]
-Schema = Annotated[dict[str, Any], Payload(bytes_max=65_536)]
-Metadata = Annotated[dict[str, Any], Payload(bytes_max=4096)]
+Json = Annotated[Any, JsonLimit()]
+Schema = Annotated[dict[str, Any], JsonLimit(bytes_max=65_536)]
+Metadata = Annotated[dict[str, Any], JsonLimit(bytes_max=4096)]
 Seconds = Annotated[float, Limit(gt=0, le=TTL_MAX_S)]
 Fraction = Annotated[float, Limit(ge=0, le=1)]
 Priority = Annotated[int, Limit(ge=-100, le=100)]
@@ -657,7 +657,7 @@ class Delegated:
 
 
 @dataclass(slots=True, kw_only=True)
-class Settled:
+class TaskOutcome:
     """A task's end, told to its requester. `sender` is None when the hub itself ended it."""
 
     type: Literal["result"] = "result"
@@ -671,7 +671,7 @@ class Settled:
 
 
 @dataclass(slots=True, kw_only=True)
-class Reported:
+class StatusReply:
     """A `status` from the hub: of itself, of all tasks or of one; progress; or word that a task has ended.
 
     The fields of one task are those of TaskInfo. `input`, `output`, `error` and `detail` are shown to the task's
@@ -705,8 +705,8 @@ class Reported:
 
 
 @dataclass(slots=True, kw_only=True)
-class Acknowledged:
-    """The part of Reported that answers most requests about a task; it goes out far more often than the rest."""
+class TaskAck:
+    """The part of StatusReply that answers most requests about a task; it goes out far more often than the rest."""
 
     type: Literal["status"] = "status"
     reply_to: str | None = None
@@ -716,7 +716,7 @@ class Acknowledged:
 
 
 @dataclass(slots=True, kw_only=True)
-class Announced:
+class BroadcastReply:
     """A broadcast on its way to an agent (`message`, `sender`), or the reply to its sender (`recipients`)."""
 
     type: Literal["broadcast"] = "broadcast"
@@ -728,8 +728,8 @@ class Announced:
 
 
 @dataclass(slots=True, kw_only=True)
-class Relayed:
-    """The part of Announced that goes to those who are meant to hear it."""
+class BroadcastDelivery:
+    """The part of BroadcastReply that goes to those who are meant to hear it."""
 
     type: Literal["broadcast"] = "broadcast"
     sender: str
@@ -753,9 +753,19 @@ class Error:
 
 
 AgentMessage = Register | Deregister | Discover | Delegate | Result | Status | Broadcast | Heartbeat
-HubMessage = Registered | Deregistered | Discovered | Delegated | Settled | Reported | Announced | HeartbeatAck | Error
-HubOutput = HubMessage | Acknowledged | Relayed  # What the hub writes. An agent reads the last two as the wholes.
-NULLS_ARE_VALUES = (Broadcast, Delegated, Settled, Relayed)
+HubMessage = (
+    Registered
+    | Deregistered
+    | Discovered
+    | Delegated
+    | TaskOutcome
+    | StatusReply
+    | BroadcastReply
+    | HeartbeatAck
+    | Error
+)
+HubOutput = HubMessage | TaskAck | BroadcastDelivery  # What the hub writes. An agent reads the last two as the wholes.
+KEEP_NULLS = (Broadcast, Delegated, TaskOutcome, BroadcastDelivery)
 
 
 class PydanticCodec:
@@ -786,7 +796,7 @@ class PydanticCodec:
     def encoder(self, message: type) -> Callable[[Any], bytes]:
         """Return the function that writes messages of one class."""
         serializer = self._adapter(message).serializer
-        return functools.partial(serializer.to_json, exclude_none=message not in NULLS_ARE_VALUES)
+        return functools.partial(serializer.to_json, exclude_none=message not in KEEP_NULLS)
 
 
 # Messages, built in
@@ -794,7 +804,7 @@ class PydanticCodec:
 # What Pydantic does with the annotations above, for where it is not installed: the same is taken
 # and refused, and the same is said of it, but for what is no JSON at all, of which each parser
 # speaks in its own words. tests/test_builtin_messages.py compares the two. A check gives back the
-# value as it is to be, or raises Unfit.
+# value as it is to be, or raises ValidationError.
 
 PARSE_DEPTH_MAX = 200  # Where Pydantic's parser stops, which counts nothing that is empty, and before Python's does.
 EMPTY = re.compile(rb"\[[ \t\r\n]*\]|\{[ \t\r\n]*\}")
@@ -805,7 +815,7 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 Check = Callable[[Any], Any]
 
 
-class Unfit(Exception):
+class ValidationError(Exception):
     """A value is not what it should be. `errors` are those of Pydantic."""
 
     def __init__(self, errors: list[dict[str, Any]]) -> None:
@@ -813,7 +823,7 @@ class Unfit(Exception):
         self.errors = errors
 
     @classmethod
-    def because(cls, kind: str, text: str, **context: Any) -> Unfit:
+    def because(cls, kind: str, text: str, **context: Any) -> ValidationError:
         return cls([{"type": kind, "loc": (), "msg": text, "ctx": context}])
 
     def within(self, part: str | int) -> list[dict[str, Any]]:
@@ -825,7 +835,7 @@ class BuiltinCodec:
     """Messages checked and written with nothing but the standard library."""
 
     name = "built in"
-    invalid: type[Exception] = Unfit
+    invalid: type[Exception] = ValidationError
 
     def __init__(self) -> None:
         self._write = json.JSONEncoder(
@@ -839,16 +849,16 @@ class BuiltinCodec:
         def validate(raw: bytes) -> Any:
             document = parse_json(raw)
             if type(document) is not dict:
-                raise Unfit.because("dict_type", "Input should be an object")
+                raise ValidationError.because("dict_type", "Input should be an object")
             if "type" not in document:
-                raise Unfit.because("union_tag_not_found", "There is no `type`")
+                raise ValidationError.because("union_tag_not_found", "There is no `type`")
             tag = document["type"]
             if type(tag) is not str or tag not in checks:
-                raise Unfit.because("union_tag_invalid", "There is no such `type`")
+                raise ValidationError.because("union_tag_invalid", "There is no such `type`")
             try:
                 return checks[tag](document)
-            except Unfit as unfit:
-                raise Unfit(unfit.within(tag)) from None
+            except ValidationError as unfit:
+                raise ValidationError(unfit.within(tag)) from None
 
         return validate
 
@@ -858,7 +868,7 @@ class BuiltinCodec:
 
     def encoder(self, message: type) -> Callable[[Any], bytes]:
         """Return the function that writes messages of one class."""
-        fields, has_nulls = [(name, f'"{name}":') for name in field_names(message)], message in NULLS_ARE_VALUES
+        fields, has_nulls = [(name, f'"{name}":') for name in field_names(message)], message in KEEP_NULLS
         write = self._written
 
         def encode(message: Any) -> bytes:
@@ -897,16 +907,16 @@ class BuiltinCodec:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Return the JSON in some bytes, also with NaN and infinities; raise Unfit if it is none."""
+    """Return the JSON in some bytes, also with NaN and infinities; raise ValidationError if it is none."""
     try:
-        if is_deeper(raw, PARSE_DEPTH_MAX) and is_deeper(EMPTY.sub(b"", raw), PARSE_DEPTH_MAX):
+        if nests_deeper_than(raw, PARSE_DEPTH_MAX) and nests_deeper_than(EMPTY.sub(b"", raw), PARSE_DEPTH_MAX):
             raise ValueError("recursion limit exceeded")
         if b"\\" in raw and SURROGATE.search(SURROGATE_PAIR.sub(b"", raw.replace(b"\\\\", b"  "))):
             raise ValueError("lone surrogate in hex escape")
         parse = parse_small if len(raw) <= DIGITS_MAX else parse_large
         return parse(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise Unfit.because("json_invalid", f"Invalid JSON: {error}") from None
+        raise ValidationError.because("json_invalid", f"Invalid JSON: {error}") from None
 
 
 def parse_number(convert: Callable[[str], float], text: str) -> float:
@@ -926,7 +936,7 @@ def check_of(annotation: Any, limit: Limit | None = None) -> Check:
     kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind is Annotated:
         inner, mark = arguments
-        return payload_check(check_of(inner), mark) if isinstance(mark, Payload) else check_of(inner, mark)
+        return payload_check(check_of(inner), mark) if isinstance(mark, JsonLimit) else check_of(inner, mark)
     if kind in (typing.Union, types.UnionType):
         return union_check(arguments)
     if kind is list:
@@ -943,7 +953,7 @@ def check_of(annotation: Any, limit: Limit | None = None) -> Check:
 def type_check(kind: type, error: str, wanted: str) -> Check:
     def check(value: Any) -> Any:
         if type(value) is not kind:
-            raise Unfit.because(error, f"Input should be {wanted}")
+            raise ValidationError.because(error, f"Input should be {wanted}")
         return value
 
     return check
@@ -955,14 +965,16 @@ def string_check(limit: Limit) -> Check:
 
     def check(value: Any) -> Any:
         if type(value) is not str:
-            raise Unfit.because("string_type", "Input should be a valid string")
+            raise ValidationError.because("string_type", "Input should be a valid string")
         if len(value) < shortest:
             few = f"{shortest} character{'s' if shortest > 1 else ''}"
-            raise Unfit.because("string_too_short", f"String should have at least {few}")
+            raise ValidationError.because("string_too_short", f"String should have at least {few}")
         if len(value) > longest:
-            raise Unfit.because("string_too_long", f"String should have at most {longest} characters")
+            raise ValidationError.because("string_too_long", f"String should have at most {longest} characters")
         if fits is not None and not fits(value):
-            raise Unfit.because("string_pattern_mismatch", "String should match a pattern", pattern=limit.pattern)
+            raise ValidationError.because(
+                "string_pattern_mismatch", "String should match a pattern", pattern=limit.pattern
+            )
         return value
 
     return check
@@ -971,7 +983,7 @@ def string_check(limit: Limit) -> Check:
 def integer_check(limit: Limit) -> Check:
     def check(value: Any) -> Any:
         if type(value) is not int:
-            raise Unfit.because("int_type", "Input should be a valid integer")
+            raise ValidationError.because("int_type", "Input should be a valid integer")
         return check_bounds(value, limit)
 
     return check
@@ -982,9 +994,9 @@ def number_check(limit: Limit) -> Check:
         if type(value) is int:
             value = float(value) if abs(value) <= sys.float_info.max else math.inf
         elif type(value) is not float:
-            raise Unfit.because("float_type", "Input should be a valid number")
+            raise ValidationError.because("float_type", "Input should be a valid number")
         if not math.isfinite(value):
-            raise Unfit.because("finite_number", "Input should be a finite number")
+            raise ValidationError.because("finite_number", "Input should be a finite number")
         return check_bounds(value, limit)
 
     return check
@@ -992,20 +1004,20 @@ def number_check(limit: Limit) -> Check:
 
 def check_bounds(value: float, limit: Limit) -> float:
     if limit.gt is not None and not value > limit.gt:
-        raise Unfit.because("greater_than", f"Input should be greater than {limit.gt}")
+        raise ValidationError.because("greater_than", f"Input should be greater than {limit.gt}")
     if limit.ge is not None and not value >= limit.ge:
-        raise Unfit.because("greater_than_equal", f"Input should be greater than or equal to {limit.ge}")
+        raise ValidationError.because("greater_than_equal", f"Input should be greater than or equal to {limit.ge}")
     if limit.le is not None and not value <= limit.le:
-        raise Unfit.because("less_than_equal", f"Input should be less than or equal to {limit.le}")
+        raise ValidationError.because("less_than_equal", f"Input should be less than or equal to {limit.le}")
     return value
 
 
-def payload_check(inner: Check, payload: Payload) -> Check:
+def payload_check(inner: Check, payload: JsonLimit) -> Check:
     def check(value: Any) -> Any:
         try:
             return payload.check(inner(value))
         except ValueError as error:
-            raise Unfit.because("value_error", f"Value error, {error}", error=error) from None
+            raise ValidationError.because("value_error", f"Value error, {error}", error=error) from None
 
     return check
 
@@ -1015,18 +1027,18 @@ def list_check(check_item: Check, limit: Limit) -> Check:
 
     def check(value: Any) -> Any:
         if type(value) is not list:
-            raise Unfit.because("list_type", "Input should be a valid array")
+            raise ValidationError.because("list_type", "Input should be a valid array")
         if len(value) > longest:
             text = f"List should have at most {longest} items after validation, not {len(value)}"
-            raise Unfit.because("too_long", text)
+            raise ValidationError.because("too_long", text)
         items, errors = [], []
         for index, item in enumerate(value):
             try:
                 items.append(check_item(item))
-            except Unfit as unfit:
+            except ValidationError as unfit:
                 errors += unfit.within(index)
         if errors:
-            raise Unfit(errors)
+            raise ValidationError(errors)
         return items
 
     return check
@@ -1047,9 +1059,9 @@ def union_check(branches: tuple[Any, ...]) -> Check:
         for name, check_branch in checks.items():
             try:
                 return check_branch(value)
-            except Unfit as unfit:
+            except ValidationError as unfit:
                 errors += unfit.within(name)
-        raise Unfit(errors)
+        raise ValidationError(errors)
 
     return check
 
@@ -1061,18 +1073,18 @@ def object_check(made: type) -> Check:
 
     def check(value: Any) -> Any:
         if type(value) is not dict:
-            raise Unfit.because("dataclass_type", "Input should be an object")
+            raise ValidationError.because("dataclass_type", "Input should be an object")
         fields, errors = {}, []
         for name, check_field, is_optional in checks:
             if name in value:
                 try:
                     fields[name] = check_field(value[name])
-                except Unfit as unfit:
+                except ValidationError as unfit:
                     errors += unfit.within(name)
             elif not is_optional:
-                errors += Unfit.because("missing", "Field required").within(name)
+                errors += ValidationError.because("missing", "Field required").within(name)
         if errors:
-            raise Unfit(errors)
+            raise ValidationError(errors)
         return made(**fields)
 
     return check
@@ -1084,7 +1096,7 @@ def object_check(made: type) -> Check:
 @functools.cache
 def codec() -> PydanticCodec | BuiltinCodec:
     """Return what checks and writes messages. It is made at the first use: importing this module imports no package."""
-    version = installed("pydantic", oldest=(2, 11))
+    version = usable_version("pydantic", oldest=(2, 11))
     return BuiltinCodec() if version is None else PydanticCodec(version)
 
 
@@ -1096,13 +1108,13 @@ def decoder(union: Any, id_field: str, depth_max: int) -> Callable[[bytes], Any]
         try:
             message = validate(raw)
         except invalid as error:
-            raise _invalid_message(_readable(raw, id_field), union, errors_of(error), id_field) from None
+            raise _invalid_message(_parse_leniently(raw, id_field), union, errors_of(error), id_field) from None
         # To look for one byte is much cheaper, and answers it for most.
         if (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw):
             _refuse_constants(raw, id_field)
-        if is_deeper(raw, depth_max):
+        if nests_deeper_than(raw, depth_max):
             text = f"a field is nested more than {DEPTH_MAX} deep"
-            raise InvalidMessage(text, reply_to=_readable_id(_readable(raw, id_field), id_field))
+            raise InvalidMessage(text, reply_to=_reply_id(_parse_leniently(raw, id_field), id_field))
         return message
 
     return decode
@@ -1149,12 +1161,12 @@ def type_of(message: type) -> str:
     return str(next(one.default for one in dataclasses.fields(message) if one.name == "type"))
 
 
-def is_deeper(raw: bytes, depth: int) -> bool:
+def nests_deeper_than(raw: bytes, depth: int) -> bool:
     """Say whether some JSON is nested deeper than that. To count its brackets answers it for most."""
-    return len(raw.translate(None, NOT_OPENING)) > depth and depth_of(raw) > depth
+    return len(raw.translate(None, NOT_OPENING)) > depth and nesting_depth(raw) > depth
 
 
-def depth_of(raw: bytes) -> int:
+def nesting_depth(raw: bytes) -> int:
     """Return how deep some JSON is nested."""
     without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     outside_of_strings = b"".join(without_escapes.split(b'"')[::2])
@@ -1166,7 +1178,7 @@ def _refuse_constants(raw: bytes, id_field: str) -> None:
     """Refuse NaN and Infinity where the fast parser let them through: in payloads and in unknown fields."""
 
     def refuse(constant: str) -> NoReturn:
-        raise InvalidMessage(f"{constant} is not JSON", reply_to=_readable_id(_readable(raw, id_field), id_field))
+        raise InvalidMessage(f"{constant} is not JSON", reply_to=_reply_id(_parse_leniently(raw, id_field), id_field))
 
     json.loads(raw, parse_constant=refuse)
 
@@ -1185,7 +1197,7 @@ def _invalid_message(readable: dict[str, Any], union: Any, errors: list[Any], id
         text = "type: must be a string, one of " + ", ".join(_types_of(union))
     else:
         text = _field_error(errors)
-    return InvalidMessage(text, code=code, reply_to=_readable_id(readable, id_field))
+    return InvalidMessage(text, code=code, reply_to=_reply_id(readable, id_field))
 
 
 def _field_error(errors: list[Any]) -> str:
@@ -1203,16 +1215,16 @@ def _types_of(union: Any) -> list[str]:
     return sorted(map(type_of, typing.get_args(union)))
 
 
-def _readable(raw: bytes, id_field: str) -> dict[str, Any]:
+def _parse_leniently(raw: bytes, id_field: str) -> dict[str, Any]:
     """Return what can be read of a refused message: all of it if it is a JSON object, else its id at the most."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
-        document = {id_field: _scan_for(id_field, raw[:SCAN_BYTES])}
+        document = {id_field: _find_string_field(id_field, raw[:SCAN_BYTES])}
     return document if isinstance(document, dict) else {}
 
 
-def _scan_for(wanted: str, raw: bytes) -> Any:
+def _find_string_field(wanted: str, raw: bytes) -> Any:
     """Return the value of a string field at the top level of what need not be JSON to its end; None if not found."""
     depth, name, is_value = 0, b"", False
     for match in JSON_TOKENS.finditer(raw):
@@ -1235,7 +1247,7 @@ def _scan_for(wanted: str, raw: bytes) -> Any:
     return None
 
 
-def _readable_id(readable: dict[str, Any], id_field: str) -> str | None:
+def _reply_id(readable: dict[str, Any], id_field: str) -> str | None:
     """Return the id if it is one that a reply can carry."""
     found = readable.get(id_field)
     if not isinstance(found, str):
@@ -1465,9 +1477,9 @@ TRIES_MAX = 3  # Wrong secrets, or messages without a token, before a connection
 SCHEMAS_BYTES_MAX = 65_536  # Of all capabilities of one agent.
 INDEX_MAX = 250_000  # Places in each of the two indexes of `discover`; one takes some 400 bytes at the most.
 # What a message costs beside its own 1, for whoever rations them: so much more of this costs as much as another one.
-EFFORT_BYTES = 16_384
-EFFORT_AGENTS = 50  # Looked at by `discover`.
-EFFORT_TASKS = 4  # Listed by `status`.
+COST_BYTES = 16_384
+COST_AGENTS = 50  # Looked at by `discover`.
+COST_TASKS = 4  # Listed by `status`.
 CLOSE_CODES = frozenset((*CloseCode, 1002, 1006, 1007))  # Those that are counted each by itself.
 WARNING_CLOSE_CODES = CLOSE_CODES - {CloseCode.DONE, CloseCode.GOING_AWAY, CloseCode.REPLACED, 1006}
 
@@ -1525,7 +1537,7 @@ Effect = tuple[Any, HubOutput | Close]
 
 @dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
-    """What the hub knows of one task. Only `Hub._move` assigns `state`."""
+    """What the hub knows of one task. Only `Hub._transition` assigns `state`."""
 
     task_id: str
     request: Delegate
@@ -1557,7 +1569,7 @@ class TaskRecord:
         return -self.request.priority, self.arrival
 
     @property
-    def is_patient(self) -> bool:
+    def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
         return self.request.wait or self.request.max_retries > 0
 
@@ -1651,7 +1663,7 @@ class TaskRow(NamedTuple):
     attempt: int
     told: bool  # Its requester was told of the end.
     ended_at: float
-    end: Settled | None
+    end: TaskOutcome | None
 
 
 @dataclass(slots=True)
@@ -1766,7 +1778,7 @@ def match_rank(keyword: str, name: str, words: list[str]) -> int | None:
     return 2 if keyword in name else None
 
 
-class Index(Generic[Item]):
+class InvertedIndex(Generic[Item]):
     """Finds items by any of their keys. It is bounded: what no longer fits is to be looked at one by one."""
 
     __slots__ = ("_by_key", "_places", "_unlisted")
@@ -1803,30 +1815,30 @@ class Index(Generic[Item]):
         return [*min((self._by_key.get(key, {}) for key in keys), key=len), *self._unlisted]
 
 
-class Finder:
+class CapabilityIndex:
     """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.
 
     Names are looked up by their parts of three characters, as search indexes do it (pg_trgm of PostgreSQL, for one).
     """
 
-    __slots__ = ("_by_part", "_by_word", "_pools", "looked_at")
+    __slots__ = ("_by_part", "_by_word", "_pools", "scanned")
 
     def __init__(self) -> None:
         self._pools: dict[str, Pool] = {}
-        self._by_part: Index[Pool] = Index()
-        self._by_word: Index[AgentRecord] = Index()
-        self.looked_at = 0  # Names and agents, by the last search.
+        self._by_part: InvertedIndex[Pool] = InvertedIndex()
+        self._by_word: InvertedIndex[AgentRecord] = InvertedIndex()
+        self.scanned = 0  # Names and agents, by the last search.
 
     def __len__(self) -> int:
         return len(self._pools) + len(self._by_part) + len(self._by_word)
 
     def add_pool(self, pool: Pool) -> None:
         self._pools[pool.name] = pool
-        self._by_part.add(pool, parts_of(pool.lower_name))
+        self._by_part.add(pool, trigrams(pool.lower_name))
 
     def drop_pool(self, pool: Pool) -> None:
         del self._pools[pool.name]
-        self._by_part.drop(pool, parts_of(pool.lower_name))
+        self._by_part.drop(pool, trigrams(pool.lower_name))
 
     def add_agent(self, agent: AgentRecord) -> None:
         self._by_word.add(agent, agent.words)
@@ -1838,19 +1850,19 @@ class Finder:
         """Return how well agents match a keyword in lower case, those that do: 0 is best, 3 a word of a description."""
         agents = self._by_word.candidates([keyword])
         ranks = {agent: 3 for agent in agents if keyword in agent.words}
-        parts = parts_of(keyword)
+        parts = trigrams(keyword)
         pools = self._by_part.candidates(parts) if parts else list(self._pools.values())
-        self.looked_at = len(agents) + len(pools)
+        self.scanned = len(agents) + len(pools)
         for pool in pools:
             rank = match_rank(keyword, pool.lower_name, pool.words)
             if rank is not None:
-                self.looked_at += len(pool.members)
+                self.scanned += len(pool.members)
                 for agent in pool.members.values():
                     ranks[agent] = min(rank, ranks.get(agent, rank))
         return ranks
 
 
-def parts_of(text: str) -> dict[str, None]:
+def trigrams(text: str) -> dict[str, None]:
     return dict.fromkeys(text[start : start + 3] for start in range(len(text) - 2))
 
 
@@ -1884,12 +1896,12 @@ class Hub:
         self._agents: dict[str, AgentRecord] = {}
         self._gone: dict[str, AgentRecord] = {}  # Those of them past their grace time.
         self._pools: dict[str, Pool] = {}
-        self._finder = Finder()
+        self._finder = CapabilityIndex()
         self._open: dict[str, TaskRecord] = {}
         self._ended: dict[str, TaskRecord] = {}  # Whose requester was told. In the order of their ends.
         self._undelivered: dict[str, TaskRecord] = {}  # Whose requester is away. In the order of their ends.
         self._queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By agent_id and capability.
-        self._unfilled: dict[str, AgentRecord] = {}  # Who can take a task when all that is due has ended.
+        self._deferred: dict[str, AgentRecord] = {}  # Who can take a task when all that is due has ended.
         self._deadlines: LazyHeap[TaskRecord | AgentRecord | Peer] = LazyHeap()
         # Where records are kept for a second, they are not left lying for thirty.
         self._sweep_interval_s = min(settings.reap_s, max(0.1, settings.retention_s / 10))
@@ -1919,7 +1931,7 @@ class Hub:
         self._advance(now)
         peer.last_seen = self._now
         self._message_bytes = message_bytes
-        self.effort = 1 + message_bytes // EFFORT_BYTES
+        self.effort = 1 + message_bytes // COST_BYTES
         try:
             self._RECEIVERS[type(message)](self, peer, message)
         except Refused as refusal:
@@ -1931,7 +1943,7 @@ class Hub:
         self._advance(now)
         peer = self._peers.get(connection)
         if peer is not None:
-            self._drop(peer, code)
+            self._forget_connection(peer, code)
         return self._take_effects()
 
     def tick(self, now: float) -> list[Effect]:
@@ -1940,7 +1952,7 @@ class Hub:
         for _ in range(TICK_BATCH):
             due = self._deadlines.first()
             if due is None or due[0] > self._now:
-                self._fill_the_unfilled()
+                self._assign_deferred()
                 break
             self._deadlines.discard(due[1])
             self._on_deadline(due[1])
@@ -1948,17 +1960,17 @@ class Hub:
             self._reap()
         return self._take_effects()
 
-    def tell_again(self, task_id: str, now: float) -> list[Effect]:
+    def redeliver(self, task_id: str, now: float) -> list[Effect]:
         """Take note that the word of a task's end did not go out, because its requester's connection was lost."""
         self._advance(now)
-        task = self._unlist_told(task_id)
+        task = self._forget_delivered(task_id)
         if task is not None:
-            self._tell_requester(task)
+            self._deliver_outcome(task)
         return self._take_effects()
 
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
-        if self._unfilled:
+        if self._deferred:
             return self._now
         first = self._deadlines.first()
         return self._next_sweep if first is None else min(first[0], self._next_sweep)
@@ -2039,12 +2051,12 @@ class Hub:
             attempt=task.attempt,
             told=task.task_id in self._ended,
             ended_at=task.ended_at,
-            end=self._settled(task) if task.state in FINAL_STATES else None,
+            end=self._outcome(task) if task.state in FINAL_STATES else None,
         )
         (changes.moved if task.is_saved else changes.new).append(row)
         task.is_saved = True
 
-    def _note(self, subject: TaskRecord | AgentRecord) -> None:
+    def _mark_dirty(self, subject: TaskRecord | AgentRecord) -> None:
         if self._is_journaled:
             self._changed[subject] = None
 
@@ -2120,10 +2132,10 @@ class Hub:
     def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
         self._totals[task.state] += 1
         if is_told or task.requester.departed:
-            self._list_told(task)
+            self._keep_delivered(task)
         else:
-            self._list_undelivered(task)
-            self._note(task)  # That it is to be told, if this hub dies before it can.
+            self._keep_undelivered(task)
+            self._mark_dirty(task)  # That it is to be told, if this hub dies before it can.
 
     # Joining and leaving.
 
@@ -2140,8 +2152,8 @@ class Hub:
             self._send(peer, self._registered(agent, message.id))
         for task in list(agent.undelivered.values()):
             del agent.undelivered[task.task_id], self._undelivered[task.task_id]
-            self._tell_requester(task)
-        self._fill(agent)
+            self._deliver_outcome(task)
+        self._assign_waiting(agent)
 
     def _check_description(self, message: Register) -> None:
         """Refuse an agent that says more of itself than this hub takes."""
@@ -2173,7 +2185,7 @@ class Hub:
     def _new_agent(self, name: str) -> AgentRecord:
         if len(self._agents) >= self.settings.agents_max:
             raise Refused(f"the hub has its {self.settings.agents_max} agents", code=Code.OVERLOADED)
-        readable = readable_id(name, 48) or "agent"
+        readable = slugify(name, 48) or "agent"
         agent_id = f"{readable}-{self._entropy(4).hex()}"
         while agent_id in self._agents:
             agent_id = f"{readable}-{self._entropy(4).hex()}"
@@ -2200,8 +2212,8 @@ class Hub:
         agent.info_bytes = len(encode(Discovered(agents=[agent.info], total=1)))
         if agent.leaving is None:
             self._join_pools(agent)
-        self._list(agent)
-        self._note(agent)
+        self._update_load(agent)
+        self._mark_dirty(agent)
 
     def _registered(self, agent: AgentRecord, reply_to: str) -> Registered:
         return Registered(
@@ -2221,15 +2233,15 @@ class Hub:
             agent.leaving = message
             self._leave_pools(agent)
             self._release_awaited(agent)
-            self._depart_if_drained(agent)
+            self._leave_if_drained(agent)
         else:
-            self._depart(agent, message)
+            self._leave_hub(agent, message)
 
-    def _depart_if_drained(self, agent: AgentRecord) -> None:
+    def _leave_if_drained(self, agent: AgentRecord) -> None:
         if agent.leaving is not None and agent.peer is not None and not agent.running:
-            self._depart(agent, agent.leaving)
+            self._leave_hub(agent, agent.leaving)
 
-    def _depart(self, agent: AgentRecord, message: Deregister) -> None:
+    def _leave_hub(self, agent: AgentRecord, message: Deregister) -> None:
         """Grant a wish to leave."""
         peer = agent.peer
         if peer is None:
@@ -2239,11 +2251,11 @@ class Hub:
                 self._send(peer, Deregistered(reply_to=request.id))
         self._close(peer, CloseCode.DONE, "deregistered")
         agent.departed = True
-        self._lose(agent)
+        self._remove_agent(agent)
 
     def _close(self, peer: Peer, code: int, reason: str) -> None:
         self._effects.append((peer.connection, Close(code, reason)))
-        self._drop(peer, code)
+        self._forget_connection(peer, code)
 
     def _set_known(self, peer: Peer) -> None:
         """Take note that a connection has said what it is here for."""
@@ -2251,7 +2263,7 @@ class Hub:
             peer.is_known = True
             self._deadlines.push(peer, self._now + self.settings.silence_s)
 
-    def _drop(self, peer: Peer, code: int) -> None:
+    def _forget_connection(self, peer: Peer, code: int) -> None:
         """Forget a connection, and start the grace time of its agent."""
         del self._peers[peer.connection]
         self._deadlines.discard(peer)
@@ -2262,14 +2274,14 @@ class Hub:
         agent, peer.agent = peer.agent, None
         if agent is not None:
             agent.peer = None
-            self._list(agent)
+            self._update_load(agent)
             self._deadlines.push(agent, self._now + self.settings.grace_s)
 
-    def _lose(self, agent: AgentRecord) -> None:
+    def _remove_agent(self, agent: AgentRecord) -> None:
         """Take an agent out: its grace time is over, or it left. Its tasks are tried again or fail."""
         log_hub.info("%s agent=%s running=%d", "left" if agent.departed else "lost", agent.agent_id, len(agent.running))
         agent.there = False
-        self._note(agent)
+        self._mark_dirty(agent)
         self._deadlines.discard(agent)
         self._leave_pools(agent)
         while agent.running:  # One may be a part of another, and end with it.
@@ -2283,14 +2295,14 @@ class Hub:
     def _release_awaited(self, agent: AgentRecord) -> None:
         """End the pending tasks that name an agent which takes no more, unless they are willing to wait."""
         for task in list(agent.awaited.values()):
-            if not task.is_patient:
+            if not task.waits_for_agent:
                 self._end(task, TaskEvent.LOST, error=ErrorInfo(Code.AGENT_LOST, "its agent left before it began"))
 
     def _on_deadline(self, subject: TaskRecord | AgentRecord | Peer) -> None:
         if isinstance(subject, TaskRecord):
             self._expire(subject)
         elif isinstance(subject, AgentRecord):
-            self._lose(subject)
+            self._remove_agent(subject)
         else:
             self._on_silence(subject)
 
@@ -2319,7 +2331,7 @@ class Hub:
         self._set_known(peer)
         keyword = message.capability.lower()
         ranks = self._finder.ranks(keyword) if keyword else dict.fromkeys(self._agents.values(), 0)
-        self.effort += (self._finder.looked_at if keyword else len(ranks)) // EFFORT_AGENTS
+        self.effort += (self._finder.scanned if keyword else len(ranks)) // COST_AGENTS
         ranked = [
             (rank, len(agent.running), agent.name, agent.agent_id)
             for agent, rank in ranks.items()
@@ -2338,7 +2350,7 @@ class Hub:
     def _on_broadcast(self, peer: Peer, message: Broadcast) -> None:
         sender = self._registered_agent(peer)
         self._check_size(message)
-        relayed = Relayed(sender=sender.agent_id, message=message.message, capability=message.capability)
+        relayed = BroadcastDelivery(sender=sender.agent_id, message=message.message, capability=message.capability)
         recipients = 0
         for agent in list(self._audience(message.capability)):
             if agent is not sender and agent.peer is not None:
@@ -2346,7 +2358,7 @@ class Hub:
                 recipients += 1
         self.effort *= max(1, recipients)
         if message.id is not None:
-            self._send(peer, Announced(reply_to=message.id, recipients=recipients))
+            self._send(peer, BroadcastReply(reply_to=message.id, recipients=recipients))
 
     def _audience(self, capability: str | None) -> Iterable[AgentRecord]:
         if capability is None:
@@ -2357,9 +2369,9 @@ class Hub:
     # Asking.
 
     def _on_status(self, peer: Peer, message: Status) -> None:
-        reply: Reported | Acknowledged
+        reply: StatusReply | TaskAck
         if message.task_id is None:
-            reply = self._task_list() if message.tasks else Reported(hub=self.summary())
+            reply = self._task_list() if message.tasks else StatusReply(hub=self.summary())
         elif message.progress is not None or message.detail is not None:
             reply = self._on_progress(self._registered_agent(peer), message)
         else:
@@ -2369,7 +2381,7 @@ class Hub:
             reply.reply_to = message.id
             self._send(peer, reply)
 
-    def _on_progress(self, agent: AgentRecord, message: Status) -> Acknowledged:
+    def _on_progress(self, agent: AgentRecord, message: Status) -> TaskAck:
         task = self._open_task(message.task_id or "")
         if task.assignee is not agent:
             raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
@@ -2379,7 +2391,7 @@ class Hub:
         self._grow(task, self._message_bytes - task.detail_bytes)
         task.detail_bytes = self._message_bytes
         if task.requester.peer is not None:
-            report = Reported(
+            report = StatusReply(
                 task_id=task.task_id,
                 state=task.state,
                 attempt=task.attempt,
@@ -2391,12 +2403,12 @@ class Hub:
             self._send(task.requester.peer, report)
         return self._acknowledged(task)
 
-    def _acknowledged(self, task: TaskRecord, reply_to: str | None = None) -> Acknowledged:
-        return Acknowledged(reply_to=reply_to, task_id=task.task_id, state=task.state, attempt=task.attempt)
+    def _acknowledged(self, task: TaskRecord, reply_to: str | None = None) -> TaskAck:
+        return TaskAck(reply_to=reply_to, task_id=task.task_id, state=task.state, attempt=task.attempt)
 
-    def _task_report(self, task: TaskRecord, asker: AgentRecord | None, reply_to: str | None) -> Reported:
+    def _task_report(self, task: TaskRecord, asker: AgentRecord | None, reply_to: str | None) -> StatusReply:
         """Tell what the asker may know of a task, as much as fits into one message: the output does, whatever else."""
-        whole = Reported(reply_to=reply_to, **self._task_fields(task), seq=task.seq or None)
+        whole = StatusReply(reply_to=reply_to, **self._task_fields(task), seq=task.seq or None)
         if asker is None or asker not in (task.requester, task.assignee):
             return whole
         whole.input, whole.detail, whole.output, whole.error = task.request.input, task.detail, task.output, task.error
@@ -2404,7 +2416,7 @@ class Hub:
         for report in (whole, lean):
             if task.bytes <= self._small_bytes_max or len(encode(report)) <= self.settings.message_bytes_max:
                 return report
-        return Reported(
+        return StatusReply(
             reply_to=reply_to,
             task_id=task.task_id,
             state=task.state,
@@ -2415,7 +2427,7 @@ class Hub:
         )
 
     def _task_fields(self, task: TaskRecord) -> dict[str, Any]:
-        """Return the fields that TaskInfo and Reported share."""
+        """Return the fields that TaskInfo and StatusReply share."""
         request = task.request
         return {
             "task_id": task.task_id,
@@ -2433,7 +2445,7 @@ class Hub:
             "code": task.error.code if task.error is not None else None,
         }
 
-    def _task_list(self) -> Reported:
+    def _task_list(self) -> StatusReply:
         """List the open tasks and then the ended ones, the newest first, as many as fit."""
         records = (self._open, self._undelivered, self._ended)
         newest_first = itertools.chain.from_iterable(reversed(kept.values()) for kept in records)
@@ -2441,12 +2453,12 @@ class Hub:
         room = self.settings.message_bytes_max - self.settings.envelope_bytes
         for task in itertools.islice(newest_first, LIST_MAX):
             one = TaskInfo(**self._task_fields(task))
-            room -= len(encode(Reported(tasks=[one])))
+            room -= len(encode(StatusReply(tasks=[one])))
             if room < 0:
                 break
             listed.append(one)
-        self.effort += len(listed) // EFFORT_TASKS
-        return Reported(tasks=listed, total=sum(map(len, records)))
+        self.effort += len(listed) // COST_TASKS
+        return StatusReply(tasks=listed, total=sum(map(len, records)))
 
     # Delegating.
 
@@ -2468,7 +2480,7 @@ class Hub:
         if message.id is not None:
             self._send(peer, self._acknowledged(task, message.id))
         if task.state in FINAL_STATES:
-            self._send(peer, self._settled(task))
+            self._send(peer, self._outcome(task))
 
     def _admit(self, agent: AgentRecord, message: Delegate) -> TaskRecord | None:
         """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
@@ -2536,7 +2548,7 @@ class Hub:
         task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._arrivals, size)
         self._count(task)
         self._list_open(task)
-        self._note(task)
+        self._mark_dirty(task)
         return task
 
     def _count(self, task: TaskRecord) -> None:
@@ -2556,7 +2568,7 @@ class Hub:
         agent = self._free_agent(task, avoiding) if self._now < task.deadline else None
         if agent is not None:
             self._assign(task, agent)
-            self._list(agent)
+            self._update_load(agent)
             return
         self._enqueue(task)
 
@@ -2584,7 +2596,7 @@ class Hub:
     def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
         if agent.peer is None:
             raise AssertionError("only an agent that is online is free")
-        self._move(task, ASSIGNED)
+        self._transition(task, ASSIGNED)
         task.attempt += 1
         task.assignee = agent
         agent.running[task.task_id] = task
@@ -2603,23 +2615,23 @@ class Hub:
         )
         self._send(agent.peer, delivery)
 
-    def _fill(self, agent: AgentRecord) -> None:
+    def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
         while self._counts[PENDING] and agent.is_available:
             task = self._next_for(agent)
             if task is None:
                 break
             if task.deadline <= self._now:  # Its turn and its deadline have come at once: `tick` ends it first.
-                self._unfilled[agent.agent_id] = agent
+                self._deferred[agent.agent_id] = agent
                 break
             self._unqueue(task)
             self._assign(task, agent)
-        self._list(agent)
+        self._update_load(agent)
 
-    def _fill_the_unfilled(self) -> None:
-        unfilled, self._unfilled = self._unfilled, {}
+    def _assign_deferred(self) -> None:
+        unfilled, self._deferred = self._deferred, {}
         for agent in unfilled.values():
-            self._fill(agent)
+            self._assign_waiting(agent)
 
     def _next_for(self, agent: AgentRecord) -> TaskRecord | None:
         """Return the first in line of all waiting tasks that this agent may take."""
@@ -2641,7 +2653,7 @@ class Hub:
         if named is not None:
             named.awaited.pop(task.task_id, None)
 
-    def _list(self, agent: AgentRecord) -> None:
+    def _update_load(self, agent: AgentRecord) -> None:
         """Bring an agent's place in its pools up to date with how much it has to do."""
         old, new = agent.load, len(agent.running) if agent.is_available else None
         if new != old:
@@ -2714,7 +2726,7 @@ class Hub:
             self._end(task, TaskEvent.LOST, sender=reporter, error=ErrorInfo(Code.AGENT_LOST, reason))
             return
         agent = task.assignee
-        self._move(task, TaskEvent.RETRIED)
+        self._transition(task, TaskEvent.RETRIED)
         task.assignee = None
         task.progress = task.detail = None
         self._grow(task, -task.detail_bytes)
@@ -2722,12 +2734,11 @@ class Hub:
         self._release(task, agent)
         self._dispatch(task, avoiding=agent)
         if agent is not None:
-            self._fill(agent)
-            self._depart_if_drained(agent)
+            self._assign_waiting(agent)
+            self._leave_if_drained(agent)
 
     def _release(self, task: TaskRecord, agent: AgentRecord | None) -> None:
-        """Undo what a task's being in progress meant: its agent's slot, which `_fill` gives to the next, and its
-        children."""
+        """Free the slot that a task took of its agent, which `_assign_waiting` fills again, and cancel its subtasks."""
         if agent is not None:
             del agent.running[task.task_id]
         if task.children:
@@ -2742,7 +2753,7 @@ class Hub:
         if task.state is PENDING:
             self._unqueue(task)
         agent = task.assignee
-        self._move(task, event)
+        self._transition(task, event)
         task.error, task.settled_by, task.ended_at = error, sender, self._now
         self._open.pop(task.task_id)
         self._deadlines.discard(task)
@@ -2750,36 +2761,36 @@ class Hub:
         if task.parent is not None and task.parent.children:
             task.parent.children.pop(task.task_id, None)
         self._release(task, agent)
-        self._tell_requester(task)
+        self._deliver_outcome(task)
         if agent is not None:
             if agent is not sender and agent.peer is not None:
                 self._send(agent.peer, self._acknowledged(task))
-            self._fill(agent)
+            self._assign_waiting(agent)
             if agent.leaving is not None:
-                self._depart_if_drained(agent)
+                self._leave_if_drained(agent)
 
-    def _tell_requester(self, task: TaskRecord) -> None:
+    def _deliver_outcome(self, task: TaskRecord) -> None:
         """Tell a task's end to its requester, or keep it until that one is back."""
-        self._note(task)
+        self._mark_dirty(task)
         requester = task.requester
         if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
-            self._list_undelivered(task)
+            self._keep_undelivered(task)
             return
-        self._list_told(task)
+        self._keep_delivered(task)
         if requester.peer is not None:
-            self._send(requester.peer, self._settled(task))
+            self._send(requester.peer, self._outcome(task))
         if self._records_bytes > self.settings.records_bytes_max:
             self._make_room()
 
-    def _list_undelivered(self, task: TaskRecord) -> None:
+    def _keep_undelivered(self, task: TaskRecord) -> None:
         task.requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
 
-    def _list_told(self, task: TaskRecord) -> None:
+    def _keep_delivered(self, task: TaskRecord) -> None:
         self._ended[task.task_id] = task
         self._ended_bytes += task.bytes
         task.requester.told += 1
 
-    def _unlist_told(self, task_id: str) -> TaskRecord | None:
+    def _forget_delivered(self, task_id: str) -> TaskRecord | None:
         """Take an ended task out of those whose requester was told; return it if it was one of them."""
         task = self._ended.pop(task_id, None)
         if task is not None:
@@ -2787,8 +2798,8 @@ class Hub:
             task.requester.told -= 1
         return task
 
-    def _settled(self, task: TaskRecord) -> Settled:
-        return Settled(
+    def _outcome(self, task: TaskRecord) -> TaskOutcome:
+        return TaskOutcome(
             task_id=task.task_id,
             sender=task.settled_by.agent_id if task.settled_by is not None else None,
             success=task.success,
@@ -2798,7 +2809,7 @@ class Hub:
             attempt=task.attempt,
         )
 
-    def _move(self, task: TaskRecord, event: TaskEvent) -> None:
+    def _transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state."""
         state = next_state(task.state, event)
         counts = self._counts
@@ -2807,14 +2818,14 @@ class Hub:
         if state in FINAL_STATES:
             self._totals[state] += 1
         task.state = state
-        self._note(task)
+        self._mark_dirty(task)
 
     # Forgetting.
 
     def _make_room(self, needed: int = 0) -> None:
         """Drop the oldest ended tasks, before their retention is over, while the records are too large together."""
         while self._ended and self._records_bytes + needed > self.settings.records_bytes_max:
-            self._forget(next(iter(self._ended.values())))
+            self._purge_task(next(iter(self._ended.values())))
 
     def _grow(self, task: TaskRecord, size: int) -> None:
         """Take note that a task's record has become larger by `size` bytes (or smaller)."""
@@ -2830,7 +2841,7 @@ class Hub:
         )
         stale = [task for task in itertools.chain(*kept) if task.ended_at <= horizon]
         for task in stale:
-            self._forget(task)
+            self._purge_task(task)
         self._forget_gone_agents()
         self._next_sweep = self._now + (0 if len(stale) >= TICK_BATCH else self._sweep_interval_s)
 
@@ -2838,12 +2849,12 @@ class Hub:
         """Drop those that nothing needs."""
         for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
             del self._agents[agent.agent_id], self._gone[agent.agent_id]
-            self._note(agent)
+            self._mark_dirty(agent)
 
-    def _forget(self, task: TaskRecord) -> None:
+    def _purge_task(self, task: TaskRecord) -> None:
         """Drop the record of an ended task."""
-        self._note(task)
-        if self._unlist_told(task.task_id) is None:
+        self._mark_dirty(task)
+        if self._forget_delivered(task.task_id) is None:
             del self._undelivered[task.task_id], task.requester.undelivered[task.task_id]
         self._records_bytes -= task.bytes
         self._counts[task.state] -= 1
@@ -3146,7 +3157,7 @@ class Journal:
                     int(attempt),
                     0 < told < self._writes,  # The effects of the last write may not have been carried out.
                     ended_at - clock_offset,
-                    self._read(decoder_from_hub(), end, Settled) if end is not None else None,
+                    self._read(decoder_from_hub(), end, TaskOutcome) if end is not None else None,
                 )
             )
         return agents, tasks, last - clock_offset
@@ -3258,12 +3269,12 @@ PRIVATE_CHARACTERS_MAX = 1_048_576  # In a file with a token, or an access file.
 SLICE_BYTES = 16_384  # Of what came in on one connection are handled before the others have a turn.
 OUT_BYTES_MAX = 2048  # Are gathered in one turn of the loop before they are written: who waits for them can begin.
 FRAGMENT_BYTES = 16  # A message may have as many fragments as if each had so many bytes; RFC 6455 has no bound.
-FRAME_EFFORT = 0.25  # What a ping or a fragment costs to handle; a plain message costs 1.
+FRAME_COST = 0.25  # What a ping or a fragment costs to handle; a plain message costs 1.
 MESSAGES_PER_S_MAX = 2000.0  # From one connection, in the long run.
 CPU_SHARE = 0.25  # Of a second of computing, what one connection may have per second in the long run.
 CPU_COUNTED_BYTES = 4096  # From this size on what a message costs is measured; below it all cost about the same.
 KEYS_BYTES = 1024  # Of random numbers are asked for at a time.
-VISITOR_BYTES_MAX = 131_072  # The largest message of who has not been let in.
+UNAUTHENTICATED_BYTES_MAX = 131_072  # The largest message of who has not been let in.
 HOLD_MAX_S = 10.0  # For what a connection has sent too much of: well within the silence that is too long.
 BURST_S = 2.0  # So many seconds' worth of messages may come at once.
 RATION_S = 0.02  # What is earned in so long is handled in one go: one pause for each message would cost more than it.
@@ -3289,7 +3300,7 @@ class LinkOwner(Protocol):
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 
-class Flag:
+class LightEvent:
     """What asyncio.Event is, with a tenth of the memory: each link has two of them, and a hub has many links."""
 
     __slots__ = ("_is_set", "_waiters")
@@ -3328,22 +3339,22 @@ class Link:
 
     address = ""  # Where the other end is.
     grant: Any = None  # What the other end may do; None: everything.
-    is_stuffed = False  # So much waits to be read that more should come as `postpone`.
+    is_backlogged = False  # So much waits to be read that more should come as `send_when_writable`.
 
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
         self._owner = owner
         self._decode = decode
         self._is_closing = False  # What comes in is not delivered any more.
         self._is_reported = False
-        self.gone = Flag()  # Nothing is left of it.
-        self.writable = Flag()  # What is sent does not pile up.
+        self.gone = LightEvent()  # Nothing is left of it.
+        self.writable = LightEvent()  # What is sent does not pile up.
         self.writable.set()
 
     def send(self, raw: bytes) -> None:
         """Send an encoded message; without effect when the link is closing."""
         raise NotImplementedError
 
-    def postpone(self, message: Any) -> None:
+    def send_when_writable(self, message: Any) -> None:
         """Send a message that its owner has in memory anyway, and encode it only when there is room for it."""
         raise NotImplementedError
 
@@ -3462,7 +3473,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         self._is_ending = False  # The socket is to be closed when all is written.
         self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
         self._out_bytes = 0
-        self._holds: set[str] = set()  # Why nothing is handled just now.
+        self._pause_reasons: set[str] = set()  # Why nothing is handled just now.
         self._unread = b""  # What has come in and, from `_position` on, has not been handled.
         self._position = 0
         self._is_handling = False
@@ -3484,15 +3495,15 @@ class WebSocketLink(Link, AsyncioProtocol):
             data = self._take_head(self._head_tail, data)
         self._unread = self._unread[self._position :] + self._begun + data
         self._begun, self._position = b"", 0
-        if not self._holds:
+        if not self._pause_reasons:
             self._handle_slice()
-            if self._unread and not self._holds:
+            if self._unread and not self._pause_reasons:
                 self._go_on_later()
 
     def eof_received(self) -> None:
         # TLS tells of the end though reading is paused, and the transport ends then: what came before has its turn now.
-        while self._unread and "its address has failed" not in self._holds:
-            self._holds.clear()
+        while self._unread and "its address has failed" not in self._pause_reasons:
+            self._pause_reasons.clear()
             self._handle_slice()
         self._unread = b""
         self._protocol.receive_eof()
@@ -3543,22 +3554,22 @@ class WebSocketLink(Link, AsyncioProtocol):
     # Reading
 
     def hold(self, why: str) -> None:
-        if not self._holds and self._transport is not None:
+        if not self._pause_reasons and self._transport is not None:
             self._transport.pause_reading()
-        self._holds.add(why)
+        self._pause_reasons.add(why)
 
     def release(self, why: str) -> None:
-        if why in self._holds:
-            self._holds.discard(why)
+        if why in self._pause_reasons:
+            self._pause_reasons.discard(why)
             if not self._is_handling:
                 self._go_on()
-            elif not self._holds and self._transport is not None:
+            elif not self._pause_reasons and self._transport is not None:
                 self._transport.resume_reading()
 
     def _go_on(self) -> None:
-        if not self._holds:
+        if not self._pause_reasons:
             self._handle_slice()
-        if self._holds:
+        if self._pause_reasons:
             return
         if self._unread:
             self._go_on_later()
@@ -3575,7 +3586,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         data, position = self._unread, self._position
         end = min(len(data), position + SLICE_BYTES)
         self._is_handling = True
-        while position < end and not self._holds:
+        while position < end and not self._pause_reasons:
             position = self._take_text(data, position) or self._take_other(data, position)
         self._is_handling = False
         self._unread, self._position = (data, position) if position < len(data) else (b"", 0)
@@ -3677,7 +3688,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         elif opcode == CLOSE:
             self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
         else:
-            self.spend(FRAME_EFFORT)
+            self.spend(FRAME_COST)
             if opcode in (TEXT, BINARY, CONTINUATION):
                 self._on_fragment(frame)
 
@@ -3820,26 +3831,26 @@ class ServerLink(WebSocketLink):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.is_stuffed = True
+        self.is_backlogged = True
         self.hold("does not read")
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._send_later()
         if not self._later and self.writable.is_set():
-            self.is_stuffed = False
+            self.is_backlogged = False
             self.release("does not read")
 
     def send(self, raw: bytes) -> None:
-        if not self.is_stuffed:
+        if not self.is_backlogged:
             self._send_frame(raw)
         elif self._later_bytes <= self._backlog_bytes_max // 2:
-            self.postpone(raw)
+            self.send_when_writable(raw)
             self._later_bytes += len(raw)
         else:
             self._loop.call_soon(self._cut_off)  # Not now: its owner is in the midst of sending.
 
-    def postpone(self, message: Any) -> None:
+    def send_when_writable(self, message: Any) -> None:
         if self._later is None:
             self._later = collections.deque()
         self._later.append(message)
@@ -4608,7 +4619,7 @@ class WebSockets(NamedTuple):
 @functools.cache
 def websockets_used() -> WebSockets:
     """Return what carries the WebSockets of this process: the package `websockets`, or what is built in."""
-    version = installed("websockets", oldest=(15, 0))
+    version = usable_version("websockets", oldest=(15, 0))
     if version is None:
         return WebSockets("built in", BuiltinServer, BuiltinClient, HandshakeFailed, apply_mask)
     from websockets.client import ClientProtocol
@@ -4636,14 +4647,14 @@ def websockets_used() -> WebSockets:
 # The hub on an event loop. Every fact goes through `_apply`: the hub is told, its effects are
 # carried out in order, and the one timer is armed for its next deadline.
 #
-# A link that comes in over the network belongs to the Door until it has been let in; then it is
+# A link that comes in over the network belongs to the Authenticator until it has been let in; then it is
 # handed to the hub of the namespace that its token opens.
 # ============================================================================================
 
 
 WRITE_AGAIN_S = 1.0  # After a write to the journal that failed.
 ROOM_AGAIN_S = 5.0  # Between two looks whether a full disk has room again.
-EFFORT_PER_WRITE_MAX = 500  # Of one connection: so much may be held back for it, as if of so many plain messages.
+COST_PER_WRITE_MAX = 500  # Of one connection: so much may be held back for it, as if of so many plain messages.
 HELD_MAX = 100_000  # Effects held back for a write; beyond that who speaks is told to come back later.
 TOKEN_S = 5.0  # For a connection to say its token.
 TOKENS_MAX = 1000  # In an access file.
@@ -4773,7 +4784,7 @@ class Access:
 
 def _grant(name: str, table: Any) -> Grant:
     """Return the grant that a table of an access file describes; raise ValueError, which names the place."""
-    where = f"tokens.{printable(name)}"
+    where = f"tokens.{escape_unprintable(name)}"
     known = {"sha256", "namespace", "may", "offers", "calls"}
     if not isinstance(table, dict) or not set(table) <= known:
         raise ValueError(f"{where}: is a table with {', '.join(sorted(known))}, and nothing else")
@@ -4796,7 +4807,7 @@ def _grant(name: str, table: Any) -> Grant:
     return Grant(name, sha256, namespace, may, lists["offers"], lists["calls"])
 
 
-class Failures:
+class AuthBackoff:
     """Wrong tokens, by the address that they came from, and how long that has to wait for its next answer."""
 
     def __init__(self) -> None:
@@ -4818,33 +4829,33 @@ class Failures:
         return min(max(0.0, score - (now - then) / FAILURE_FORGOTTEN_S), 2 * FAILURES_FREE)
 
 
-class Knock(NamedTuple):
+class AuthAttempt(NamedTuple):
     """A message from who has not been let in, and the token in it ("": something that cannot be one)."""
 
     message: AgentMessage | InvalidMessage | None  # None: the token came with the handshake.
     token: str | None
 
 
-def decode_knock(raw: bytes) -> Knock:
-    found = _readable(raw, "id").get("token")
+def decode_auth_attempt(raw: bytes) -> AuthAttempt:
+    found = _parse_leniently(raw, "id").get("token")
     token = found if isinstance(found, str) or found is None else ""
     try:
-        return Knock(decoder_from_agent()(raw), token)
+        return AuthAttempt(decoder_from_agent()(raw), token)
     except InvalidMessage as error:
         if not is_utf8(raw):
             raise
-        return Knock(error, token)
+        return AuthAttempt(error, token)
 
 
 @dataclass(slots=True, eq=False)
-class Visitor:
+class Unauthenticated:
     """Who has not been let in yet, and will be turned away when the timer fires."""
 
     timer: asyncio.TimerHandle
     tries: int = 0
 
 
-class Door:
+class Authenticator:
     """Lets links in that may come in: owns them until then, and after that `admit` does.
 
     `access` None lets everybody in. `names` are those that the hub goes by in a Host header (None: any), `origins` the
@@ -4862,8 +4873,8 @@ class Door:
         self.turned_away: dict[str, int] = {}
         self._names = names
         self._admit = admit
-        self._failures = Failures()
-        self._visitors: dict[Link, Visitor] = {}
+        self._failures = AuthBackoff()
+        self._visitors: dict[Link, Unauthenticated] = {}
         self._loop = asyncio.get_running_loop()
 
     def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
@@ -4903,13 +4914,13 @@ class Door:
         if self.access is None:
             self._admit(link, None)
             return
-        self._visitors[link] = Visitor(self._loop.call_later(TOKEN_S, self._close, link, "no token in time"))
+        self._visitors[link] = Unauthenticated(self._loop.call_later(TOKEN_S, self._close, link, "no token in time"))
         if isinstance(link, ServerLink) and link.bearer is not None:
-            self._examine(link, Knock(None, link.bearer), 0)
+            self._examine(link, AuthAttempt(None, link.bearer), 0)
 
-    def received(self, link: Link, knock: Knock, message_bytes: int) -> None:
+    def received(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None:
         if isinstance(knock, InvalidMessage):  # It was not even text.
-            knock = Knock(knock, None)
+            knock = AuthAttempt(knock, None)
         if link in self._visitors:
             self._examine(link, knock, message_bytes)
 
@@ -4920,7 +4931,7 @@ class Door:
 
     # Who is it?
 
-    def _examine(self, link: Link, knock: Knock, message_bytes: int) -> None:
+    def _examine(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None:
         """Let a visitor in, or not: at once, or later if its address has been wrong too often."""
         delay_s = self._failures.delay_s(link.address, self._loop.time()) if knock.token is not None else 0.0
         if not delay_s:
@@ -4935,7 +4946,7 @@ class Door:
         link.hold("its address has failed")
         self._loop.call_later(delay_s, decide)
 
-    def _decide(self, link: Link, knock: Knock, message_bytes: int) -> None:
+    def _decide(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None:
         if self.access is None:
             raise AssertionError("nobody is a visitor where everybody may come in")
         grant = self.access.grant(knock.token) if knock.token is not None else None
@@ -4947,7 +4958,7 @@ class Door:
         if knock.message is not None:
             owner.received(link, knock.message, message_bytes)
 
-    def _refuse(self, link: Link, knock: Knock) -> None:
+    def _refuse(self, link: Link, knock: AuthAttempt) -> None:
         text = "this hub has a token: AGENTHUB_TOKEN, a bearer token of the handshake, or `token` in the first message"
         if knock.token is not None:
             text = "that is not a token of this hub"
@@ -5075,7 +5086,7 @@ class GroupCommit:
         """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
         if not self._idle.is_set():
             spent = self._efforts[link] = self._efforts.get(link, 0) + effort
-            if spent > EFFORT_PER_WRITE_MAX:
+            if spent > COST_PER_WRITE_MAX:
                 link.hold("waits for the journal")
 
     async def close(self, within_s: float) -> None:
@@ -5307,8 +5318,8 @@ class LocalHub:
         self._links.pop(link, None)
         self._apply(self.hub.disconnected(link, self._loop.time(), code))
         for message in link.take_unsent():
-            if isinstance(message, Settled):
-                self._apply(self.hub.tell_again(message.task_id, self._loop.time()))
+            if isinstance(message, TaskOutcome):
+                self._apply(self.hub.redeliver(message.task_id, self._loop.time()))
 
     # The hub's effects and its time.
 
@@ -5329,8 +5340,10 @@ class LocalHub:
                 if isinstance(action, Close):
                     link.close(action.code, action.reason)
                     continue
-                if link.is_stuffed and isinstance(action, Delegated | Settled):  # Whose payloads are in the records.
-                    link.postpone(action)
+                if link.is_backlogged and isinstance(
+                    action, Delegated | TaskOutcome
+                ):  # Whose payloads are in the records.
+                    link.send_when_writable(action)
                     continue
                 sent, raw = action, encode(action)
             link.send(raw)
@@ -5339,8 +5352,8 @@ class LocalHub:
         """Carry out effects that were held back; an end whose reader has gone meanwhile is told to it another time."""
         self._carry_out(effects)
         for link, action in effects:
-            if isinstance(action, Settled) and link not in self._links:
-                self._apply(self.hub.tell_again(action.task_id, self._loop.time()))
+            if isinstance(action, TaskOutcome) and link not in self._links:
+                self._apply(self.hub.redeliver(action.task_id, self._loop.time()))
 
     def _arm(self) -> None:
         """See to it that `_tick` is called at the hub's next deadline. A timer that is too early does no harm."""
@@ -5410,7 +5423,7 @@ class HubServer(LocalHub):
         self.port = port
         self._access = access
         bytes_max = self.settings.message_bytes_max
-        self._first_bytes_max = bytes_max if access is None else min(bytes_max, VISITOR_BYTES_MAX)
+        self._first_bytes_max = bytes_max if access is None else min(bytes_max, UNAUTHENTICATED_BYTES_MAX)
         self._tls = tls
         self._allow_origins = frozenset(map(check_origin, allow_origins))
         self._allow_hosts = frozenset(name.lower() for name in allow_hosts)
@@ -5434,7 +5447,7 @@ class HubServer(LocalHub):
     async def start(self) -> None:
         names = self._allow_hosts | {self._name.lower()} | set(LOOPBACK_NAMES if is_loopback(self.host) else ())
         is_any_name = not is_loopback(self.host) and not self._allow_hosts
-        self._door = Door(self._access, None if is_any_name else names, self._admit)
+        self._door = Authenticator(self._access, None if is_any_name else names, self._admit)
         await super().start()
         try:
             for namespace in self._access.namespaces if self._access is not None else ():
@@ -5570,7 +5583,7 @@ class HubServer(LocalHub):
             backlog_bytes_max=self._backlog_bytes_max,
             messages_per_s_max=self._messages_per_s_max,
             address=network,
-            decode=decode_knock if self._access is not None else None,
+            decode=decode_auth_attempt if self._access is not None else None,
             on_gone=self._on_gone,
         )
         self._sockets[link] = None  # Now, and not in the task: the next one is accepted before that runs.
@@ -5695,7 +5708,7 @@ class Session:
         self._waiting: dict[str, Callable[[HubMessage | AgentHubError], None]] = {}
         self._ids = itertools.count(1)
         self._link: Link | None = None
-        self._alarms = Alarms()  # For replies that do not come.
+        self._alarms = Timers()  # For replies that do not come.
 
     @classmethod
     async def open(cls, connector: Connector, on_message: Callable[[HubMessage], None]) -> Session:
@@ -5810,7 +5823,7 @@ class Session:
         if then is not None:
             then(message)
         elif isinstance(message, InvalidMessage):
-            log_agent.warning("the hub sent something that is no message: %s", printable(message.message))
+            log_agent.warning("the hub sent something that is no message: %s", escape_unprintable(message.message))
         else:
             self._on_message(message)
 
@@ -5823,7 +5836,7 @@ class Session:
             then(Disconnected(f"the connection to the hub was lost: {code} {reason}", close_code=code))
 
 
-class Alarms:
+class Timers:
     """Calls functions at set times, by one timer of the loop for all: most are taken back long before they are due."""
 
     def __init__(self) -> None:
@@ -5870,7 +5883,7 @@ class Alarms:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class HandlerOptions:
     """What the decorators `capability` and `on_broadcast` say of a function; None: the function says it itself."""
 
     name: str | None = None
@@ -5888,13 +5901,13 @@ class Handler:
     capability: Capability
     schema: dict[str, Any] | None  # Of the arguments that the function takes; None if it takes none but the Task.
     task_parameter: str | None  # The one that takes the Task.
-    bare_parameter: (
+    sole_parameter: (
         str | None
     )  # The one that takes an input which is no object: the only one, or the only required one.
     is_async: bool
 
     @classmethod
-    def of(cls, function: Callable[..., Any], mark: Mark) -> Handler:
+    def of(cls, function: Callable[..., Any], mark: HandlerOptions) -> Handler:
         """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments, or for a schema
         that is no JSON.
         """
@@ -5933,8 +5946,8 @@ class Handler:
             schema_of(hints.get("return")) or None if mark.output_schema is None else mark.output_schema,
         )
         alone = required or list(properties)
-        bare_parameter = alone[0] if len(alone) == 1 else None
-        return cls(function, offered, schema, task_parameter, bare_parameter, inspect.iscoroutinefunction(function))
+        sole_parameter = alone[0] if len(alone) == 1 else None
+        return cls(function, offered, schema, task_parameter, sole_parameter, inspect.iscoroutinefunction(function))
 
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
@@ -5943,8 +5956,8 @@ class Handler:
             given = task.input
             if given is None:
                 given = {}
-            elif not isinstance(given, dict) and self.bare_parameter is not None:
-                given = {self.bare_parameter: given}
+            elif not isinstance(given, dict) and self.sole_parameter is not None:
+                given = {self.sole_parameter: given}
             problem = schema_problem(given, self.schema, "input")
             if problem is not None:
                 raise TaskFailed(problem, code=Code.INVALID_INPUT)
@@ -6063,7 +6076,7 @@ def capability(
     """Make a method of an Agent's subclass the handler of a capability, as `Agent.capability` does a function."""
 
     def leave_mark(function: Function) -> Function:
-        mark = Mark(name if isinstance(name, str) else None, description, input_schema, output_schema)
+        mark = HandlerOptions(name if isinstance(name, str) else None, description, input_schema, output_schema)
         function.__agenthub__ = mark  # type: ignore[attr-defined]  # functions take attributes
         return function
 
@@ -6072,7 +6085,7 @@ def capability(
 
 def on_broadcast(function: Function) -> Function:
     """Make a method of an Agent's subclass the one that takes broadcasts: `(message, sender)`."""
-    function.__agenthub__ = Mark(is_broadcast=True)  # type: ignore[attr-defined]  # functions take attributes
+    function.__agenthub__ = HandlerOptions(is_broadcast=True)  # type: ignore[attr-defined]  # functions take attributes
     return function
 
 
@@ -6179,11 +6192,11 @@ class TaskHandle:
         self._agent = agent
         self._message = message
         self._is_accepted = False
-        self._is_called_off = False
+        self._is_cancelled_here = False
         self._loop = asyncio.get_running_loop()
-        self._end: Settled | AgentHubError | None = None
+        self._end: TaskOutcome | AgentHubError | None = None
         self._updates: collections.deque[Progress] | None = None  # Until there are some.
-        self._news = Flag()  # Set for a moment when there is progress, or the end.
+        self._news = LightEvent()  # Set for a moment when there is progress, or the end.
         self._deadline = 0.0
 
     @property
@@ -6212,14 +6225,14 @@ class TaskHandle:
         raise TaskFailed(error.message, code=error.code, task_id=self.task_id)
 
     @property
-    def settled(self) -> Settled | None:
+    def settled(self) -> TaskOutcome | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
         end = self._end
-        if end is None or isinstance(end, Settled):
+        if end is None or isinstance(end, TaskOutcome):
             return end
         if isinstance(end, Disconnected):
             return None
-        return Settled(  # The hub has forgotten it, could not be asked, or did not take it again.
+        return TaskOutcome(  # The hub has forgotten it, could not be asked, or did not take it again.
             task_id=self.task_id,
             sender=None,
             success=False,
@@ -6233,7 +6246,7 @@ class TaskHandle:
         """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
         if not self.done:
             with contextlib.suppress(Refused):  # It has ended just now, and that is told anyway.
-                await self._agent._request(self._cancellation(reason), Reported)
+                await self._agent._request(self._cancellation(reason), StatusReply)
 
     def cancel_soon(self, reason: str = "its requester stopped waiting") -> None:
         """Call the task off without waiting for it, where nothing can be awaited: in an `except CancelledError`.
@@ -6241,11 +6254,11 @@ class TaskHandle:
         It is done at once if there is a connection, else when there is one.
         """
         if not self.done:
-            self._agent._call_off(self, reason)
+            self._agent._cancel_in_background(self, reason)
 
     def _cancellation(self, reason: str) -> Result:
         """Call it off on this side, and return the message that does so at the hub."""
-        self._is_called_off = True
+        self._is_cancelled_here = True
         error = ErrorInfo(Code.CANCELLED, error_text(reason[:REASON_MAX]))
         return Result(task_id=self.task_id, success=False, error=error)
 
@@ -6260,7 +6273,7 @@ class TaskHandle:
                 return
             await self._news.wait()
 
-    async def _ended(self) -> Settled | AgentHubError:
+    async def _ended(self) -> TaskOutcome | AgentHubError:
         while self._end is None:
             await self._news.wait()
         return self._end
@@ -6269,13 +6282,13 @@ class TaskHandle:
         self._news.set()
         self._news.clear()
 
-    def _on_progress(self, report: Reported) -> None:
+    def _on_progress(self, report: StatusReply) -> None:
         if self._updates is None:
             self._updates = collections.deque(maxlen=UPDATES_MAX)
         self._updates.append(Progress(report.progress, report.detail, report.seq or 0))
         self._tell()
 
-    def _settle(self, end: Settled | AgentHubError) -> None:
+    def _settle(self, end: TaskOutcome | AgentHubError) -> None:
         self._agent._alarms.cancel(self._on_overdue)
         if self._end is None:
             self._end = end
@@ -6360,10 +6373,10 @@ class Agent:
         self._running: dict[str, Task] = {}  # By task_id.
         self._results: dict[str, Result] = {}  # Of tasks done here, until the hub has them.
         self._open: dict[str, TaskHandle] = {}  # By task_id.
-        self._broadcasts: collections.deque[Announced] = collections.deque(maxlen=UPDATES_MAX)
+        self._broadcasts: collections.deque[BroadcastReply] = collections.deque(maxlen=UPDATES_MAX)
         self._taking: asyncio.Task[None] | None = None
         self._threads = asyncio.Semaphore(max_tasks)
-        self._impatience = asyncio.Event()  # Somebody does not want to wait out the pause between two tries.
+        self._retry_now = asyncio.Event()  # Somebody does not want to wait out the pause between two tries.
         self._last_failure = ""  # Of a try to connect.
         self._late_until = 0.0  # A registration that was not answered may arrive at the hub until then.
         self._ended_by: Exception | None = None  # What made another try pointless.
@@ -6407,7 +6420,7 @@ class Agent:
         """
 
         def add(function: Function) -> Function:
-            mark = Mark(name if isinstance(name, str) else None, description, input_schema, output_schema)
+            mark = HandlerOptions(name if isinstance(name, str) else None, description, input_schema, output_schema)
             self._add_handler(Handler.of(function, mark))
             return function
 
@@ -6418,7 +6431,7 @@ class Agent:
         self._broadcast_handler = function
         return function
 
-    def _add_marked(self, mark: Mark | None, method: Callable[..., Any]) -> None:
+    def _add_marked(self, mark: HandlerOptions | None, method: Callable[..., Any]) -> None:
         if mark is None:
             return
         if mark.is_broadcast:
@@ -6521,13 +6534,13 @@ class Agent:
             raise RuntimeError("this agent is running already")
         self._next_session = asyncio.get_running_loop().create_future()
         self._threads = asyncio.Semaphore(self.max_tasks)
-        self._alarms = Alarms()  # For tasks that are done here, and those that others do.
-        self._impatience = asyncio.Event()
+        self._alarms = Timers()  # For tasks that are done here, and those that others do.
+        self._retry_now = asyncio.Event()
         self._last_failure = ""
         self._late_until = 0.0
         self._ended_by = None
         self._is_leaving = False
-        self._connection = asyncio.create_task(self._stay_connected())
+        self._connection = asyncio.create_task(self._connection_loop())
         return self._connection
 
     async def _deregister(self, message: Deregister, wait_s: float) -> bool:
@@ -6540,7 +6553,7 @@ class Agent:
             log_agent.warning("no answer to deregister in %g s agent=%s tasks=%d", wait_s, self.agent_id, running)
             return False
         except AgentHubError as error:
-            log_agent.debug("no answer to deregister: %s", printable(error.message))
+            log_agent.debug("no answer to deregister: %s", escape_unprintable(error.message))
             return False
         return True
 
@@ -6570,7 +6583,7 @@ class Agent:
         connection for good.
         """
         if self._session is None:
-            self._impatience.set()
+            self._retry_now.set()
         try:
             async with asyncio.timeout(within_s):
                 await self._connected()
@@ -6585,7 +6598,7 @@ class Agent:
             raise self._ended_by or Disconnected("this agent is not started")
         return await asyncio.shield(self._next_session)
 
-    async def _stay_connected(self) -> None:
+    async def _connection_loop(self) -> None:
         """Connect, again and again; ends with the error that makes another try pointless."""
         loop = asyncio.get_running_loop()
         backoff = Backoff()
@@ -6595,9 +6608,9 @@ class Agent:
                 joined = None
                 try:
                     session = await self._join()
-                    self._impatience.clear()
+                    self._retry_now.clear()
                     joined = loop.time()
-                    await self._attend(session)
+                    await self._heartbeat_loop(session)
                 except Disconnected as error:
                     if joined is not None:
                         last_seen = loop.time()
@@ -6607,11 +6620,11 @@ class Agent:
                     delay_s = backoff.next_s()
                     has_left = self._is_leaving and error.close_code == CloseCode.DONE
                     level = logging.DEBUG if has_left else logging.WARNING
-                    log_agent.log(level, "%s; next try in %.1f s", printable(error.message), delay_s)
+                    log_agent.log(level, "%s; next try in %.1f s", escape_unprintable(error.message), delay_s)
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(delay_s):
-                            await self._impatience.wait()
-                    self._impatience.clear()
+                            await self._retry_now.wait()
+                    self._retry_now.clear()
         except (AgentHubError, ValueError) as error:
             self._ended_by = error
             self._fail(error)
@@ -6652,7 +6665,7 @@ class Agent:
                 await session.close()
         return session
 
-    async def _attend(self, session: Session) -> None:
+    async def _heartbeat_loop(self, session: Session) -> None:
         """Keep a session alive until it ends. Raises Disconnected, with the close code."""
         loop = asyncio.get_running_loop()
         try:
@@ -6677,7 +6690,7 @@ class Agent:
     # After a (re)connection both sides agree.
 
     def _on_registered(self, session: Session, announced: list[str], reply: Registered) -> None:
-        log_agent.info("joined agent=%s", printable(reply.agent_id))
+        log_agent.info("joined agent=%s", escape_unprintable(reply.agent_id))
         self.agent_id, self._resume = reply.agent_id, reply.resume
         session.heartbeat_s = min(max(HEARTBEAT_MIN_S, reply.heartbeat_s), HEARTBEAT_MAX_S)
         session.message_bytes_max = reply.max_bytes
@@ -6687,14 +6700,14 @@ class Agent:
             return
         if list(self._handlers) != announced:  # One was added in the meantime.
             session.ask(self._registration(), _log_refusal)
-        self._agree({ref.task_id: ref.attempt for ref in reply.tasks})
+        self._reconcile({ref.task_id: ref.attempt for ref in reply.tasks})
         for handle in self._open.values():
             if handle._is_accepted:
-                self._spawn(self._ask_after(handle))
+                self._spawn(self._refresh(handle))
         if self._next_session is not None and not self._next_session.done():
             self._next_session.set_result(session)
 
-    def _agree(self, held: dict[str, int]) -> None:
+    def _reconcile(self, held: dict[str, int]) -> None:
         """Bring what runs here in line with the tasks and attempts that the hub holds to be running here."""
         for task in list(self._running.values()):
             if held.get(task.task_id) != task.attempt:
@@ -6710,18 +6723,18 @@ class Agent:
                 error = ErrorInfo(Code.AGENT_LOST, "the agent does not have this task")
                 self._send_result(Result(task_id=task_id, success=False, error=error, attempt=attempt))
 
-    async def _ask_after(self, handle: TaskHandle) -> None:
+    async def _refresh(self, handle: TaskHandle) -> None:
         """Ask what has become of an accepted task; one that the hub no longer knows is sent again, if it may be."""
         session = self._session
         if session is None or handle.done:
             return
         try:
-            report = await session.request(Status(task_id=handle.task_id), Reported)
+            report = await session.request(Status(task_id=handle.task_id), StatusReply)
         except Disconnected:
             return  # It is asked again after the next registration.
         except Refused as refusal:
             if refusal.code == Code.UNKNOWN_TASK:
-                await self._send_again(handle)
+                await self._resubmit(handle)
             else:
                 self._settle(handle.task_id, TaskFailed(refusal.message, code=Code.HUB_LOST, task_id=handle.task_id))
             return
@@ -6729,13 +6742,13 @@ class Agent:
             error = TaskFailed("the hub has forgotten who asked", code=Code.HUB_LOST, task_id=handle.task_id)
             self._settle(handle.task_id, error)
         elif report.state in FINAL_STATES:
-            self._settle(handle.task_id, settled_from(report))
+            self._settle(handle.task_id, outcome_from(report))
 
-    async def _send_again(self, handle: TaskHandle) -> None:
+    async def _resubmit(self, handle: TaskHandle) -> None:
         """Delegate a task anew to a hub that has forgotten it: one of its retries is used up by that."""
         if not handle._is_accepted:
             return  # That is under way.
-        if handle._is_called_off:
+        if handle._is_cancelled_here:
             error = TaskFailed("it was called off", code=Code.CANCELLED, task_id=handle.task_id)
             self._settle(handle.task_id, error)
             return
@@ -6757,17 +6770,19 @@ class Agent:
     def _on_message(self, message: HubMessage) -> None:
         if isinstance(message, Delegated):
             self._on_delegated(message)
-        elif isinstance(message, Settled):
+        elif isinstance(message, TaskOutcome):
             self._settle(message.task_id, message)
-        elif isinstance(message, Reported):
+        elif isinstance(message, StatusReply):
             self._on_reported(message)
-        elif isinstance(message, Announced):
+        elif isinstance(message, BroadcastReply):
             self._on_announced(message)
         elif isinstance(message, Error):
             level = logging.DEBUG if message.code in LATE_CODES else logging.WARNING
-            log_agent.log(level, "refused code=%s: %s", printable(message.code), printable(message.message))
+            log_agent.log(
+                level, "refused code=%s: %s", escape_unprintable(message.code), escape_unprintable(message.message)
+            )
 
-    def _on_reported(self, report: Reported) -> None:
+    def _on_reported(self, report: StatusReply) -> None:
         task_id = report.task_id or ""
         if report.seq is not None:
             if task_id in self._open:
@@ -6775,7 +6790,7 @@ class Agent:
         elif report.state in FINAL_STATES and task_id in self._running:
             self._running[task_id]._stop()
 
-    def _settle(self, task_id: str, end: Settled | AgentHubError) -> None:
+    def _settle(self, task_id: str, end: TaskOutcome | AgentHubError) -> None:
         handle = self._open.pop(task_id, None)
         if handle is not None:
             handle._settle(end)
@@ -6801,7 +6816,9 @@ class Agent:
         return 2 * self.max_tasks + TASKS_OVER
 
     def _refuse_tasks(self, session: Session) -> None:
-        log_agent.error("the hub sends more tasks than this agent takes agent=%s", printable(self.agent_id or ""))
+        log_agent.error(
+            "the hub sends more tasks than this agent takes agent=%s", escape_unprintable(self.agent_id or "")
+        )
         session.cut()
 
     def _on_worked(self, task: Task, work: asyncio.Task[None]) -> None:
@@ -6901,12 +6918,17 @@ class Agent:
         del self._results[result.task_id]
         if isinstance(reply, Error):
             level = logging.DEBUG if reply.code in LATE_CODES else logging.WARNING
-            log_agent.log(level, "result refused task=%s code=%s", printable(result.task_id), printable(reply.code))
+            log_agent.log(
+                level,
+                "result refused task=%s code=%s",
+                escape_unprintable(result.task_id),
+                escape_unprintable(reply.code),
+            )
             if reply.code in (Code.INVALID_MESSAGE, Code.TOO_LARGE) and result.success:
                 code = reply.code if reply.code == Code.TOO_LARGE else Code.FAILED
                 self._send_failure(result, ErrorInfo(code, f"the hub refused the output: {reply.message}"))
 
-    def _on_announced(self, message: Announced) -> None:
+    def _on_announced(self, message: BroadcastReply) -> None:
         if self._broadcast_handler is None:
             return
         if len(self._broadcasts) == UPDATES_MAX:
@@ -6970,7 +6992,7 @@ class Agent:
         if task_id is not None:
             check_text("task_id", task_id, ID_PATTERN)
         message = Delegate(
-            task_id=task_id or f"{readable_id(self.name, 40) or 'task'}-{os.urandom(8).hex()}",
+            task_id=task_id or f"{slugify(self.name, 40) or 'task'}-{os.urandom(8).hex()}",
             agent_id=agent_id,
             capability=capability,
             input=check_json(input),
@@ -6992,21 +7014,23 @@ class Agent:
             raise
         return handle
 
-    def _call_off(self, handle: TaskHandle, reason: str) -> None:
+    def _cancel_in_background(self, handle: TaskHandle, reason: str) -> None:
         cancellation = handle._cancellation(reason)
         if self._session is None:
-            self._call_off_later(handle, cancellation, Disconnected("there is no connection just now"))
+            self._cancel_when_connected(handle, cancellation, Disconnected("there is no connection just now"))
         else:
-            self._session.ask(cancellation, functools.partial(self._call_off_later, handle, cancellation))
+            self._session.ask(cancellation, functools.partial(self._cancel_when_connected, handle, cancellation))
 
-    def _call_off_later(self, handle: TaskHandle, cancellation: Result, reply: HubMessage | AgentHubError) -> None:
+    def _cancel_when_connected(
+        self, handle: TaskHandle, cancellation: Result, reply: HubMessage | AgentHubError
+    ) -> None:
         if isinstance(reply, Disconnected) and self._connection is not None:
-            self._spawn(self._insist(handle, cancellation))
+            self._spawn(self._cancel_until_acknowledged(handle, cancellation))
 
-    async def _insist(self, handle: TaskHandle, cancellation: Result) -> None:
+    async def _cancel_until_acknowledged(self, handle: TaskHandle, cancellation: Result) -> None:
         with contextlib.suppress(AgentHubError, TimeoutError):  # It has ended, or will at its deadline.
             async with asyncio.timeout(handle._message.ttl):
-                await self._request(cancellation, Reported)
+                await self._request(cancellation, StatusReply)
 
     async def _get_accepted(self, handle: TaskHandle, patience_s: float | None = None) -> None:
         """Send a task until the hub has acknowledged it: to send the same one twice is safe."""
@@ -7017,7 +7041,7 @@ class Agent:
         try:
             while True:
                 try:
-                    await self._request(message, Reported, until=last)
+                    await self._request(message, StatusReply, until=last)
                     break
                 except Refused as refusal:
                     now = handle._loop.time()
@@ -7025,7 +7049,11 @@ class Agent:
                         raise TimeoutError from refusal
                     if refusal.code != Code.OVERLOADED or now >= patient_until:
                         raise
-                    log_agent.info("overloaded task=%s: %s", printable(handle.task_id), printable(refusal.message))
+                    log_agent.info(
+                        "overloaded task=%s: %s",
+                        escape_unprintable(handle.task_id),
+                        escape_unprintable(refusal.message),
+                    )
                 async with asyncio.timeout_at(last):
                     await asyncio.sleep(backoff.next_s())
                 # What was refused was not begun, so its time to live may be what is left of it.
@@ -7043,7 +7071,7 @@ class Agent:
 
     def _on_overdue(self, handle: TaskHandle) -> None:
         if self._session is not None:
-            self._spawn(self._ask_after(handle))
+            self._spawn(self._refresh(handle))
             handle._deadline = handle._loop.time()
             self._watch(handle)
         else:
@@ -7059,12 +7087,12 @@ class Agent:
     async def broadcast(self, message: Any, capability: str | None = None) -> int:
         """Send any JSON to all other agents that are online (with that capability); return how many there are."""
         session = await self._connected()
-        reply = await session.request(Broadcast(message=check_json(message), capability=capability), Announced)
+        reply = await session.request(Broadcast(message=check_json(message), capability=capability), BroadcastReply)
         return reply.recipients or 0
 
-    async def status(self, task_id: str | None = None) -> Reported:
+    async def status(self, task_id: str | None = None) -> StatusReply:
         """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
-        return await self._request(Status(task_id=task_id), Reported)
+        return await self._request(Status(task_id=task_id), StatusReply)
 
     # What the others share.
 
@@ -7105,7 +7133,7 @@ class LocalHubLike(Protocol):
 
 def _log_refusal(reply: HubMessage | AgentHubError) -> None:
     if isinstance(reply, Error):
-        log_agent.error("refused code=%s: %s", printable(reply.code), printable(reply.message))
+        log_agent.error("refused code=%s: %s", escape_unprintable(reply.code), escape_unprintable(reply.message))
 
 
 def _ignore(reply: object) -> None:
@@ -7120,7 +7148,9 @@ def failure(error: BaseException, task: Task) -> ErrorInfo:
         except ValueError:
             code = Code.FAILED
         return ErrorInfo(code, error_text(error.message))
-    log_agent.error("handler failed task=%s capability=%s", printable(task.task_id), task.capability, exc_info=error)
+    log_agent.error(
+        "handler failed task=%s capability=%s", escape_unprintable(task.task_id), task.capability, exc_info=error
+    )
     text = (
         repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
     )  # KeyError says the key only.
@@ -7132,9 +7162,9 @@ def error_text(text: str) -> str:
     return text.replace("\0", "\\x00").encode(errors="backslashreplace").decode()[:TEXT_MAX]
 
 
-def settled_from(report: Reported) -> Settled:
+def outcome_from(report: StatusReply) -> TaskOutcome:
     """Return a task's end as a late fetch tells it."""
-    return Settled(
+    return TaskOutcome(
         task_id=report.task_id or "",
         sender=report.agent_id,
         success=report.state == TaskState.COMPLETED,
@@ -7145,7 +7175,7 @@ def settled_from(report: Reported) -> Settled:
     )
 
 
-async def done_or_set(future: asyncio.Future[Any], event: asyncio.Event | Flag) -> None:
+async def done_or_set(future: asyncio.Future[Any], event: asyncio.Event | LightEvent) -> None:
     """Return when a future is done or an event is set, whichever comes first."""
     waiting = asyncio.create_task(event.wait())
     try:
@@ -7236,10 +7266,10 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        return escape_unprintable(super().formatMessage(record))
 
     def formatException(self, exc_info: Any) -> str:
-        return "\n".join(f"  | {printable(line)}" for line in super().formatException(exc_info).splitlines())
+        return "\n".join(f"  | {escape_unprintable(line)}" for line in super().formatException(exc_info).splitlines())
 
 
 class LogFloodFilter(logging.Filter):
@@ -7281,10 +7311,10 @@ def main(argv: list[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except (CommandFailed, AgentHubError) as error:
-        print(f"agenthub: {printable(str(error))}", file=sys.stderr)
+        print(f"agenthub: {escape_unprintable(str(error))}", file=sys.stderr)
         return 1
     except ValueError as error:
-        parser.error(printable(str(error)))
+        parser.error(escape_unprintable(str(error)))
     except BrokenPipeError:  # `agenthub status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -7347,7 +7377,7 @@ def _add_url(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca-file", metavar="PATH", help="the authorities that the hub's certificate is checked by")
 
 
-def use_url(args: argparse.Namespace) -> None:
+def export_connection_options(args: argparse.Namespace) -> None:
     """Put what `_add_url` has read where all agents of this process look for it."""
     os.environ["AGENTHUB_URL"] = check_url(args.url)
     if args.token_file is not None:
@@ -7697,14 +7727,14 @@ async def _serve_in_hub(agent: Agent, stopped: asyncio.Event) -> None:
     try:
         await agent.serve(stopped, HUB_DRAIN_S)
     except AgentHubError as error:
-        log_agent.error("agent %s has ended: %s", printable(agent.name), printable(error.message))
+        log_agent.error("agent %s has ended: %s", escape_unprintable(agent.name), escape_unprintable(error.message))
 
 
 # agent
 
 
 def _run_agent(args: argparse.Namespace) -> int:
-    use_url(args)  # For the agents that the file makes.
+    export_connection_options(args)  # For the agents that the file makes.
     if (args.command is None) == (args.target is None):
         raise ValueError("give either a FILE or --exec COMMAND")
     if args.command is None:
@@ -7787,7 +7817,7 @@ def exec_agent(command: str, name: str, capabilities: list[str], description: st
             command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=os.name == "posix"
         )
         try:
-            return await _converse(process, json.dumps(task.input).encode())
+            return await _communicate(process, json.dumps(task.input).encode())
         finally:
             await _end_process_group(process)
 
@@ -7796,7 +7826,7 @@ def exec_agent(command: str, name: str, capabilities: list[str], description: st
     return agent
 
 
-async def _converse(process: asyncio.subprocess.Process, raw: bytes) -> Any:
+async def _communicate(process: asyncio.subprocess.Process, raw: bytes) -> Any:
     """Give a process its input, and return its output; raise TaskFailed if it fails or says too much."""
     if process.stdin is None or process.stdout is None or process.stderr is None:
         raise AssertionError("all three were asked for")
@@ -7867,7 +7897,7 @@ def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    use_url(args)
+    export_connection_options(args)
     return asyncio.run(_status(args))
 
 
@@ -7887,7 +7917,7 @@ async def _status(args: argparse.Namespace) -> int:
 
 
 async def _task_text(session: Session, args: argparse.Namespace) -> str:
-    report = await session.request(Status(task_id=args.task), Reported)
+    report = await session.request(Status(task_id=args.task), StatusReply)
     fields = {name: value for name, value in plain(report).items() if name not in ("type", "reply_to")}
     if args.json:
         return json_text(fields)
@@ -7895,16 +7925,16 @@ async def _task_text(session: Session, args: argparse.Namespace) -> str:
 
 
 async def _hub_text(session: Session, args: argparse.Namespace) -> str:
-    hub = (await session.request(Status(), Reported)).hub or {}
+    hub = (await session.request(Status(), StatusReply)).hub or {}
     found = await session.request(Discover(limit=1000), Discovered)
-    listed = await session.request(Status(tasks=True), Reported)
+    listed = await session.request(Status(tasks=True), StatusReply)
     if args.json:
         return json_text({"hub": hub, "agents": plain(found)["agents"], "tasks": plain(listed)["tasks"]})
     counts = hub.get("tasks")  # What a hub says of itself has no form that could be relied on.
     counts = ", ".join(f"{number} {state}" for state, number in counts.items()) if isinstance(counts, dict) else "?"
     up_s = hub.get("uptime_s")
     up = f"{up_s:.0f}" if isinstance(up_s, int | float) else "?"
-    head = printable(f"hub {args.url}, version {hub.get('version')}, up {up} s; tasks: {counts}")
+    head = escape_unprintable(f"hub {args.url}, version {hub.get('version')}, up {up} s; tasks: {counts}")
     agents = [["AGENT", "RUNNING", "CAPABILITIES", "DESCRIPTION"], *map(_agent_row, found.agents[:LIST_MAX])]
     tasks = [
         ["TASK", "STATE", "CAPABILITY", "AGENT", "ATTEMPT", "AGE", "TTL", "PROGRESS"],
@@ -7941,7 +7971,7 @@ def _task_row(task: TaskInfo) -> list[str]:
 
 def table(rows: list[list[str]]) -> str:
     """Lay rows out in aligned columns, foreign text made printable and cut to the terminal's width."""
-    cells = [[printable(cell) for cell in row] for row in rows]
+    cells = [[escape_unprintable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -7962,7 +7992,7 @@ def shown(value: Any) -> str:
 
 
 def _run_call(args: argparse.Namespace) -> int:
-    use_url(args)
+    export_connection_options(args)
     text = sys.stdin.read() if args.input == "-" else args.input
     try:
         given = check_json(json.loads(text))
@@ -8013,7 +8043,7 @@ async def _show_progress(handle: TaskHandle) -> None:
         return
     async for update in handle:
         percent = f"{update.progress:4.0%}" if update.progress is not None else "    "
-        detail = printable(shown(update.detail)) if update.detail is not None else ""
+        detail = escape_unprintable(shown(update.detail)) if update.detail is not None else ""
         print(f"{percent} {detail}"[: shutil.get_terminal_size().columns], file=sys.stderr)
 
 
@@ -8022,7 +8052,7 @@ async def _show_progress(handle: TaskHandle) -> None:
 
 def _run_bridge(args: argparse.Namespace) -> int:
     """Run agenthub_mcp, the module that stands beside this one."""
-    use_url(args)  # A wrong URL or token is told now, and not to the model.
+    export_connection_options(args)  # A wrong URL or token is told now, and not to the model.
     name = f"{__name__.rpartition('.')[0]}.agenthub_mcp".lstrip(".")
     try:
         module = importlib.import_module(name)

@@ -240,7 +240,7 @@ def problem(error: agenthub.AgentHubError) -> CallToolResult:
     return CallToolResult(content=[TextContent(type="text", text=text) for text in texts], is_error=True)
 
 
-def reports_problems(
+def errors_as_results(
     tool: Callable[Parameters, Awaitable[CallToolResult]],
 ) -> Callable[Parameters, Awaitable[CallToolResult]]:
     """Make what goes wrong on the hub a result with an error; anything else is a bug, and the MCP server logs it."""
@@ -292,15 +292,15 @@ def agents_that_fit(agents: Iterable[agenthub.AgentInfo]) -> Iterator[FoundAgent
             yield found
 
 
-Word = agenthub.Reported | agenthub.Settled  # What the hub tells of a task, asked or at its end.
+TaskNews = agenthub.StatusReply | agenthub.TaskOutcome  # What the hub tells of a task, asked or at its end.
 
 
-def agent_of(word: Word) -> str | None:
-    agent_id = word.agent_id if isinstance(word, agenthub.Reported) else word.sender
+def agent_of(word: TaskNews) -> str | None:
+    agent_id = word.agent_id if isinstance(word, agenthub.StatusReply) else word.sender
     return short(agent_id, NAME_CHARS_MAX) if agent_id is not None else None
 
 
-def report_of(word: Word, capability: str | None = None, chars_max: int | None = OUTPUT_CHARS_MAX) -> TaskReport:
+def report_of(word: TaskNews, capability: str | None = None, chars_max: int | None = OUTPUT_CHARS_MAX) -> TaskReport:
     """Return what the hub told of a task, as far as it may be shown. An output is cut to `chars_max` characters."""
     output, is_cut = bounded(word.output, chars_max)
     report = TaskReport(
@@ -314,7 +314,7 @@ def report_of(word: Word, capability: str | None = None, chars_max: int | None =
     )
     if word.error is not None:
         report.error = TaskError(code=short(word.error.code, NAME_CHARS_MAX), message=short(word.error.message))
-    if isinstance(word, agenthub.Reported):
+    if isinstance(word, agenthub.StatusReply):
         report.capability = short(word.capability, NAME_CHARS_MAX) if word.capability is not None else None
         report.progress = word.progress
         report.detail, _ = bounded(word.detail, TEXT_CHARS_MAX)
@@ -367,8 +367,8 @@ class Delegation:
         self.capability = short(capability, NAME_CHARS_MAX)
         self.delegated_at = time.monotonic()
         self.chars = chars  # Of the input while it is open, and then of the output.
-        self.latest: Word = agenthub.Reported(task_id=handle.task_id, state="pending", capability=capability)
-        self.end: agenthub.Settled | None = None
+        self.latest: TaskNews = agenthub.StatusReply(task_id=handle.task_id, state="pending", capability=capability)
+        self.end: agenthub.TaskOutcome | None = None
         self.is_followed = True
         self._progress: tuple[float, str | None] | None = None
         self._news = asyncio.Event()
@@ -413,7 +413,7 @@ class Delegation:
             state=word.state or "",
             agent_id=agent_of(word),
             attempt=word.attempt or 0,
-            progress=word.progress if isinstance(word, agenthub.Reported) else None,
+            progress=word.progress if isinstance(word, agenthub.StatusReply) else None,
             code=short(word.error.code, NAME_CHARS_MAX) if word.error is not None else None,
             age_s=round(time.monotonic() - self.delegated_at, 3),
         )
@@ -482,7 +482,7 @@ class Bridge:
 
     # What the tools do.
 
-    @reports_problems
+    @errors_as_results
     async def hub_status(self) -> Annotated[CallToolResult, HubStatus]:
         """Show the hub: version, uptime, how many agents there are, tasks by state, and how many wait."""
         async with self._hub() as agent:
@@ -492,7 +492,7 @@ class Bridge:
         busy = f"tasks in progress: {tasks['in_progress']}, waiting: {status.queue}"
         return answer(f"Hub {status.version}; agents connected: {status.agents}, {busy}.", status)
 
-    @reports_problems
+    @errors_as_results
     async def discover_agents(
         self,
         capability: Annotated[str, Field(description="A keyword; the empty one finds all")] = "",
@@ -512,7 +512,7 @@ class Bridge:
         agents = list(agents_that_fit(others[:limit]))
         return FoundAgents(agents=agents, more=len(agents) < len(others))
 
-    @reports_problems
+    @errors_as_results
     async def delegate_task(
         self,
         capability: Annotated[str, Field(min_length=1, max_length=128, description="What is to be done")],
@@ -556,7 +556,7 @@ class Bridge:
             handle.cancel_soon("the call that delegated it was cancelled")
             raise
 
-    @reports_problems
+    @errors_as_results
     async def get_task_result(
         self,
         task_id: Annotated[str, Field(min_length=1, max_length=128)],
@@ -586,7 +586,7 @@ class Bridge:
         if delegation is not None and delegation.end is not None:
             return report_of(delegation.end, delegation.capability, chars_max)
         try:
-            word = await self._ask_after(task_id)
+            word = await self._refresh(task_id)
         except (agenthub.Disconnected, agenthub.Refused) as error:
             if delegation is None:
                 raise
@@ -598,7 +598,7 @@ class Bridge:
             report.note = "Its output is shown to none but the agent that delegated it."
         return report
 
-    async def _ask_after(self, task_id: str) -> agenthub.Reported:
+    async def _refresh(self, task_id: str) -> agenthub.StatusReply:
         """Return the hub's word of a task, and remember what can be listed of it."""
         async with self._hub() as agent:
             word = await agent.status(task_id)
@@ -607,7 +607,7 @@ class Bridge:
             delegation.latest = dataclasses.replace(word, input=None, output=None, detail=None)
         return word
 
-    @reports_problems
+    @errors_as_results
     async def broadcast_message(
         self,
         message: Annotated[
@@ -620,7 +620,7 @@ class Bridge:
             recipients = await agent.broadcast(message, capability)
         return answer(f"Agents that it was sent to: {recipients}.", Recipients(recipients=recipients))
 
-    @reports_problems
+    @errors_as_results
     async def list_tasks(
         self,
         state: Annotated[State | None, Field(description="Only those in this state")] = None,
@@ -628,13 +628,13 @@ class Bridge:
     ) -> Annotated[CallToolResult, TaskList]:
         """List the tasks that this bridge has delegated since it was started, the newest first."""
         newest_first = list(reversed(self._delegations.values()))
-        looked_at = newest_first[:limit] if state is None else newest_first
+        scanned = newest_first[:limit] if state is None else newest_first
         async with self._hub():
-            asked = (self._ask_after(delegation.task_id) for delegation in looked_at if delegation.end is None)
+            asked = (self._refresh(delegation.task_id) for delegation in scanned if delegation.end is None)
             for answered in await asyncio.gather(*asked, return_exceptions=True):
                 if isinstance(answered, BaseException) and not isinstance(answered, agenthub.Refused):
                     raise answered
-        lines = [delegation.line() for delegation in looked_at]
+        lines = [delegation.line() for delegation in scanned]
         lines = [line for line in lines if state is None or line.state == state]
         total = len(newest_first) if state is None else len(lines)
         shown = TaskList(tasks=lines[:limit], total=total)
@@ -964,7 +964,7 @@ def tool_agents(
     try:
         agenthub.check_text("name", name[:120], agenthub.VISIBLE_PATTERN)
     except ValueError:
-        name = agenthub.readable_id(name, 120) or "tools"
+        name = agenthub.slugify(name, 120) or "tools"
     for tool in tools:
         description = (tool.description or "")[:4096]
         offered = agenthub.Capability(f"{prefix}{tool.name}", description, tool.input_schema, tool.output_schema)

@@ -45,8 +45,8 @@ __all__ = [
     "ErrorInfo",
     "AgentInfo",
     "TaskInfo",
-    "Settled",
-    "Reported",
+    "TaskOutcome",
+    "StatusReply",
     "TaskState",
     "TaskEvent",
     "TRANSITIONS",
@@ -164,7 +164,7 @@ class Limit:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any: ...
 
 @dataclass(frozen=True, slots=True)
-class Payload:
+class JsonLimit:
     """Any JSON that passes `check_json`. What the hub itself reads has at most `bytes_max` bytes, and no NUL."""
 
     bytes_max: int | None = ...
@@ -338,7 +338,7 @@ class Delegated:
     attempt: int
 
 @dataclass(slots=True, kw_only=True)
-class Settled:
+class TaskOutcome:
     """A task's end, told to its requester. `sender` is None when the hub itself ended it."""
 
     type: Literal["result"] = ...
@@ -351,7 +351,7 @@ class Settled:
     attempt: int
 
 @dataclass(slots=True, kw_only=True)
-class Reported:
+class StatusReply:
     """A `status` from the hub: of itself, of all tasks or of one; progress; or word that a task has ended.
 
     The fields of one task are those of TaskInfo. `input`, `output`, `error` and `detail` are shown to the task's
@@ -384,8 +384,8 @@ class Reported:
     error: ErrorInfo | None = ...
 
 @dataclass(slots=True, kw_only=True)
-class Acknowledged:
-    """The part of Reported that answers most requests about a task; it goes out far more often than the rest."""
+class TaskAck:
+    """The part of StatusReply that answers most requests about a task; it goes out far more often than the rest."""
 
     type: Literal["status"] = ...
     reply_to: str | None = ...
@@ -394,7 +394,7 @@ class Acknowledged:
     attempt: int
 
 @dataclass(slots=True, kw_only=True)
-class Announced:
+class BroadcastReply:
     """A broadcast on its way to an agent (`message`, `sender`), or the reply to its sender (`recipients`)."""
 
     type: Literal["broadcast"] = ...
@@ -405,8 +405,8 @@ class Announced:
     capability: str | None = ...
 
 @dataclass(slots=True, kw_only=True)
-class Relayed:
-    """The part of Announced that goes to those who are meant to hear it."""
+class BroadcastDelivery:
+    """The part of BroadcastReply that goes to those who are meant to hear it."""
 
     type: Literal["broadcast"] = ...
     sender: str
@@ -427,8 +427,18 @@ class Error:
     task_id: str | None = ...
 
 AgentMessage = Register | Deregister | Discover | Delegate | Result | Status | Broadcast | Heartbeat
-HubMessage = Registered | Deregistered | Discovered | Delegated | Settled | Reported | Announced | HeartbeatAck | Error
-HubOutput = HubMessage | Acknowledged | Relayed
+HubMessage = (
+    Registered
+    | Deregistered
+    | Discovered
+    | Delegated
+    | TaskOutcome
+    | StatusReply
+    | BroadcastReply
+    | HeartbeatAck
+    | Error
+)
+HubOutput = HubMessage | TaskAck | BroadcastDelivery
 
 class PydanticCodec:
     """Messages checked and written by Pydantic, from the annotations above.
@@ -448,13 +458,13 @@ class PydanticCodec:
 
 Check = Callable[[Any], Any]
 
-class Unfit(Exception):
+class ValidationError(Exception):
     """A value is not what it should be. `errors` are those of Pydantic."""
 
     errors: Incomplete
     def __init__(self, errors: list[dict[str, Any]]) -> None: ...
     @classmethod
-    def because(cls, kind: str, text: str, **context: Any) -> Unfit: ...
+    def because(cls, kind: str, text: str, **context: Any) -> ValidationError: ...
     def within(self, part: str | int) -> list[dict[str, Any]]:
         """Return the errors as those of a part of something."""
 
@@ -544,7 +554,7 @@ Effect = tuple[Any, HubOutput | Close]
 
 @dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
-    """What the hub knows of one task. Only `Hub._move` assigns `state`."""
+    """What the hub knows of one task. Only `Hub._transition` assigns `state`."""
 
     task_id: str
     request: Delegate
@@ -573,7 +583,7 @@ class TaskRecord:
     def place(self) -> tuple[int, int]:
         """Where it stands in a queue: the higher priority first, then the earlier arrival."""
     @property
-    def is_patient(self) -> bool:
+    def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -648,7 +658,7 @@ class TaskRow(NamedTuple):
     attempt: int
     told: bool
     ended_at: float
-    end: Settled | None
+    end: TaskOutcome | None
 
 @dataclass(slots=True)
 class Changes:
@@ -684,7 +694,7 @@ class PendingQueue:
     def first(self, excluding: AgentRecord | None) -> TaskRecord | None:
         """Return the first task in line whose requester is not `excluding`."""
 
-class Index(Generic[Item]):
+class InvertedIndex(Generic[Item]):
     """Finds items by any of their keys. It is bounded: what no longer fits is to be looked at one by one."""
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
@@ -694,13 +704,13 @@ class Index(Generic[Item]):
     def candidates(self, keys: Iterable[str]) -> list[Item]:
         """Return the items that may have all these keys, at least one of them: those with the rarest."""
 
-class Finder:
+class CapabilityIndex:
     """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.
 
     Names are looked up by their parts of three characters, as search indexes do it (pg_trgm of PostgreSQL, for one).
     """
 
-    looked_at: int
+    scanned: int
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
     def add_pool(self, pool: Pool) -> None: ...
@@ -735,7 +745,7 @@ class Hub:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
     def tick(self, now: float) -> list[Effect]:
         """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
-    def tell_again(self, task_id: str, now: float) -> list[Effect]:
+    def redeliver(self, task_id: str, now: float) -> list[Effect]:
         """Take note that the word of a task's end did not go out, because its requester's connection was lost."""
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
@@ -796,7 +806,7 @@ class LinkOwner(Protocol):
         """Take a message, or the InvalidMessage that says why it is none."""
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
-class Flag:
+class LightEvent:
     """What asyncio.Event is, with a tenth of the memory: each link has two of them, and a hub has many links."""
     def __init__(self) -> None: ...
     def is_set(self) -> bool: ...
@@ -810,13 +820,13 @@ class Link:
 
     address: str
     grant: Any
-    is_stuffed: bool
+    is_backlogged: bool
     gone: Incomplete
     writable: Incomplete
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
     def send(self, raw: bytes) -> None:
         """Send an encoded message; without effect when the link is closing."""
-    def postpone(self, message: Any) -> None:
+    def send_when_writable(self, message: Any) -> None:
         """Send a message that its owner has in memory anyway, and encode it only when there is room for it."""
     def take_unsent(self) -> list[Any]:
         """Return what was postponed and has not been sent; it will not be."""
@@ -900,11 +910,11 @@ class ServerLink(WebSocketLink):
     ) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
-    is_stuffed: bool
+    is_backlogged: bool
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
     def send(self, raw: bytes) -> None: ...
-    def postpone(self, message: Any) -> None: ...
+    def send_when_writable(self, message: Any) -> None: ...
     def take_unsent(self) -> list[Any]: ...
     def close(self, code: int, reason: str = "") -> None: ...
     def limit_messages(self, bytes_max: int) -> None:
@@ -1073,26 +1083,26 @@ class Access:
         """Return what a token allows; None if it is none of these. Takes as long whichever it is, and however wrong."""
     def of_hash(self, sha256: str) -> Grant | None: ...
 
-class Failures:
+class AuthBackoff:
     """Wrong tokens, by the address that they came from, and how long that has to wait for its next answer."""
     def __init__(self) -> None: ...
     def add(self, address: str, now: float) -> None: ...
     def delay_s(self, address: str, now: float) -> float: ...
 
-class Knock(NamedTuple):
+class AuthAttempt(NamedTuple):
     """A message from who has not been let in, and the token in it ("": something that cannot be one)."""
 
     message: AgentMessage | InvalidMessage | None
     token: str | None
 
 @dataclass(slots=True, eq=False)
-class Visitor:
+class Unauthenticated:
     """Who has not been let in yet, and will be turned away when the timer fires."""
 
     timer: asyncio.TimerHandle
     tries: int = ...
 
-class Door:
+class Authenticator:
     """Lets links in that may come in: owns them until then, and after that `admit` does.
 
     `access` None lets everybody in. `names` are those that the hub goes by in a Host header (None: any), `origins` the
@@ -1116,7 +1126,7 @@ class Door:
     def grant_of(self, link: Link, request: Any) -> Grant | None:
         """Return what the token of a plain HTTP request allows. Who would have to wait for the answer gets None."""
     def opened(self, link: Link) -> None: ...
-    def received(self, link: Link, knock: Knock, message_bytes: int) -> None: ...
+    def received(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None: ...
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 class GroupCommit:
@@ -1252,7 +1262,7 @@ class Session:
     def received(self, link: Link, message: Any, message_bytes: int) -> None: ...
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
-class Alarms:
+class Timers:
     """Calls functions at set times, by one timer of the loop for all: most are taken back long before they are due."""
     def __init__(self) -> None: ...
     def set(self, function: Callable[[], None], when: float) -> None:
@@ -1263,7 +1273,7 @@ class Alarms:
         """Take all back."""
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class HandlerOptions:
     """What the decorators `capability` and `on_broadcast` say of a function; None: the function says it itself."""
 
     name: str | None = ...
@@ -1280,10 +1290,10 @@ class Handler:
     capability: Capability
     schema: dict[str, Any] | None
     task_parameter: str | None
-    bare_parameter: str | None
+    sole_parameter: str | None
     is_async: bool
     @classmethod
-    def of(cls, function: Callable[..., Any], mark: Mark) -> Handler:
+    def of(cls, function: Callable[..., Any], mark: HandlerOptions) -> Handler:
         """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments, or for a schema
         that is no JSON.
         """
@@ -1360,7 +1370,7 @@ class TaskHandle:
         its time to live was over, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
         """
     @property
-    def settled(self) -> Settled | None:
+    def settled(self) -> TaskOutcome | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
     async def cancel(self, reason: str = "") -> None:
         """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
@@ -1482,7 +1492,7 @@ class Agent:
         """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""
     async def broadcast(self, message: Any, capability: str | None = None) -> int:
         """Send any JSON to all other agents that are online (with that capability); return how many there are."""
-    async def status(self, task_id: str | None = None) -> Reported:
+    async def status(self, task_id: str | None = None) -> StatusReply:
         """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
 
 class LocalHubLike(Protocol):

@@ -33,7 +33,7 @@ from agenthub import (
     HubSettings,
     Register,
     Result,
-    Settled,
+    TaskOutcome,
     encode,
 )
 from benchmarks.measure import Options, Row, Unavailable, alternate, medians, progress, require, running
@@ -171,7 +171,7 @@ def expire(open_tasks: int) -> Row:
     while ended < open_tasks:
         time.sleep(max(0.0, hub.next_deadline() - (time.perf_counter() - began)))
         now = time.perf_counter() - began
-        ended += sum(isinstance(said, Settled) for _, said in carry_out(hub.tick(now)))
+        ended += sum(isinstance(said, TaskOutcome) for _, said in carry_out(hub.tick(now)))
         longest_s = max(longest_s, time.perf_counter() - began - now)
     return {
         "last_late_ms": (time.perf_counter() - began - last_deadline) * 1e3,

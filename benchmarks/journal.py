@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import agenthub
-from agenthub import Delegate, Delegated, Hub, HubSettings, Journal, Register, Result, Session, Settled, Status
+from agenthub import Delegate, Delegated, Hub, HubSettings, Journal, Register, Result, Session, Status, TaskOutcome
 from benchmarks.measure import Options, Row, Unavailable, alternate, cpu_s, hub, medians, progress
 
 NAME = "journal"
@@ -98,7 +98,7 @@ async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
 
     def go_on(message: Any) -> None:
         nonlocal left
-        if isinstance(message, Settled):
+        if isinstance(message, TaskOutcome):
             left -= 1
             if left == 0:
                 done.set_result(None)
@@ -142,6 +142,6 @@ def make_journal(path: Path, tasks: int) -> None:
 async def open_tasks(url: str) -> int:
     """Return how many tasks a hub says that it has open."""
     session = await Session.open(functools.partial(agenthub.connect_websocket, url), lambda _: None)
-    counts = ((await session.request(Status(), agenthub.Reported)).hub or {})["tasks"]
+    counts = ((await session.request(Status(), agenthub.StatusReply)).hub or {})["tasks"]
     await session.close()
     return int(counts["pending"] + counts["in_progress"])

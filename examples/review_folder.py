@@ -97,7 +97,7 @@ async def review_files(paths: list[Path]) -> Review:
     room = asyncio.Semaphore(FILES_AT_ONCE)
 
     async def take(path: Path) -> None:
-        name = printable(path.as_posix())
+        name = escape_unprintable(path.as_posix())
         async with room:
             try:
                 outcome.findings.extend(await review_file(me, path, name))
@@ -525,7 +525,7 @@ class ProgressLine:
         print(f"\r{line[:width]:{width}}", end="", file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return a file's name as it can be shown and sent: it may hold line breaks, or bytes that are no text."""
     return "".join(character if character.isprintable() else "?" for character in text)
 

@@ -42,6 +42,7 @@ import agenthub
 from agenthub import (
     FINAL_STATES,
     AgentRecord,
+    BroadcastDelivery,
     Close,
     Code,
     Delegate,
@@ -51,17 +52,16 @@ from agenthub import (
     HubServer,
     HubSettings,
     InvalidMessage,
-    Relayed,
-    Reported,
-    Settled,
+    StatusReply,
+    TaskOutcome,
     TaskRecord,
     TaskState,
     decoder_from_agent,
     decoder_from_hub,
     encode,
 )
-from tests.test_hub_machine import HubMachine
-from tests.world import World, snapshot
+from tests.harness import World, snapshot
+from tests.test_hub_stateful import HubMachine
 
 CPU_S_MAX = 1.0  # For one input. All of them are small, so more is an input that can stop a hub.
 TEXT_MAX = 600  # Characters of an error's text: it names a field and lists the types, but quotes nothing.
@@ -426,7 +426,7 @@ def check_message(raw: bytes, message: Any, decode: Callable[[bytes], Any]) -> N
     demand(copy == message, f"it reads differently the second time: {again[:300]!r}")
     demand(repr(copy) == repr(message), f"it reads differently the second time, in its types: {again[:300]!r}")
     if decode is decoder_from_agent():
-        demand(depth_of(document) <= agenthub.DEPTH_MAX + 1, "it is nested too deep")
+        demand(nesting_depth(document) <= agenthub.DEPTH_MAX + 1, "it is nested too deep")
     # Another parser must have read the same. The last of several equal keys counts, as in nearly all languages.
     original = json.loads(raw, parse_constant=refuse_constant)
     for name in ("input", "output", "detail", "message", "metadata", "task_id", "id", "reply_to", "sender"):
@@ -453,9 +453,9 @@ def of_64_bits(digits: str) -> int:
     return int(digits)
 
 
-def depth_of(value: Any) -> int:
+def nesting_depth(value: Any) -> int:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if items is None else 1 + max(map(depth_of, items), default=0)
+    return 0 if items is None else 1 + max(map(nesting_depth, items), default=0)
 
 
 # ============================================================================================
@@ -1249,7 +1249,7 @@ class Story:
             decoder_from_hub()(raw)
             self.check_who_is_told(raw, effect, agents.get(connection))
             self.check_sender(effect, agents.get(connection), message)
-            if isinstance(effect, Settled):
+            if isinstance(effect, TaskOutcome):
                 told_now.add(self.check_settled(effect))
         self.check_states(told_now)
         self.check_counters()
@@ -1277,17 +1277,17 @@ class Story:
         if isinstance(effect, Delegated):
             demand(hearer is not None and effect.agent_id == hearer.agent_id, "a task is handed to somebody else")
             demand(task is None or effect.sender == task.requester.agent_id, "a task has the wrong sender")
-        elif isinstance(effect, Relayed):
+        elif isinstance(effect, BroadcastDelivery):
             demand(effect.sender in [agent.agent_id for agent in self.agent_before.values()], "a voice from nowhere")
             demand(hearer is not None and effect.sender != hearer.agent_id, "a broadcast comes back to its sender")
-        elif isinstance(effect, Reported) and effect.sender is not None:
+        elif isinstance(effect, StatusReply) and effect.sender is not None:
             demand(task is not None and task.assignee is not None, "a report on a task that nobody works on")
             demand(task is None or task.assignee is None or effect.sender == task.assignee.agent_id, "a false reporter")
-        elif isinstance(effect, Settled) and effect.sender is not None:
+        elif isinstance(effect, TaskOutcome) and effect.sender is not None:
             by = task.assignee if task is not None else None
             demand(by is not None and effect.sender == by.agent_id, "a false result")
 
-    def check_settled(self, settled: Settled) -> int:
+    def check_settled(self, settled: TaskOutcome) -> int:
         task = self.task_of(settled)
         demand(task is not None, "an end is told of a task that the hub does not know")
         assert task is not None

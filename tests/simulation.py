@@ -37,7 +37,6 @@ from typing import Any, NoReturn
 from agenthub import (
     CLOCK_STEP_S,
     FINAL_STATES,
-    Acknowledged,
     AgentMessage,
     Changes,
     Close,
@@ -60,10 +59,11 @@ from agenthub import (
     Journal,
     Register,
     Registered,
-    Reported,
     Result,
-    Settled,
     Status,
+    StatusReply,
+    TaskAck,
+    TaskOutcome,
     TaskState,
     decoder_from_agent,
     decoder_from_hub,
@@ -228,15 +228,15 @@ class Ledger:
 
     def said(self, link: Link, action: Any, at: float) -> None:
         """Enter what the hub said, decided at `at`, at the moment it is sent."""
-        if isinstance(action, Acknowledged):
+        if isinstance(action, TaskAck):
             self._on_acknowledged(action, at)
         elif isinstance(action, Delegated):
             self._on_delivery(link, action, at)
-        elif isinstance(action, Settled):
+        elif isinstance(action, TaskOutcome):
             self._on_settled(link, action, at)
         elif isinstance(action, Registered):
             self._on_registered(link, action)
-        elif isinstance(action, Reported):
+        elif isinstance(action, StatusReply):
             self._on_reported(action, at)
         elif isinstance(action, Error):
             self._on_error(action)
@@ -286,7 +286,7 @@ class Ledger:
         if code == Code.AGENT_LOST and retries and book.attempt <= retries:
             self.fail(f"{task_id} was given up after attempt {book.attempt} with {retries} retries")
 
-    def _on_acknowledged(self, reply: Acknowledged, at: float) -> None:
+    def _on_acknowledged(self, reply: TaskAck, at: float) -> None:
         book = self.see(reply.task_id, reply.state, reply.attempt, at)
         asked = self._simulation.asked.get(reply.reply_to or "")
         if asked is None:
@@ -325,7 +325,7 @@ class Ledger:
             self.fail(f"{task_id} was handed to {link.agent_id} instead of {delivery.agent_id}")
         book.delivered, book.holder = delivery.attempt, link
 
-    def _on_settled(self, link: Link, settled: Settled, at: float) -> None:
+    def _on_settled(self, link: Link, settled: TaskOutcome, at: float) -> None:
         book = self.see(settled.task_id, settled.state, settled.attempt, at)
         if not book.is_tainted and link.agent_id not in (None, book.requester):
             self.fail(f"the end of {settled.task_id} was told to {link.agent_id} instead of {book.requester}")
@@ -339,7 +339,7 @@ class Ledger:
             if ref.attempt >= book.delivered:
                 book.holder = link
 
-    def _on_reported(self, report: Reported, at: float) -> None:
+    def _on_reported(self, report: StatusReply, at: float) -> None:
         for one in report.tasks or ():
             self.see(one.task_id, one.state, one.attempt, at)
         if report.task_id is not None:
@@ -403,7 +403,7 @@ class Ledger:
 
     # What an observer sees.
 
-    def audit(self, tasks: Reported, agents: Discovered, now: float, life: Life) -> None:
+    def audit(self, tasks: StatusReply, agents: Discovered, now: float, life: Life) -> None:
         """Look at what the hub lists at one moment: nothing may be overdue, left lying, or at an agent that is lost."""
         listed = {one.task_id: one for one in tasks.tasks or ()}
         is_due = any(one.state == TaskState.PENDING and one.ttl <= 0.001 for one in listed.values())
@@ -435,12 +435,12 @@ class Ledger:
                 self.fail(f"{agent.agent_id} has {agent.running} tasks, and {running[agent.agent_id]} are listed")
 
 
-def outcome_of(message: Result | Settled | Reported) -> tuple[Any, ...]:
+def outcome_of(message: Result | TaskOutcome | StatusReply) -> tuple[Any, ...]:
     """Return what a task's requester is told of its end, in a form that can be compared."""
     error = message.error
     if isinstance(error, str):
         error = ErrorInfo(Code.FAILED, error)
-    success = message.state == TaskState.COMPLETED if isinstance(message, Reported) else message.success
+    success = message.state == TaskState.COMPLETED if isinstance(message, StatusReply) else message.success
     return success, message.output, error.code if error else None, error.message if error else None
 
 
@@ -533,7 +533,7 @@ class Life:
         effects = self.hub.receive(link, message, self.clock(), len(raw))
         if isinstance(message, Delegate):
             for _, action in effects:
-                if isinstance(action, Acknowledged) and action.reply_to == message.id:
+                if isinstance(action, TaskAck) and action.reply_to == message.id:
                     self.simulation.ledger.accept(message, self.simulation.now)
         elif isinstance(message, Register):
             for whom, action in effects:
@@ -805,7 +805,7 @@ class ModelAgent:
         self.mine[request.task_id] = None
         self.ask(dataclasses.replace(request))
 
-    def _send_again(self, task_id: str) -> None:
+    def _resubmit(self, task_id: str) -> None:
         if task_id in self.mine:
             self.ask(dataclasses.replace(self.simulation.ledger.books[task_id].request))
 
@@ -813,7 +813,7 @@ class ModelAgent:
         # Not one that was refused: that would be a new one.
         task_ids = [one for one in self.mine if one in self.open or self.simulation.ledger.books[one].is_acknowledged]
         if task_ids:
-            self._send_again(self.simulation.random.choice(task_ids))
+            self._resubmit(self.simulation.random.choice(task_ids))
 
     def _do_contradict(self) -> None:
         known = self.simulation.ledger.books.values()
@@ -923,9 +923,9 @@ class ModelAgent:
             self._on_registered(message)
         elif isinstance(message, Delegated):
             self._on_delegated(message)
-        elif isinstance(message, Settled):
+        elif isinstance(message, TaskOutcome):
             self.open.pop(message.task_id, None)
-        elif isinstance(message, Reported):
+        elif isinstance(message, StatusReply):
             self._on_reported(message)
         elif isinstance(message, Error):
             self._on_error(message)
@@ -961,7 +961,7 @@ class ModelAgent:
             if is_accepted:
                 self.ask(Status(task_id=task_id))
             else:
-                self._send_again(task_id)
+                self._resubmit(task_id)
 
     def _report_lost(self, task_id: str, attempt: int) -> None:
         error = ErrorInfo(Code.AGENT_LOST, "the agent does not have this task")
@@ -1004,7 +1004,7 @@ class ModelAgent:
         if self.is_registered:
             self.ask(result)
 
-    def _on_reported(self, report: Reported) -> None:
+    def _on_reported(self, report: StatusReply) -> None:
         task_id = report.task_id or ""
         _, asked = self.simulation.asked.get(report.reply_to or "", (None, None))
         if isinstance(asked, Delegate):
@@ -1038,7 +1038,7 @@ class ModelAgent:
 
     def _retry(self, memory: int, task_id: str) -> None:
         if memory == self.memory and self.is_registered and self.open.get(task_id) is False:
-            self._send_again(task_id)
+            self._resubmit(task_id)
 
 
 # The whole.
@@ -1217,7 +1217,7 @@ class Simulation:
         raw = encode(action)
         self._hash("down", link, raw)
         self.seen[action.code if isinstance(action, Error) else type(action).__name__] += 1
-        if isinstance(action, Settled):
+        if isinstance(action, TaskOutcome):
             self.seen[f"{action.state} {action.error.code if action.error else ''}".rstrip()] += 1
         elif isinstance(action, Delegated):
             self.seen[f"attempt {action.attempt}"] += 1

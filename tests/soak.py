@@ -4,7 +4,7 @@ The hub is a process of its own, with a journal unless told otherwise, whose rec
 keeps turns over many times. What is promised, and watched:
 
 - Every acknowledged task is accounted for: exactly one end, told to a requester that stayed or came back in time, with
-  what its worker really answered. See `Ledger` in tests/crowd.py.
+  what its worker really answered. See `Ledger` in tests/load_clients.py.
 - The hub logs no error and no payload, closes nobody who behaves, and completes every task of a calm pair.
 - Nothing grows. Memory, open files and what `status` says are measured all the while. After a warm-up (the first fifth)
   a straight line is laid through each by least squares. It is `growing` if over that time the line rises by more than
@@ -38,7 +38,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.crowd import FINAL, Crowd, Ledger, Pace, Requester, Wire, Worker
+from tests.load_clients import FINAL, Crowd, Ledger, Pace, Requester, Wire, Worker
 from tests.support import WAIT_S, hub_process
 
 BACKLOG_BYTES = 262_144  # A deaf connection should pass it soon.

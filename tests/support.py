@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import agenthub
-from tests.peer import Connection, connect
+from tests.raw_websocket import Connection, connect
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 20.0  # The bound on every wait: generous, because it is reached only when something is broken.

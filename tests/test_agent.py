@@ -276,7 +276,7 @@ def test_handler_with_positional_parameters_is_a_value_error() -> None:
 
 
 def offered(function: Callable[..., Any]) -> agenthub.Capability:
-    return agenthub.Handler.of(function, agenthub.Mark()).capability
+    return agenthub.Handler.of(function, agenthub.HandlerOptions()).capability
 
 
 def test_signature_and_docstring_become_the_capability() -> None:
@@ -2428,7 +2428,7 @@ ENDS: dict[str, dict[str, Any]] = {
 }
 
 
-def fields_of(settled: agenthub.Settled | None) -> dict[str, Any]:
+def fields_of(settled: agenthub.TaskOutcome | None) -> dict[str, Any]:
     """Return how a task ended; of a timeout the code without the text, which tells the seconds."""
     assert settled is not None
     error = settled.error and (settled.error.code, None if settled.state == "timeout" else settled.error.message)
@@ -2512,7 +2512,7 @@ async def test_settled_says_that_the_hub_has_lost_its_memory(kind: Callable[...,
         text = "the hub no longer knows this task"
         assert await failure_of(handle.result()) == ("hub_lost", text)
         error = agenthub.ErrorInfo("hub_lost", text)
-        assert handle.settled == agenthub.Settled(
+        assert handle.settled == agenthub.TaskOutcome(
             task_id=handle.task_id, sender=None, success=False, state="failed", output=None, error=error, attempt=0
         )
 
@@ -2882,11 +2882,11 @@ def test_logger_of_the_agent_is_quiet_by_default() -> None:
     assert logging.getLogger("agenthub.agent").level == logging.NOTSET
 
 
-# Alarms: one timer of the loop for what is due.
+# Timers: one timer of the loop for what is due.
 
 
 async def test_alarms_ring_in_order_and_not_when_taken_back() -> None:
-    alarms, rung = agenthub.Alarms(), []
+    alarms, rung = agenthub.Timers(), []
     loop = asyncio.get_running_loop()
     bells = {name: functools.partial(rung.append, name) for name in "abcd"}
     for name, delay_s in (("c", 0.03), ("a", 0.01), ("d", 0.02), ("b", 0.05)):
@@ -2901,18 +2901,18 @@ async def test_alarms_ring_in_order_and_not_when_taken_back() -> None:
 
 
 async def test_alarm_that_fails_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
-    alarms, rung = agenthub.Alarms(), asyncio.Event()
+    alarms, rung = agenthub.Timers(), asyncio.Event()
     now = asyncio.get_running_loop().time()
     alarms.set(functools.partial(int, "no number"), now)
     alarms.set(rung.set, now)
     async with asyncio.timeout(WAIT_S):
         await rung.wait()
-    assert "Alarms._ring" in caplog.text
+    assert "Timers._ring" in caplog.text
     caplog.clear()
 
 
 async def test_alarms_that_are_cleared_do_not_ring() -> None:
-    alarms, rung = agenthub.Alarms(), asyncio.Event()
+    alarms, rung = agenthub.Timers(), asyncio.Event()
     alarms.set(rung.set, asyncio.get_running_loop().time() + 0.001)
     alarms.clear()
     await asyncio.sleep(0.01)

@@ -25,20 +25,20 @@ from wsproto.events import Ping, Request
 import agenthub
 from agenthub import (
     Access,
+    AuthBackoff,
     Changes,
     Delegate,
     ErrorInfo,
-    Failures,
     HubServer,
     HubSettings,
     Journal,
     LocalHub,
-    Settled,
+    TaskOutcome,
     TaskRow,
     TaskState,
     hash_of,
 )
-from tests.peer import BINARY, CLOSE, CONTINUATION, PING, Peer, frame
+from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, PING, Peer, frame
 from tests.support import WAIT_S, client_link, raw_client
 from tests.test_cli import ran
 from tests.test_security import (
@@ -78,7 +78,7 @@ def tables_of(tokens: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, An
 
 
 async def test_visitor_may_say_little_at_once_before_it_is_let_in_and_more_after() -> None:
-    most = agenthub.VISITOR_BYTES_MAX
+    most = agenthub.UNAUTHENTICATED_BYTES_MAX
     async with secured() as hub:
         async with raw_client(hub.url) as visitor:
             await visitor.connection.send(STATUS + " " * (most - len(STATUS)))
@@ -97,7 +97,9 @@ async def test_visitor_may_say_little_at_once_before_it_is_let_in_and_more_after
 
 async def test_unfinished_message_of_a_visitor_is_refused_by_its_announced_length() -> None:
     async with secured() as hub, raw_client(hub.url) as visitor:
-        visitor.connection.transport.write(struct.pack("!BBQ", 0x81, 0xFF, agenthub.VISITOR_BYTES_MAX + 1) + bytes(4))
+        visitor.connection.transport.write(
+            struct.pack("!BBQ", 0x81, 0xFF, agenthub.UNAUTHENTICATED_BYTES_MAX + 1) + bytes(4)
+        )
         assert await visitor.closed() == 1009
 
 
@@ -118,10 +120,10 @@ async def test_large_message_is_charged_with_the_time_that_it_took(monkeypatch: 
     small = HEARTBEAT + b" " * (agenthub.CPU_COUNTED_BYTES - 1 - len(HEARTBEAT))
     rationed.link.data_received(frame(small) * 3)
     assert rationed.count == 3
-    assert rationed.link._holds == set()
+    assert rationed.link._pause_reasons == set()
     rationed.link.data_received(frame(small + b" ") * 2)
     assert rationed.count == 4
-    assert rationed.link._holds == {"sends too much"}
+    assert rationed.link._pause_reasons == {"sends too much"}
     # It has cost what its connection may have in four seconds, two of which it had saved up.
     rationed.clock.pass_time(1 / agenthub.CPU_SHARE - agenthub.BURST_S)
     assert rationed.count == 4
@@ -141,9 +143,9 @@ async def test_what_is_no_text_in_one_piece_is_charged_with_the_time_that_it_too
     each_message_takes(0.6 / len(pieces), monkeypatch)  # More than the half second that it may take at once.
     rationed = Rationed(100)
     for piece in pieces:
-        assert rationed.link._holds == set()
+        assert rationed.link._pause_reasons == set()
         rationed.link.data_received(piece)
-    assert rationed.link._holds == {"sends too much"}
+    assert rationed.link._pause_reasons == {"sends too much"}
 
 
 async def test_what_comes_after_a_close_is_gone_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +166,7 @@ async def test_without_a_rate_no_time_is_measured(monkeypatch: pytest.MonkeyPatc
     rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.CPU_COUNTED_BYTES) * 3)
     rationed.clock.run_soon()
     assert rationed.count == 3
-    assert rationed.link._holds == set()
+    assert rationed.link._pause_reasons == set()
 
 
 async def test_what_a_connection_owes_holds_it_only_so_long() -> None:
@@ -197,14 +199,16 @@ def nesting(value: Any) -> int:
 @settings(max_examples=300, deadline=None)
 @given(values, st.booleans(), st.sampled_from([None, 1]))
 def test_depth_is_how_deep_a_value_is_nested(value: Any, ensure_ascii: bool, indent: int | None) -> None:
-    assert agenthub.depth_of(json.dumps(value, ensure_ascii=ensure_ascii, indent=indent).encode()) == nesting(value)
+    assert agenthub.nesting_depth(json.dumps(value, ensure_ascii=ensure_ascii, indent=indent).encode()) == nesting(
+        value
+    )
 
 
 def test_depth_of_a_megabyte_of_deep_chains_is_right() -> None:
     chain = b'{"a":' * 30 + b"[" * 30 + b"]" * 30 + b"}" * 30
     raw = b"[" + b",".join([chain] * (1_000_000 // len(chain))) + b"]"
-    assert agenthub.depth_of(raw) == 61
-    assert agenthub.depth_of(b"") == agenthub.depth_of(b'"[[["') == 0
+    assert agenthub.nesting_depth(raw) == 61
+    assert agenthub.nesting_depth(b"") == agenthub.nesting_depth(b'"[[["') == 0
 
 
 # A hub that has stopped.
@@ -285,7 +289,7 @@ async def test_messages_that_are_held_are_handled_before_the_close_behind_them()
     rationed.link.data_received(frame(HEARTBEAT) * 300 + DONE)
     rationed.clock.run_soon()
     await asyncio.sleep(0)  # For the socket to be closed, if that were due.
-    assert rationed.link._holds == {"sends too much"}
+    assert rationed.link._pause_reasons == {"sends too much"}
     assert rationed.count < 300
     assert rationed.owner.ends == []
     rationed.clock.pass_time(2.0)
@@ -308,7 +312,7 @@ class Fickle:
 
     def received(self, link: Any, message: bytes, message_bytes: int) -> None:
         assert not self.ends
-        assert not link._holds
+        assert not link._pause_reasons
         self.messages.append(message)
         if self.luck.random() < self.hold_probability:
             why = self.luck.choice("abc")
@@ -384,7 +388,7 @@ async def test_end_of_the_socket_takes_nothing_away_that_came_before_it(is_close
     raw = b"".join(frame(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(2000))
     assert len(raw) > 3 * agenthub.SLICE_BYTES
     pair.link.data_received(raw + (DONE if is_closed else b""))
-    assert pair.link._holds == {"others have a turn"}
+    assert pair.link._pause_reasons == {"others have a turn"}
     pair.link.eof_received()  # As TLS does, whether or not reading is paused.
     assert [message.id for message in pair.owner.messages] == [str(number) for number in range(2000)]
     assert [code for code, _ in pair.owner.ends] == [1000 if is_closed else 1006]
@@ -435,7 +439,7 @@ UNREADABLE = ["", ":", ":80", "a b[", "evil.example:x", "evil.example:123456", "
 @pytest.mark.parametrize("header", UNREADABLE)
 async def test_name_that_cannot_be_read_is_nobodys(header: str) -> None:
     # Of a hub on all addresses, whose own name is empty.
-    door = agenthub.Door(None, frozenset({"", "hub.example"}), lambda link, grant: Owner())
+    door = agenthub.Authenticator(None, frozenset({"", "hub.example"}), lambda link, grant: Owner())
     link: Any = Owner()
     link.address = "192.0.2.1"
     refused = door.check_request(link, _request(header))
@@ -471,7 +475,7 @@ async def test_page_of_health_counts_wrong_tokens_and_does_not_tell_right_ones_f
         assert hub._door.turned_away == {"unauthorized": 2}
         assert await health(hub.url, TOKEN) == await health(hub.url, WRONG) == {"status": "ok"}
         assert hub._door.turned_away == {"unauthorized": 2}  # It was not looked at.
-        hub._door._failures = Failures()
+        hub._door._failures = AuthBackoff()
         assert "agents" in await health(hub.url, TOKEN)
 
 
@@ -548,7 +552,7 @@ def row(arrival: int, accepted_at: float, deadline: float, ended_at: float = 0.0
     task_id = f"task-{arrival}"
     end = None
     if is_ended:
-        end = Settled(
+        end = TaskOutcome(
             sender="hub",
             task_id=task_id,
             state="failed",
@@ -601,7 +605,7 @@ class SlowJournal(Journal):
 async def test_connection_that_asks_for_much_during_one_write_is_held_until_that_is_over(
     is_broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agenthub, "EFFORT_PER_WRITE_MAX", 10)
+    monkeypatch.setattr(agenthub, "COST_PER_WRITE_MAX", 10)
     journal = SlowJournal(tmp_path / "hub.db")
     async with HubServer(port=0, journal=journal) as hub, raw_client(hub.url) as client, raw_client(hub.url) as other:
         await client.register("ann")
@@ -612,12 +616,12 @@ async def test_connection_that_asks_for_much_during_one_write_is_held_until_that
             asked = b"".join(message(type="status", id=str(number)) for number in range(100))
             task = message(type="delegate", task_id="task", capability="work", wait=True)
             client.connection.transport.write(task + asked + message(type="heartbeat", id="alive"))
-            await until(lambda: "waits for the journal" in link._holds)
+            await until(lambda: "waits for the journal" in link._pause_reasons)
             assert len(hub._commit._held) < 50
             assert (await other.request(type="heartbeat"))["type"] == "heartbeat_ack"  # Others are not.
-            assert "waits for the journal" in link._holds
+            assert "waits for the journal" in link._pause_reasons
             if is_broken:  # And it stays so; what comes in is read on with each try.
-                monkeypatch.setattr(agenthub, "EFFORT_PER_WRITE_MAX", 1000)
+                monkeypatch.setattr(agenthub, "COST_PER_WRITE_MAX", 1000)
                 journal.is_broken = True
         finally:
             journal.gate.set()
@@ -627,7 +631,7 @@ async def test_connection_that_asks_for_much_during_one_write_is_held_until_that
             journal.is_broken = False
         for number in range(100):
             assert (await client.until(functools.partial(is_reply_to, str(number))))["type"] == "status"
-        assert link._holds == set()
+        assert link._pause_reasons == set()
 
 
 def is_reply_to(message_id: str, reply: dict[str, Any]) -> bool:
@@ -655,7 +659,7 @@ async def test_what_costs_more_than_the_longest_hold_is_bounded_by_that(monkeypa
 
 async def test_who_was_let_in_may_send_as_many_fragments_as_without_tokens() -> None:
     async with secured() as hub, raw_client(hub.url, **bearer(TOKEN)) as client:
-        number = agenthub.VISITOR_BYTES_MAX // agenthub.FRAGMENT_BYTES + 10
+        number = agenthub.UNAUTHENTICATED_BYTES_MAX // agenthub.FRAGMENT_BYTES + 10
         parts = frame(b" ", CONTINUATION, fin=False) * number
         client.connection.transport.write(frame(STATUS.encode(), fin=False) + parts + frame(b"", CONTINUATION))
         assert (await client.receive())["type"] == "status"

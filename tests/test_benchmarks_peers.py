@@ -107,7 +107,7 @@ def test_what_a_worker_prints_that_never_is_ready_is_not_waited_for() -> None:
 async def test_wrong_answer_and_failing_task_fail_the_measurement() -> None:
     @contextlib.asynccontextmanager
     async def asking(answers: list[Any]) -> Any:
-        async def ask(payload: ends.Payload) -> Any:
+        async def ask(payload: ends.JsonLimit) -> Any:
             await asyncio.sleep(0)
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
             if isinstance(answer, Exception):

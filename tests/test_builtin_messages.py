@@ -34,20 +34,20 @@ import agenthub
 from agenthub import (
     DIGITS_MAX,
     PARSE_DEPTH_MAX,
-    Acknowledged,
     AgentMessage,
     Broadcast,
+    BroadcastDelivery,
     BuiltinCodec,
     Delegate,
     HubMessage,
     HubOutput,
     InvalidMessage,
+    JsonLimit,
     Limit,
-    Payload,
     PydanticCodec,
-    Relayed,
-    installed,
+    TaskAck,
     json_schema,
+    usable_version,
 )
 from tests.fuzz import KEYS, SMALL, Pairs, change, natural, smaller, text
 
@@ -349,7 +349,7 @@ class Writer:
         if typing.get_origin(kind) is list and chance < 2:
             count = self.rng.choice([1, 63, 64, 65])
             return [self.good(*typing.get_args(kind)) if chance else self.odd_one()] * count
-        if marks and isinstance(marks[0], Payload) and marks[0].bytes_max and chance < 2:
+        if marks and isinstance(marks[0], JsonLimit) and marks[0].bytes_max and chance < 2:
             return self.sized(marks[0].bytes_max + self.rng.randint(-2, 2))
         if chance == 4 and not self.rng.randrange(4):
             return self.rng.choice(DIGITS).encode()
@@ -634,7 +634,7 @@ def test_both_codecs_write_alike_and_read_what_they_wrote(made: Any) -> None:
         assert repr(json.loads(by_builtin)) == repr(json.loads(by_pydantic))  # In the same order, too.
         for raw in (by_pydantic, by_builtin):
             outcome = compare_readings(direction, raw)
-            assert made in (Acknowledged, Relayed) or outcome.message == repr(message)
+            assert made in (TaskAck, BroadcastDelivery) or outcome.message == repr(message)
 
     holds()
 
@@ -709,24 +709,24 @@ def package(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 )
 def test_package_that_is_new_enough_is_used(version: str, package: Any) -> None:
     package.__version__ = version
-    assert installed(package.__name__, oldest=(2, 11)) == version
+    assert usable_version(package.__name__, oldest=(2, 11)) == version
 
 
 @pytest.mark.parametrize("version", ["2.10", "2.10.99", "2.9.3", "2", "1.99", "0.0.11", "", "unknown", None])
 def test_package_that_is_too_old_or_of_no_known_version_is_not_used(version: Any, package: Any) -> None:
     package.__version__ = version
-    assert installed(package.__name__, oldest=(2, 11)) is None
+    assert usable_version(package.__name__, oldest=(2, 11)) is None
 
 
 def test_package_without_a_version_is_not_used(package: Any) -> None:
     del package.__version__  # As an empty folder of that name has none.
-    assert installed(package.__name__, oldest=(0, 0)) is None
+    assert usable_version(package.__name__, oldest=(0, 0)) is None
 
 
 def test_package_that_is_missing_is_not_used(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert installed("no_package_is_called_this", oldest=(0, 0)) is None
+    assert usable_version("no_package_is_called_this", oldest=(0, 0)) is None
     monkeypatch.setitem(sys.modules, package.__name__, None)
-    assert installed(package.__name__, oldest=(0, 0)) is None
+    assert usable_version(package.__name__, oldest=(0, 0)) is None
 
 
 @pytest.mark.parametrize(("value", "is_used"), [("1", False), ("yes", False), ("0", True), ("", True)])
@@ -734,7 +734,7 @@ def test_environment_can_forbid_packages(
     value: str, is_used: bool, package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGENTHUB_BUILTIN", value)
-    assert installed(package.__name__, oldest=(2, 11)) == (package.__version__ if is_used else None)
+    assert usable_version(package.__name__, oldest=(2, 11)) == (package.__version__ if is_used else None)
 
 
 def test_codec_is_built_in_where_pydantic_is_missing_too_old_or_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -759,7 +759,7 @@ def test_package_that_is_broken_is_not_used_and_the_log_says_so(
 
     monkeypatch.delenv("AGENTHUB_BUILTIN", raising=False)
     monkeypatch.setattr(agenthub.importlib, "import_module", broken)
-    assert installed("pydantic", oldest=(2, 11)) is None
+    assert usable_version("pydantic", oldest=(2, 11)) is None
     assert caplog.messages == ["pydantic is installed, but cannot be used: the other half is of another version"]
 
 

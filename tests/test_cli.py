@@ -304,7 +304,7 @@ def test_schema_is_valid_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("schema") == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema["$schema"].endswith("2020-12/schema")
-    assert {"Register", "Delegate", "Settled", "HeartbeatAck"} <= set(schema["$defs"])
+    assert {"Register", "Delegate", "TaskOutcome", "HeartbeatAck"} <= set(schema["$defs"])
 
 
 @posix_only
@@ -989,4 +989,4 @@ def test_table_pads_its_columns_and_leaves_no_blanks_at_the_end() -> None:
     ("text", "shown"), [("a\tb", r"a\tb"), ("\x1b[31m", r"\x1b[31m"), ("\u202e", r"\u202e"), ("é 漢", "é 漢")]
 )
 def test_foreign_text_is_made_printable(text: str, shown: str) -> None:
-    assert agenthub.printable(text) == shown
+    assert agenthub.escape_unprintable(text) == shown

@@ -35,8 +35,8 @@ from agenthub import (
     ServerLink,
     run_loop,
 )
-from tests.peer import frame
-from tests.world import Program, World, rank_of
+from tests.harness import Program, World, rank_of
+from tests.raw_websocket import frame
 
 FEW, MANY = 10, 1000
 OPEN = 2000
@@ -222,7 +222,7 @@ async def test_task_is_four_encodings_and_its_messages_share_writes(
     await asyncio.sleep(0)
     assert (len(requester.sink.writes), len(worker.sink.writes)) == (2, 2)
     of_the_hub = {name: count for name, count in encoded.items() if name not in ("Delegate", "Result")}
-    assert of_the_hub == {"Acknowledged": 16, "Delegated": 8, "Settled": 8}
+    assert of_the_hub == {"TaskAck": 16, "Delegated": 8, "TaskOutcome": 8}
 
 
 async def test_what_is_much_together_does_not_wait_for_the_turn_to_end(hub: LocalHub) -> None:
@@ -243,7 +243,7 @@ async def test_broadcast_is_encoded_once(hub: LocalHub, encoded: collections.Cou
         wire.say(Register(id="r", name=f"a{number}"))
     encoded.clear()
     wires[0].say(Broadcast(id="b", message={"deploy": "v2"}))
-    assert encoded == {"Broadcast": 1, "Relayed": 1, "Announced": 1}
+    assert encoded == {"Broadcast": 1, "BroadcastDelivery": 1, "BroadcastReply": 1}
     await asyncio.sleep(0)
     assert all(b'"deploy":"v2"' in wire.sink.writes[-1] for wire in wires[1:])
 
@@ -288,7 +288,7 @@ async def test_idle_agent_takes_little_memory(hub: LocalHub) -> None:
 
 
 async def test_flag_wakes_who_waits_and_forgets_who_does_not() -> None:
-    flag = agenthub.Flag()
+    flag = agenthub.LightEvent()
     waiting = [asyncio.create_task(flag.wait()) for _ in range(3)]
     await asyncio.sleep(0)
     waiting[0].cancel()

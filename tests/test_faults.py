@@ -211,12 +211,12 @@ class Requester(Agent):
     def __init__(self, name: str, moments: Moments, **options: Any) -> None:
         super().__init__(name, **options)
         self.moments = moments
-        self.told: dict[str, list[agenthub.Settled]] = collections.defaultdict(list)
-        self.ends: dict[int, agenthub.Settled] = {}
+        self.told: dict[str, list[agenthub.TaskOutcome]] = collections.defaultdict(list)
+        self.ends: dict[int, agenthub.TaskOutcome] = {}
         self.troubles: list[str] = []
 
     def _on_message(self, message: Any) -> None:
-        if isinstance(message, agenthub.Settled):
+        if isinstance(message, agenthub.TaskOutcome):
             self.told[message.task_id].append(message)
         super()._on_message(message)
 
@@ -765,7 +765,7 @@ def write_down(result, reply):
     os.write(BEGUN, note_line.encode())
 
 # Sends its result whatever the hub says that it should be working on.
-worker._agree, worker._on_result_reply = send_all, write_down
+worker._reconcile, worker._on_result_reply = send_all, write_down
 """
 
 

@@ -22,12 +22,11 @@ from agenthub import (
     RECORD_BYTES,
     TICK_BATCH,
     TRANSITIONS,
-    Acknowledged,
     AgentInfo,
     AgentMessage,
     AgentRecord,
-    Announced,
     Broadcast,
+    BroadcastReply,
     Capability,
     Close,
     Delegate,
@@ -48,17 +47,18 @@ from agenthub import (
     PendingQueue,
     Pool,
     Register,
-    Reported,
     Result,
-    Settled,
     Status,
+    StatusReply,
+    TaskAck,
     TaskEvent,
+    TaskOutcome,
     TaskRecord,
     TaskRef,
     TaskState,
     encode,
 )
-from tests.world import Program, World, rank_of, snapshot
+from tests.harness import Program, World, rank_of, snapshot
 
 ROOT = Path(agenthub.__file__).parent
 
@@ -81,7 +81,7 @@ def delivered(program: Program) -> list[str]:
 
 def settled(program: Program) -> list[tuple[str, str, str | None]]:
     """Return the ends of tasks that came in, in order: id, state and code."""
-    ends = [message for message in program.received() if isinstance(message, Settled)]
+    ends = [message for message in program.received() if isinstance(message, TaskOutcome)]
     return [(end.task_id, end.state, end.error and end.error.code) for end in ends]
 
 
@@ -615,7 +615,7 @@ def test_broadcast_reaches_everybody_else_who_is_online() -> None:
     sender, first, second, away = (world.join(name) for name in ("sender", "first", "second", "away"))
     observer = world.connect()
     away.lose_connection()
-    assert sender.ask(Broadcast(message={"deploy": None})) == Announced(reply_to="request-5", recipients=2)
+    assert sender.ask(Broadcast(message={"deploy": None})) == BroadcastReply(reply_to="request-5", recipients=2)
     for program in (first, second):
         (message,) = program.received()
         assert (message.type, message.sender, message.message) == ("broadcast", sender.agent_id, {"deploy": None})
@@ -637,7 +637,7 @@ def test_broadcast_to_a_capability_reaches_those_who_have_it() -> None:
 def test_task_goes_to_the_agent_that_can_do_it_and_its_output_comes_back() -> None:
     worker, requester = pair()
     reply = requester.delegate("t", "greet", input={"name": None}, ttl=60, priority=5, max_retries=2)
-    assert reply == Acknowledged(reply_to=reply.reply_to, task_id="t", state="in_progress", attempt=1)
+    assert reply == TaskAck(reply_to=reply.reply_to, task_id="t", state="in_progress", attempt=1)
     assert worker.received() == [
         Delegated(
             task_id="t",
@@ -653,9 +653,9 @@ def test_task_goes_to_the_agent_that_can_do_it_and_its_output_comes_back() -> No
         )
     ]
     reply = worker.succeed("t", {"greeting": "Hello"}, attempt=1)
-    assert reply == Acknowledged(reply_to=reply.reply_to, task_id="t", state="completed", attempt=1)
+    assert reply == TaskAck(reply_to=reply.reply_to, task_id="t", state="completed", attempt=1)
     assert requester.received() == [
-        Settled(
+        TaskOutcome(
             task_id="t",
             sender=worker.agent_id,
             success=True,
@@ -935,7 +935,7 @@ def test_requester_cancels_its_task_and_the_worker_hears_of_it() -> None:
     assert requester.fail("t", "changed my mind").state == "failed"
     (end,) = requester.received()
     assert (end.state, end.error, end.sender) == ("failed", ErrorInfo("cancelled", "changed my mind"), None)
-    assert worker.received() == [Acknowledged(task_id="t", state="failed", attempt=1)]
+    assert worker.received() == [TaskAck(task_id="t", state="failed", attempt=1)]
 
 
 def test_pending_task_is_cancelled_too() -> None:
@@ -1061,7 +1061,7 @@ def test_task_ends_at_its_deadline_and_both_sides_are_told_once() -> None:
     world.pass_time(0.001)
     (end,) = requester.received()
     assert (end.state, end.success, end.sender, end.error.code) == ("timeout", False, None, "timeout")
-    assert worker.received() == [Acknowledged(task_id="t", state="timeout", attempt=1)]
+    assert worker.received() == [TaskAck(task_id="t", state="timeout", attempt=1)]
     world.pass_time(1000)
     assert requester.received() == worker.received() == []
 
@@ -1199,7 +1199,7 @@ def test_child_never_outlives_its_parent(end: str) -> None:
     if not ends_as(end, world, worker, requester):
         worker.ask(Deregister())
     assert {state_of(requester, one) for one in ("child", "waiting", "grandchild")} == {"failed"}
-    assert Acknowledged(task_id="child", state="failed", attempt=1) in singer.received()
+    assert TaskAck(task_id="child", state="failed", attempt=1) in singer.received()
     assert world.hub._counts[TaskState.PENDING] == (1 if end == "retried" else 0)
 
 
@@ -1257,12 +1257,12 @@ def test_progress_is_passed_on_and_counted() -> None:
     requester.delegate("t", "greet")
     worker.received()
     reply = worker.ask(Status(task_id="t", progress=0.25))
-    assert reply == Acknowledged(reply_to=reply.reply_to, task_id="t", state="in_progress", attempt=1)
+    assert reply == TaskAck(reply_to=reply.reply_to, task_id="t", state="in_progress", attempt=1)
     worker.tell(Status(task_id="t", detail={"a": None}))
     fields = {"task_id": "t", "state": "in_progress", "attempt": 1, "sender": worker.agent_id}
     assert requester.received() == [
-        Reported(**fields, seq=1, progress=0.25),
-        Reported(**fields, seq=2, detail={"a": None}),
+        StatusReply(**fields, seq=1, progress=0.25),
+        StatusReply(**fields, seq=2, detail={"a": None}),
     ]
     assert worker.received() == []
     requester.lose_connection()
@@ -1848,7 +1848,7 @@ def test_illegal_step_raises_and_changes_nothing() -> None:
     for task in (*world.hub._open.values(), *world.hub._ended.values()):
         for event in set(TaskEvent) - set(TRANSITIONS[task.state]):
             with pytest.raises(IllegalTransition):
-                world.hub._move(task, event)
+                world.hub._transition(task, event)
     assert snapshot(world.hub) == before
 
 

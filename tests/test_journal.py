@@ -45,15 +45,15 @@ from agenthub import (
     LocalHub,
     Register,
     Result,
-    Settled,
     Status,
+    TaskOutcome,
     TaskRow,
     TaskState,
     encode,
     hash_of,
 )
+from tests.harness import Program, World
 from tests.support import WAIT_S, hub_process, raw_client, running
-from tests.world import Program, World
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="modes, signals and limits of files as on POSIX")
 
@@ -151,7 +151,7 @@ def delivered(program: Program) -> list[tuple[str, int]]:
 
 def settled(program: Program) -> list[tuple[str, str, str | None]]:
     """Return the ends of tasks that came in, in order: id, state and code."""
-    ends = [message for message in program.received() if isinstance(message, Settled)]
+    ends = [message for message in program.received() if isinstance(message, TaskOutcome)]
     return [(end.task_id, end.state, end.error and end.error.code) for end in ends]
 
 
@@ -209,7 +209,7 @@ def test_payload_comes_back_as_it_was(couple: Couple, payload: Any) -> None:
     assert json_of(agent.capabilities["work"].input_schema) == json_of({"default": read})
     assert json_of(agent.capabilities["work"].output_schema) == json_of({"const": read})
     assert json_of(world.hub._open["open"].request.input) == json_of(payload)
-    (told,) = [message for message in world.back(requester).received() if isinstance(message, Settled)]
+    (told,) = [message for message in world.back(requester).received() if isinstance(message, TaskOutcome)]
     assert (told.task_id, told.success, json_of(told.output)) == ("completed", True, json_of(payload))
 
 
@@ -224,7 +224,7 @@ def test_error_comes_back_as_it_was(couple: Couple, error: Any) -> None:
     before = world.hub._undelivered["t"].error
     world = world.restart()
     assert world.hub._undelivered["t"].error == before
-    (told,) = [message for message in world.back(requester).received() if isinstance(message, Settled)]
+    (told,) = [message for message in world.back(requester).received() if isinstance(message, TaskOutcome)]
     assert (told.success, told.error) == (False, before)
 
 
@@ -650,7 +650,9 @@ def test_results_for_the_absent_wait_over_restarts(couple: Couple) -> None:
     worker.succeed("t", [2])
     world = world.restart()
     assert [
-        (end.task_id, end.sender, end.output) for end in world.back(requester).received() if isinstance(end, Settled)
+        (end.task_id, end.sender, end.output)
+        for end in world.back(requester).received()
+        if isinstance(end, TaskOutcome)
     ] == [("u", worker.agent_id, [1]), ("t", worker.agent_id, [2])]
 
 
@@ -1869,7 +1871,7 @@ async def test_file_that_may_not_grow_refuses_new_tasks_until_it_may(tmp_path: P
         journal._database.execute("PRAGMA max_page_count = 1000000").fetchone()
         assert (await requester.reply_to(held)).state in ("pending", "in_progress")
         await eventually(lambda: not hub.hub.is_full)
-        replies = [one.reply_to for one in requester.inbox if isinstance(one, agenthub.Reported)]
+        replies = [one.reply_to for one in requester.inbox if isinstance(one, agenthub.StatusReply)]
         assert replies == [*accepted, held]
         await eventually(lambda: len(worker.inbox) == 16)
     assert [row.request.task_id for row in use(path)[1]] == [*accepted, held]

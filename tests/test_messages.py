@@ -19,16 +19,16 @@ import agenthub
 from agenthub import (
     AgentMessage,
     Broadcast,
+    BroadcastDelivery,
     Capability,
     Delegate,
     Error,
     ErrorInfo,
     HubMessage,
     InvalidMessage,
+    JsonLimit,
     Limit,
-    Payload,
     Register,
-    Relayed,
     TaskState,
     check_json,
     decoder_from_agent,
@@ -196,7 +196,7 @@ def limited_fields() -> list[tuple[str, str]]:
 
     def paths(hint: Any, path: str) -> set[str]:
         found = {path} if any(isinstance(one, Limit) for one in getattr(hint, "__metadata__", ())) else set()
-        found |= {path for one in getattr(hint, "__metadata__", ()) if isinstance(one, Payload) and one.bytes_max}
+        found |= {path for one in getattr(hint, "__metadata__", ()) if isinstance(one, JsonLimit) and one.bytes_max}
         if hint in (Capability, ErrorInfo):
             inner = typing.get_type_hints(hint, include_extras=True)
             return found.union(*(paths(one, f"{path}.{name}") for name, one in inner.items()))
@@ -644,12 +644,12 @@ def test_nulls_inside_payloads_survive() -> None:
     assert written(Register(name="n", metadata=NULLS))["metadata"] == NULLS
     schema = written(Register(name="n", capabilities=[Capability("c", input_schema=NULLS)]))
     assert schema["capabilities"][0]["input_schema"] == NULLS
-    assert written(agenthub.Reported(output=NULLS, detail=NULLS))["output"] == NULLS
+    assert written(agenthub.StatusReply(output=NULLS, detail=NULLS))["output"] == NULLS
 
 
 def test_broadcast_of_null_is_a_message_in_both_directions() -> None:
     assert written(Broadcast(message=None))["message"] is None
-    assert written(Relayed(sender="a", message=None, capability=None))["message"] is None
+    assert written(BroadcastDelivery(sender="a", message=None, capability=None))["message"] is None
 
 
 def test_task_and_result_are_passed_on_with_their_nulls() -> None:
@@ -666,7 +666,7 @@ def test_task_and_result_are_passed_on_with_their_nulls() -> None:
         attempt=1,
     )
     assert written(delegated).items() >= {"input": None, "capability": None, "parent_id": None}.items()
-    settled = agenthub.Settled(
+    settled = agenthub.TaskOutcome(
         task_id="t", sender=None, success=True, state="completed", output=None, error=None, attempt=1
     )
     assert written(settled).items() >= {"output": None, "error": None, "sender": None}.items()
@@ -688,8 +688,8 @@ def test_agent_reads_what_leaves_out_its_nulls() -> None:
 
 
 def test_acknowledgement_is_read_as_a_report() -> None:
-    raw = encode(agenthub.Acknowledged(reply_to="1", task_id="t", state="pending", attempt=1))
-    assert decoder_from_hub()(raw) == agenthub.Reported(reply_to="1", task_id="t", state="pending", attempt=1)
+    raw = encode(agenthub.TaskAck(reply_to="1", task_id="t", state="pending", attempt=1))
+    assert decoder_from_hub()(raw) == agenthub.StatusReply(reply_to="1", task_id="t", state="pending", attempt=1)
 
 
 @pytest.mark.parametrize("value", [object(), "\ud800", [type]])

@@ -36,13 +36,13 @@ import agenthub
 from agenthub import (
     Access,
     Agent,
+    AuthBackoff,
     Backoff,
     Broadcast,
     Changes,
     Delegate,
     Disconnected,
     Discover,
-    Failures,
     Grant,
     HubServer,
     HubSettings,
@@ -50,14 +50,14 @@ from agenthub import (
     Journal,
     Register,
     Result,
-    Settled,
     Status,
+    TaskOutcome,
     decoder_from_agent,
     hash_of,
 )
-from tests.peer import ConnectionClosed, frame
+from tests.harness import Program, World
+from tests.raw_websocket import ConnectionClosed, frame
 from tests.support import WAIT_S, hub_process, raw_client, running
-from tests.world import Program, World
 
 pytestmark = pytest.mark.usefixtures("garbage_is_collected_fast")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, file modes or limits as on POSIX")
@@ -266,7 +266,7 @@ def world_in_use(**settings: Any) -> Iterator[World]:
     assert requester.close_code is worker.close_code is None
     requester.delegate("of-the-bystanders", "stand-by", ttl=1.0)
     worker.succeed("of-the-bystanders", "done")
-    assert [one.output for one in requester.received() if isinstance(one, Settled)] == ["done"]
+    assert [one.output for one in requester.received() if isinstance(one, TaskOutcome)] == ["done"]
 
 
 def agenthub_main(*argv: str) -> int:
@@ -644,7 +644,7 @@ def test_token_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_failures_of_an_address_slow_it_down_more_and_more_up_to_a_bound() -> None:
-    failures = Failures()
+    failures = AuthBackoff()
     delays = []
     for _ in range(50):
         delays.append(failures.delay_s("1.2.3.4", 100.0))
@@ -657,7 +657,7 @@ def test_failures_of_an_address_slow_it_down_more_and_more_up_to_a_bound() -> No
 
 
 def test_failures_of_an_address_are_forgotten_one_by_one() -> None:
-    failures = Failures()
+    failures = AuthBackoff()
     for _ in range(1000):
         failures.add("1.2.3.4", 100.0)
     every_s = agenthub.FAILURE_FORGOTTEN_S
@@ -670,7 +670,7 @@ def test_failures_of_an_address_are_forgotten_one_by_one() -> None:
 
 
 def test_failures_of_one_address_are_nothing_to_another() -> None:
-    failures = Failures()
+    failures = AuthBackoff()
     for _ in range(20):
         failures.add("1.2.3.4", 100.0)
     assert failures.delay_s("1.2.3.5", 100.0) == 0.0
@@ -678,7 +678,7 @@ def test_failures_of_one_address_are_nothing_to_another() -> None:
 
 def test_failures_are_remembered_of_so_many_addresses_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub, "ADDRESSES_MAX", 10)
-    failures = Failures()
+    failures = AuthBackoff()
     for number in range(100):
         failures.add(f"1.2.3.{number}", 100.0)
     assert list(failures._scores) == [f"1.2.3.{number}" for number in range(90, 100)]
@@ -705,7 +705,7 @@ async def test_answer_to_an_address_that_failed_too_often_is_held_back_and_other
             assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
             for one in (client, later):
                 await one.send(type="status", id="held", token=WRONG)
-            await until(lambda: sum(bool(link._holds) for link in hub._door._visitors) == 2)
+            await until(lambda: sum(bool(link._pause_reasons) for link in hub._door._visitors) == 2)
             assert not any(link._transport.is_reading() for link in hub._door._visitors)
             async with raw_client(hub.url, local_addr=("127.0.0.2", 0)) as other:
                 assert (await other.request(type="status", token=TOKEN))["hub"]["agents"] == 2

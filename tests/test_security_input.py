@@ -54,10 +54,10 @@ from agenthub import (
     Session,
     Status,
 )
-from tests.peer import BINARY, CLOSE, CONTINUATION, PING, TEXT, Connection, Script, frame, serve
+from tests.harness import World
+from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, PING, TEXT, Connection, Script, frame, serve
 from tests.support import ROOT, WAIT_S, RawClient, hub_process, raw_client, running
 from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
-from tests.world import World
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, or modes of files as on POSIX")
 linux_only = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="command lines are read from /proc")
@@ -876,7 +876,7 @@ async def test_requests_of_who_does_not_read_the_answers_are_left_alone(scene: S
     async with large_answers(scene) as (deaf, link):
         requests = b"".join(message(type="discover", id=f"{number:05}") for number in range(65_536 // 44))
         deaf.connection.transport.write(requests)
-        await until(lambda: "does not read" in link._holds)
+        await until(lambda: "does not read" in link._pause_reasons)
         await scene.bystanders_go_on()
         assert link._transport.get_write_buffer_size() < agenthub.BACKLOG_BYTES_MAX
         assert link._unread  # The rest waits; it may still begin to read.
@@ -909,9 +909,9 @@ async def test_answers_that_waited_for_the_journal_do_not_go_beyond_the_backlog(
         deaf.connection.transport.write(b"".join(message(type="discover", id=str(number)) for number in range(100)))
         commit = scene.server._commit
         assert commit is not None
-        await until(lambda: len(commit._held) == 100 or link._holds)
+        await until(lambda: len(commit._held) == 100 or link._pause_reasons)
         journal.gate.set()
-        await until(lambda: scene.server.hub.summary()["closed"] or link._holds)
+        await until(lambda: scene.server.hub.summary()["closed"] or link._pause_reasons)
         await scene.bystanders_go_on()
 
 
@@ -992,14 +992,14 @@ async def test_flood_is_read_at_the_rate_and_none_of_it_is_lost() -> None:
     rationed.clock.run_soon()  # The other connections have had their turns.
     burst = int(100 * agenthub.BURST_S)
     assert rationed.count == burst + 1
-    assert rationed.link._holds == {"sends too much"}
+    assert rationed.link._pause_reasons == {"sends too much"}
     assert rationed.link._transport.is_reading is False
     for second in range(1, 18):
         rationed.clock.pass_time(1.0)
         assert burst + 100 * second <= rationed.count <= burst + 100 * second + 2
     rationed.clock.pass_time(2.0)
     assert [message.id for message in rationed.owner.messages] == [str(number) for number in range(2000)]
-    assert rationed.link._holds == set()
+    assert rationed.link._pause_reasons == set()
     assert rationed.link._transport.is_reading is True
     assert rationed.owner.ends == []
 
@@ -1027,9 +1027,9 @@ async def test_pings_pongs_and_fragments_are_rationed_too(raw: bytes) -> None:
     rationed = Rationed(100)
     rationed.link.data_received(frame(b"", fin=False) + raw * 10_000 + frame(HEARTBEAT[:0], CONTINUATION))
     rationed.clock.run_soon()
-    assert rationed.link._holds == {"sends too much"}
-    rationed.clock.pass_time(10_000 * agenthub.FRAME_EFFORT / 100)
-    assert rationed.link._holds == set()
+    assert rationed.link._pause_reasons == {"sends too much"}
+    rationed.clock.pass_time(10_000 * agenthub.FRAME_COST / 100)
+    assert rationed.link._pause_reasons == set()
 
 
 async def test_rate_of_0_is_no_bound() -> None:
@@ -1038,7 +1038,7 @@ async def test_rate_of_0_is_no_bound() -> None:
         rationed.link.data_received(b"".join(map(frame, FLOOD)))
         rationed.clock.run_soon()
     assert rationed.count == 10_000
-    assert rationed.link._holds == set()
+    assert rationed.link._pause_reasons == set()
 
 
 def effort_of(world: World, request: Any) -> float:
@@ -1054,14 +1054,14 @@ def test_effort_grows_with_what_a_request_asks_of_the_hub() -> None:
         world.join(f"agent-{number}", "work", max_tasks=100)
     assert effort_of(world, Discover(capability="nothing")) == 1
     for keyword in ("", "w", "work"):
-        assert effort_of(world, Discover(capability=keyword)) == 1 + 200 // agenthub.EFFORT_AGENTS
+        assert effort_of(world, Discover(capability=keyword)) == 1 + 200 // agenthub.COST_AGENTS
     for number in range(100):
         asker.delegate(f"task-{number}", "work")
-    assert effort_of(world, Status(tasks=True)) == 1 + 100 // agenthub.EFFORT_TASKS
+    assert effort_of(world, Status(tasks=True)) == 1 + 100 // agenthub.COST_TASKS
     assert effort_of(world, Broadcast(message=1)) == 199
     assert effort_of(world, Broadcast(message=1, capability="nobody")) == 1
     large = effort_of(world, Delegate(task_id="large", capability="work", input="x" * 160_000))
-    assert large == 1 + 160_000 // agenthub.EFFORT_BYTES
+    assert large == 1 + 160_000 // agenthub.COST_BYTES
     assert effort_of(world, Register(name="a", capabilities=[f"c{number}" for number in range(64)])) == 65
     world.receive(asker.connection, InvalidMessage("bad"))
     assert world.hub.effort == 1
@@ -1075,7 +1075,7 @@ async def test_bystanders_are_served_while_thousands_of_a_flooders_requests_wait
         replies = [await flooder.message() for _ in range(40)]
         await scene.nobody_noticed()
         assert [reply["reply_to"] for reply in replies] == [str(number) for number in range(40)]
-        (link,) = [one for one in scene.server._links if "sends too much" in one._holds]
+        (link,) = [one for one in scene.server._links if "sends too much" in one._pause_reasons]
         assert link._unread
         assert (await flooder.message())["reply_to"] == "40"  # It goes on, where it was.
 
@@ -1910,7 +1910,7 @@ async def test_journal_and_what_stands_beside_it_are_for_their_owner_alone(
         async with a_scene(caplog, journal=Journal(tmp_path / "hub.db")) as scene:
             await scene.bystanders_go_on()
             await until(lambda: (tmp_path / "hub.db-reserve").exists())
-            modes = {name: stat.S_IMODE(seen[0]) for name, seen in looked_at(tmp_path).items()}
+            modes = {name: stat.S_IMODE(seen[0]) for name, seen in scanned(tmp_path).items()}
     assert modes == dict.fromkeys(("hub.db", "hub.db-wal", "hub.db-reserve"), 0o600)
 
 
@@ -1988,7 +1988,7 @@ MAKERS = [
 ]
 
 
-def looked_at(folder: Path) -> dict[str, Any]:
+def scanned(folder: Path) -> dict[str, Any]:
     """Return all that can be seen of the files of a folder."""
     seen: dict[str, Any] = {}
     for path in folder.iterdir():
@@ -2005,12 +2005,12 @@ def test_what_is_no_journal_is_refused_with_one_line_and_left_as_it_is(
 ) -> None:
     path = tmp_path / "hub.db"
     make(path)
-    before = looked_at(tmp_path)
+    before = scanned(tmp_path)
     assert agenthub.main(["hub", "--port", "0", "--db", str(path)]) == 1
     output, complaint = capsys.readouterr()
     assert (output, complaint.count("\n")) == ("", 1)
     assert complaint.startswith(f"agenthub: {path}: ")
-    assert looked_at(tmp_path) == before
+    assert scanned(tmp_path) == before
 
 
 async def test_text_that_is_sql_comes_back_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

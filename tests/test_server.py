@@ -21,7 +21,7 @@ import pytest
 
 import agenthub
 from agenthub import HubServer, HubSettings
-from tests.peer import ConnectionClosed, InvalidStatus
+from tests.raw_websocket import ConnectionClosed, InvalidStatus
 from tests.support import WAIT_S, RawClient, hub_process, raw_client, running
 
 posix_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent to a process as on POSIX")

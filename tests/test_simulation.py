@@ -198,10 +198,10 @@ class ResurrectsAFinalTask(Hub):
         self._counts[TaskState.TIMEOUT] -= 1
         self._counts[task.state] += 1
         task.success, task.output, task.error = message.success, message.output, None
-        self._note(task)
+        self._mark_dirty(task)
         self._acknowledge_first(peer, message, task)
         if task.requester.peer is not None:
-            self._send(task.requester.peer, self._settled(task))
+            self._send(task.requester.peer, self._outcome(task))
 
     _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
 

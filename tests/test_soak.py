@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.crowd import FINAL
+from tests.load_clients import FINAL
 from tests.soak import SHORT, soak, trend
 
 FOR_S = 4.0  # Then come the ends of what is open, retention and grace: about as long again.

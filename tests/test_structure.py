@@ -146,7 +146,7 @@ def test_only_one_method_moves_a_task_to_another_state() -> None:
             assigned = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == "state"
             if assigned and any(function in ast.walk(statement) for statement in sections()[4]):
                 assigning.append(function.name)
-    assert assigning == ["_move"]
+    assert assigning == ["_transition"]
     assert "setattr" not in used_in_section(4)
 
 

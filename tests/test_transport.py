@@ -13,7 +13,7 @@ from wsproto.events import AcceptConnection, CloseConnection, Event, Pong, Reque
 
 import agenthub
 from agenthub import Disconnected, HubServer, InvalidMessage
-from tests.peer import BINARY, CONTINUATION, PING, PONG, Peer, frame
+from tests.raw_websocket import BINARY, CONTINUATION, PING, PONG, Peer, frame
 from tests.support import WAIT_S, client_link
 
 HEARTBEAT = b'{"type":"heartbeat"}'

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.peer import ConnectionClosed
+from tests.raw_websocket import ConnectionClosed
 from tests.support import WAIT_S, RawClient, hub_process, raw_client
 
 numbers = itertools.count(1)

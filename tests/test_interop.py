@@ -1,7 +1,7 @@
 """Other implementations of WebSocket as peers, over real sockets: `websockets`, Node's `ws` and undici, and Chromium.
 
 Each is a client of a hub, and some are a fake hub for an agent; hub and agent are processes of their own. A peer that
-is not there is skipped, unless AGENTHUB_PEERS=required is in the environment. What JavaScript does is in tests/peers.
+is not there is skipped, unless AGENTHUB_PEERS=required is in the environment. What JavaScript does is in tests/interop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pytest
 from agenthub import Agent
 from tests.support import WAIT_S, hub_process, running
 
-JAVASCRIPT = Path(__file__).parent / "peers"
+JAVASCRIPT = Path(__file__).parent / "interop"
 INSTALL_S = 60.0
 NODE_FLAGS = ["--no-warnings", "--experimental-websocket"]  # Its own WebSocket needs no flag from version 22 on.
 
@@ -119,7 +119,7 @@ def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 class Line:
-    """A connection of `websockets` that speaks JSON: what Line in tests/peers/peer.mjs is."""
+    """A connection of `websockets` that speaks JSON: what Line in tests/interop/peer.mjs is."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -262,7 +262,7 @@ def ws_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @contextlib.asynccontextmanager
 async def node(plan: Plan, role: str, folder: Path | str = "") -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run tests/peers/node.mjs, with the plan as its input."""
+    """Run tests/interop/node.mjs, with the plan as its input."""
     command = (program("node"), *NODE_FLAGS, str(JAVASCRIPT / "node.mjs"), role, str(folder))
     async with started(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None

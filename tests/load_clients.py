@@ -686,9 +686,9 @@ class Requester(Client):
         if self.agent_id != known and any(one.is_acknowledged for one, _ in self.open.values()):
             self.crowd.problems.append(f"{known} was forgotten, with tasks open: {list(self.open)}")
         for entry, message in [one for one in self.open.values() if one[0].end is None]:
-            await self._ask_after(entry, message)
+            await self._refresh(entry, message)
 
-    async def _ask_after(self, entry: Entry, message: dict[str, Any]) -> None:
+    async def _refresh(self, entry: Entry, message: dict[str, Any]) -> None:
         """Do as step 11 of docs/protocol.md says."""
         if not entry.is_acknowledged:
             entry.tellings_max += 1

@@ -3,7 +3,7 @@
 The machine keeps books of its own from what goes in and what comes out, and compares them with the hub's; the hub's
 indexes it makes again from the records and compares them too. Run it harder, for a night, with
 
-    HUB_EXAMPLES=20000 python -m pytest tests/test_hub_machine.py
+    HUB_EXAMPLES=20000 python -m pytest tests/test_hub_stateful.py
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from agenthub import (
     LazyHeap,
     Register,
     Result,
-    Settled,
     Status,
+    TaskOutcome,
     TaskRecord,
     TaskState,
 )
-from tests.world import Program, World, snapshot
+from tests.harness import Program, World, snapshot
 
 Picked = TypeVar("Picked")
 
@@ -154,7 +154,7 @@ class HubMachine(RuleBasedStateMachine):
             assert program is not None
             if isinstance(effect, Delegated):
                 self.on_delivery(program, effect)
-            elif isinstance(effect, Settled):
+            elif isinstance(effect, TaskOutcome):
                 self.on_settled(program, effect)
             elif isinstance(effect, Deregistered) and effect.reply_to in self.draining.get(connection, ()):
                 self.draining[connection].remove(str(effect.reply_to))
@@ -179,7 +179,7 @@ class HubMachine(RuleBasedStateMachine):
             assert request.agent_id is not None or delivery.agent_id != book.requester
             book.attempts = delivery.attempt
 
-    def on_settled(self, program: Program, settled: Settled) -> None:
+    def on_settled(self, program: Program, settled: TaskOutcome) -> None:
         book = self.books[settled.task_id]
         assert program.registration is None or program.agent_id == book.requester
         record = self.world.hub._find(settled.task_id)

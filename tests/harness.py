@@ -99,7 +99,7 @@ class World:
             hub._open,
             hub._ended,
             hub._undelivered,
-            hub._unfilled,
+            hub._deferred,
         )
         return not any(map(len, (*indexes, hub._peers, hub._deadlines))) and hub._records_bytes == hub._ended_bytes == 0
 
