@@ -36,7 +36,7 @@ from agenthub import (
 )
 from tests.support import WAIT_S, running
 
-pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("garbage_is_collected_fast")]
+pytestmark = pytest.mark.filterwarnings("error")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends signals that Windows does not have")
 
 

@@ -37,6 +37,7 @@ def benchmarks(*args: str, without: tuple[str, ...] = (), folder: Path = ROOT) -
     )
 
 
+@pytest.mark.long
 def test_quick_run_prints_a_table_and_writes_where_it_was_measured(tmp_path: Path) -> None:
     done = benchmarks("--quick", "growth", "start", "--json", str(tmp_path / "x.json"))
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,7 @@ def quick() -> Options:
     return Options(rounds=1, seconds=0.1, quick=True)
 
 
+@pytest.mark.long
 def test_agenthub_is_measured_with_three_processes() -> None:
     for package in peers.AGENTHUB.packages:
         pytest.importorskip(package)
@@ -138,6 +139,7 @@ def test_end_says_how_it_is_called() -> None:
     assert "--url" in done.stderr
 
 
+@pytest.mark.long
 def test_sdk_is_measured_at_both_ends_and_in_memory() -> None:
     for package in ("pydantic", "websockets"):
         pytest.importorskip(package, reason="the load on the SDK asks for it")

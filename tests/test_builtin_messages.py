@@ -51,7 +51,8 @@ from agenthub import (
 )
 from tests.fuzz import KEYS, SMALL, Pairs, change, natural, smaller, text
 
-EXAMPLES = int(os.environ.get("MESSAGE_EXAMPLES", "20000"))  # In all. On request there are more.
+EXAMPLES = int(os.environ.get("MESSAGE_EXAMPLES", "20000"))  # In all, of the long run and of this program.
+SHORT_EXAMPLES = 4000
 UNIONS: dict[str, Any] = {"from an agent": AgentMessage, "from the hub": HubMessage}
 DECODERS = {"from an agent": agenthub.decoder_from_agent, "from the hub": agenthub.decoder_from_hub}
 CLASSES = typing.get_args(AgentMessage | HubOutput)
@@ -480,12 +481,13 @@ SHARES = {"valid": 0.1, "wrong": 0.5, "deep": 0.15, "damaged": 0.25}
 # What is read
 
 
+@pytest.mark.parametrize("examples", [SHORT_EXAMPLES, pytest.param(EXAMPLES, marks=pytest.mark.long)])
 @pytest.mark.parametrize("direction", UNIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_codecs_read_and_refuse_alike(family: str, direction: str) -> None:
+def test_both_codecs_read_and_refuse_alike(family: str, direction: str, examples: int) -> None:
     decoders(direction)
 
-    @settings(PLAIN_CHANCE, max_examples=round(EXAMPLES * SHARES[family] / len(UNIONS)))
+    @settings(PLAIN_CHANCE, max_examples=round(examples * SHARES[family] / len(UNIONS)))
     @given(st.randoms(use_true_random=True))
     def holds(rng: Random) -> None:
         compare_readings(direction, FAMILIES[family](rng, UNIONS[direction]))

@@ -24,7 +24,6 @@ import agenthub
 from agenthub import Agent, LocalHub, TaskFailed, TaskTimeout
 from tests.support import WAIT_S, hub_process, running
 
-pytestmark = pytest.mark.usefixtures("garbage_is_collected_fast")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, process groups or a POSIX shell")
 
 HELPER = """

@@ -22,12 +22,10 @@ import agenthub
 from agenthub import Agent, Task, TaskFailed
 from tests.support import WAIT_S, RawClient, raw_client, running
 
-pytestmark = [
-    pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL, SIGSTOP and SIGCONT"),
-    pytest.mark.usefixtures("garbage_is_collected_fast"),
-]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL, SIGSTOP and SIGCONT")
 
-KILLS = 20
+RETRIES_MAX = 100
+RUNS = [(3, 800), pytest.param(20, 5000, marks=pytest.mark.long)]  # Kills, and tasks meanwhile.
 UNLUCKY = 13  # Tasks with a number that ends so fail, as they should.
 RUN_S = 4 * WAIT_S  # The bound on a whole run of tasks.
 HASTE = {"BACKOFF_FIRST_S": 0.02, "BACKOFF_MAX_S": 0.1}  # So that reconnecting does not take most of the time.
@@ -264,7 +262,7 @@ class Squarer(Agent):
             raise TaskFailed("of all numbers", code="unlucky")
         if has_part(number):
             output: int = await task.delegate(
-                "square", {"number": 10 * number}, task_id=f"part-of-{task.task_id}", max_retries=KILLS
+                "square", {"number": 10 * number}, task_id=f"part-of-{task.task_id}", max_retries=RETRIES_MAX
             )
             return output // 100
         self.moments()
@@ -350,18 +348,20 @@ async def totals(agent: Agent) -> dict[str, int]:
 # The hub is killed.
 
 
-async def test_hub_killed_20_times_loses_none_of_5000_tasks(tmp_path: Path, port: int, haste: None) -> None:
-    count = 5000
+@pytest.mark.parametrize(("kills", "count"), RUNS)
+async def test_hub_killed_again_and_again_loses_no_task(
+    kills: int, count: int, tmp_path: Path, port: int, haste: None
+) -> None:
     moments, begun = Moments(), collections.Counter[str]()
     url = hub_url(port)
 
     def max_retries(number: int) -> int:
-        return KILLS if number % 2 or has_part(number) else 0
+        return RETRIES_MAX if number % 2 or has_part(number) else 0
 
     async def kill_the_hub() -> None:
         """Kill it at points that are spread over the run; each fifth time once more, as soon as it is back."""
-        for kill in range(KILLS):
-            await moments.reach((kill + 1 - (kill % 5 == 4)) * 4 * count // (KILLS + 1))
+        for kill in range(kills):
+            await moments.reach((kill + 1 - (kill % 5 == 4)) * 4 * count // (kills + 1))
             await hub.replace()
 
     with mortal_hub(tmp_path, port) as hub:
@@ -490,18 +490,20 @@ async def test_worker_who_does_not_come_back_to_a_restarted_hub_is_lost_after_it
 # The agents are killed.
 
 
-async def test_workers_killed_20_times_leave_no_task_without_its_end(tmp_path: Path, port: int, haste: None) -> None:
-    count = 5000
+@pytest.mark.parametrize(("kills", "count"), RUNS)
+async def test_workers_killed_again_and_again_leave_no_task_without_its_end(
+    kills: int, count: int, tmp_path: Path, port: int, haste: None
+) -> None:
     moments = Moments()
     url = hub_url(port)
     killed: set[int] = set()
 
     def max_retries(number: int) -> int:
-        return (0, 1, 3, KILLS)[number % 4]
+        return (0, 1, 3, RETRIES_MAX)[number % 4]
 
     async def kill_workers(workers: list[Mortal]) -> None:
-        for kill in range(KILLS):
-            await moments.reach((kill + 1) * 2 * count // (KILLS + 1))
+        for kill in range(kills):
+            await moments.reach((kill + 1) * 2 * count // (kills + 1))
             killed.add(workers[kill % 2].pid)
             await workers[kill % 2].replace()
 
@@ -631,7 +633,9 @@ class Proxy:
             raise ConnectionAbortedError
 
 
-SEEDS = [int(os.environ["FAULTS_SEED"])] if "FAULTS_SEED" in os.environ else [1, 2, 3]
+SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))]
+if "FAULTS_SEED" in os.environ:
+    SEEDS = [int(os.environ["FAULTS_SEED"])]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

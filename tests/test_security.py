@@ -59,7 +59,6 @@ from tests.harness import Program, World
 from tests.raw_websocket import ConnectionClosed, frame
 from tests.support import WAIT_S, hub_process, raw_client, running
 
-pytestmark = pytest.mark.usefixtures("garbage_is_collected_fast")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, file modes or limits as on POSIX")
 
 TOKEN = "a-token-that-these-tests-use"
@@ -2289,9 +2288,9 @@ class Returning(asyncio.Protocol):
         self.replies.put_nowait({"type": "lost", "agent_id": str(error)})
 
 
-@pytest.fixture
-def crowd_size() -> Iterator[int]:
-    """As many connections as the system allows, up to CROWD_MAX. This process may have as many open meanwhile."""
+@pytest.fixture(params=[1000, pytest.param(CROWD_MAX, marks=pytest.mark.long)])
+def crowd_size(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many connections, or as many as the system allows. This process may have as many open meanwhile."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2301,7 +2300,7 @@ def crowd_size() -> Iterator[int]:
     if most - DESCRIPTORS_BESIDE < 500:
         pytest.skip("this system allows too few connections for a crowd")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    yield most - DESCRIPTORS_BESIDE
+    yield min(most - DESCRIPTORS_BESIDE, request.param)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 

@@ -1110,7 +1110,8 @@ async def test_agent_that_says_too_much_of_itself_is_refused(scene: Scene) -> No
     await scene.nobody_noticed(refused={"invalid_message": 9, "too_large": 1}, closed={"1000": 1})
 
 
-def test_nothing_is_left_of_100_000_agents() -> None:
+@pytest.mark.parametrize("agents", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_nothing_is_left_of_many_agents(agents: int) -> None:
     world = World()
     hub = world.hub
     numbers = itertools.count()
@@ -1130,7 +1131,7 @@ def test_nothing_is_left_of_100_000_agents() -> None:
     come_and_go(1000)
     gc.collect()
     before = sys.getallocatedblocks()
-    come_and_go(100_000)
+    come_and_go(agents)
     gc.collect()
     assert world.is_empty()
     assert abs(sys.getallocatedblocks() - before) < 2000  # Those of the numbers counted, and of caches.

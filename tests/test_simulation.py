@@ -33,6 +33,7 @@ from tests.simulation import EVENTS, DiskJournal, Simulation, Violation, main, s
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))
 SEEDS_PER_TEST = 100
+SHORT_SEEDS = 400  # The others are run on request.
 SEEDS_TO_CATCH = 300  # Within so many each sabotage must be caught.
 
 
@@ -46,7 +47,13 @@ def refusals_are_not_logged() -> Iterator[None]:
     log.setLevel(level)
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=[pytest.mark.long] if first >= SHORT_SEEDS else [])
+        for first in range(0, SEEDS, SEEDS_PER_TEST)
+    ],
+)
 def test_hub_keeps_its_promises_in_every_history(first: int) -> None:
     for seed in range(first, first + SEEDS_PER_TEST):
         assert simulate(seed).events >= EVENTS >= 200

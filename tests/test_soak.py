@@ -12,6 +12,7 @@ from tests.soak import SHORT, soak, trend
 FOR_S = 4.0  # Then come the ends of what is open, retention and grace: about as long again.
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM")
 def test_hub_accounts_for_every_task_of_a_crowd_and_is_empty_after_it() -> None:
     report = soak(FOR_S, seed=1, pace=SHORT)

@@ -553,7 +553,7 @@ async def test_connecting_can_be_cancelled_at_any_moment(caplog: pytest.LogCaptu
             else:
                 (await connecting).abort()
             await asyncio.sleep(0.01)
-            gc.collect()
+        gc.collect()
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
