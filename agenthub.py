@@ -1454,11 +1454,13 @@ class LazyHeap(Generic[Item]):
 # ============================================================================================
 # 4 Hub
 #
-# Facts go in with the time, effects come out in order:
+# Facts go in with the time; each returns one Step: effects in order, and the changes to journal
+# before any of them is carried out:
 #
 #   connected(connection, now)                         a link has opened
 #   receive(connection, message, now, message_bytes)   a message, or what was wrong with it
 #   disconnected(connection, now)                      a link has closed
+#   redeliver(task_id, now)                            an outcome was not sent
 #   tick(now)                                          next_deadline() has come
 #
 # Nothing here touches a socket, a file, a clock or a source of randomness; a `connection` is any
@@ -1561,7 +1563,8 @@ class TaskRecord:
     settled_by: AgentRecord | None = None  # The assignee if its result ended it, None if the hub did.
     ended_at: float = 0.0
     children: dict[str, TaskRecord] | None = None  # Those still open.
-    is_saved: bool = False  # The journal has a row of it.
+    is_delivered: bool = False  # Its outcome was sent to its requester, or is kept for nobody.
+    is_journaled: bool = False  # A row of it has left in the changes of some step.
 
     @property
     def place(self) -> tuple[int, int]:
@@ -1603,7 +1606,6 @@ class AgentRecord:
     requested: dict[str, TaskRecord] = field(default_factory=dict)  # Open, and asked for by it.
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)  # Ended while it was away.
     told: int = 0  # Records kept of ended tasks that it was told of, which does not mean that it heard.
-    is_saved: bool = False  # The journal has a row of it.
 
     @property
     def is_available(self) -> bool:
@@ -1668,13 +1670,32 @@ class TaskRow(NamedTuple):
 
 @dataclass(slots=True)
 class Changes:
-    """What has changed since the last time, for a journal to write at once: rows to insert, update and delete."""
+    """What a journal writes at once: the latest row of each task and agent that changed."""
 
-    new: list[TaskRow] = field(default_factory=list)
-    moved: list[TaskRow] = field(default_factory=list)
-    forgotten: list[int] = field(default_factory=list)  # By arrival.
-    agents: list[AgentRow] = field(default_factory=list)  # To insert or update.
-    gone: list[str] = field(default_factory=list)  # By agent_id.
+    inserted: dict[int, TaskRow] = field(default_factory=dict)  # By arrival, as the next two.
+    updated: dict[int, TaskRow] = field(default_factory=dict)
+    deleted: dict[int, None] = field(default_factory=dict)
+    agents: dict[str, AgentRow | None] = field(default_factory=dict)  # By agent_id; None deletes the row.
+
+    def merge(self, later: Changes) -> None:
+        """Add later changes, whose rows supersede the earlier ones. Costs no more than `later` is long."""
+        self.inserted.update(later.inserted)
+        for arrival, row in later.updated.items():
+            rows = self.inserted if arrival in self.inserted else self.updated
+            rows[arrival] = row
+        for arrival in later.deleted:
+            # A task that was both accepted and forgotten between two writes leaves no trace.
+            if self.inserted.pop(arrival, None) is None:
+                self.updated.pop(arrival, None)
+                self.deleted[arrival] = None
+        self.agents.update(later.agents)
+
+
+class Step(NamedTuple):
+    """What follows from one fact: changes to be written first (None: nothing changed), then effects, in their order."""
+
+    effects: list[Effect]
+    changes: Changes | None = None
 
 
 class Pool:
@@ -1870,8 +1891,8 @@ class Hub:
     """Every decision about agents and tasks.
 
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
-    does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, what has to be
-    on disk before the effects may be carried out is in `take_changes()`, and `restore` takes it up again.
+    does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, each step has
+    the changes that must be on disk before its effects are carried out; `restore` reads them again after a restart.
     """
 
     def __init__(
@@ -1881,10 +1902,11 @@ class Hub:
         self.shutting_down = False
         self.is_full = False  # The journal has no room: no new task is taken.
         self._is_journaled = is_journaled
-        self._changed: dict[TaskRecord | AgentRecord, None] = {}  # Since `take_changes`.
         self._entropy = entropy
         self._now = self._started_at = now
-        self._effects: list[Effect] = []
+        self._effects: list[Effect] = []  # Of this step, as are the changed records; False if it was forgotten.
+        self._changed_tasks: dict[TaskRecord, bool] = {}
+        self._changed_agents: dict[AgentRecord, bool] = {}
         self._message_bytes = 0  # The size of the message being handled.
         # What comes in with so many bytes fits into a message without trying: written again it may be longer, but not
         # by more than INFLATION_MAX.
@@ -1914,39 +1936,56 @@ class Hub:
 
     # What happens.
 
-    def connected(self, connection: Hashable, now: float) -> list[Effect]:
+    def connected(self, connection: Hashable, now: float) -> Step:
         """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
         self._advance(now)
         peer = self._peers[connection] = Peer(connection, self._now)
         self._deadlines.push(peer, self._now + min(self.settings.join_s, self.settings.silence_s))
-        return self._take_effects()
+        return self._take_step()
 
     def receive(
-        self, connection: Hashable, message: AgentMessage | InvalidMessage, now: float, message_bytes: int = 0
-    ) -> list[Effect]:
-        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read."""
+        self,
+        connection: Hashable,
+        message: AgentMessage | InvalidMessage,
+        now: float,
+        message_bytes: int = 0,
+        refusal: Refused | None = None,
+    ) -> Step:
+        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read.
+
+        With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
+        """
         peer = self._peers.get(connection)
         if peer is None:  # It was closed from this side, and this was still on its way.
-            return []
-        self._advance(now)
+            return Step([])
+        if now > self._now:
+            self._now = now
         peer.last_seen = self._now
         self._message_bytes = message_bytes
         self.effort = 1 + message_bytes // COST_BYTES
         try:
+            if refusal is not None:
+                raise refusal
             self._RECEIVERS[type(message)](self, peer, message)
-        except Refused as refusal:
-            self._refuse(peer, refusal, getattr(message, "id", None), getattr(message, "task_id", None))
-        return self._take_effects()
+        except Refused as refused:
+            self._refuse(peer, refused, getattr(message, "id", None), getattr(message, "task_id", None))
+        return self._take_step()
 
-    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> list[Effect]:
+    def failed(self, connection: Hashable, reply_to: str | None) -> Step:
+        """Answer a message whose handling has raised an unexpected exception; what it did before that stays done."""
+        text = "the hub failed while it handled this message; its log has the traceback"
+        self._effects.append((connection, Error(reply_to=reply_to, code=Code.INTERNAL, message=text)))
+        return self._take_step()
+
+    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> Step:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
         self._advance(now)
         peer = self._peers.get(connection)
         if peer is not None:
             self._forget_connection(peer, code)
-        return self._take_effects()
+        return self._take_step()
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> Step:
         """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
         self._advance(now)
         for _ in range(TICK_BATCH):
@@ -1958,15 +1997,16 @@ class Hub:
             self._on_deadline(due[1])
         if self._now >= self._next_sweep:
             self._reap()
-        return self._take_effects()
+        return self._take_step()
 
-    def redeliver(self, task_id: str, now: float) -> list[Effect]:
-        """Take note that the word of a task's end did not go out, because its requester's connection was lost."""
+    def redeliver(self, task_id: str, now: float) -> Step:
+        """Redeliver an outcome that was not sent because the requester disconnected."""
         self._advance(now)
         task = self._forget_delivered(task_id)
         if task is not None:
+            self._mark_task(task)
             self._deliver_outcome(task)
-        return self._take_effects()
+        return self._take_step()
 
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
@@ -2005,40 +2045,39 @@ class Hub:
 
     # What survives.
 
-    def take_changes(self) -> Changes:
-        """Return what has changed since the last call; to be written before the effects until now are carried out."""
+    def _take_step(self) -> Step:
+        """Return the effects and changes since the last step."""
+        effects, self._effects = self._effects, []
+        if self._is_journaled and (self._changed_tasks or self._changed_agents):
+            return Step(effects, self._take_changes())
+        return Step(effects)
+
+    def _take_changes(self) -> Changes:
+        tasks, self._changed_tasks = self._changed_tasks, {}
+        agents, self._changed_agents = self._changed_agents, {}
         changes = Changes()
-        changed, self._changed = self._changed, {}
-        for subject in changed:
-            if isinstance(subject, TaskRecord):
-                self._add_task(subject, changes)
-            elif self._agents.get(subject.agent_id) is subject:
-                register = Register(
-                    name=subject.name,
-                    description=subject.description,
-                    capabilities=list(subject.capabilities.values()),
-                    max_tasks=subject.max_tasks,
-                    metadata=subject.metadata,
-                )
-                subject.is_saved = True
-                changes.agents.append(
-                    AgentRow(subject.agent_id, subject.resume_hash, register, subject.there, subject.departed)
-                )
-            elif subject.is_saved:
-                changes.gone.append(subject.agent_id)
+        for task, is_kept in tasks.items():
+            if is_kept:
+                (changes.updated if task.is_journaled else changes.inserted)[task.arrival] = self._task_row(task)
+                task.is_journaled = True
+            elif task.is_journaled:
+                changes.deleted[task.arrival] = None
+        for agent, is_kept in agents.items():
+            changes.agents[agent.agent_id] = self._agent_row(agent) if is_kept else None
         return changes
 
-    @property
-    def has_changed(self) -> bool:
-        """Whether `take_changes` would return something."""
-        return bool(self._changed)
+    def _agent_row(self, agent: AgentRecord) -> AgentRow:
+        register = Register(
+            name=agent.name,
+            description=agent.description,
+            capabilities=list(agent.capabilities.values()),
+            max_tasks=agent.max_tasks,
+            metadata=agent.metadata,
+        )
+        return AgentRow(agent.agent_id, agent.resume_hash, register, agent.there, agent.departed)
 
-    def _add_task(self, task: TaskRecord, changes: Changes) -> None:
-        if self._find(task.task_id) is not task:
-            if task.is_saved:
-                changes.forgotten.append(task.arrival)
-            return
-        row = TaskRow(
+    def _task_row(self, task: TaskRecord) -> TaskRow:
+        return TaskRow(
             arrival=task.arrival,
             requester=task.requester.agent_id,
             request=task.request,
@@ -2049,18 +2088,21 @@ class Hub:
             state=task.state,
             assignee=task.assignee.agent_id if task.assignee is not None else None,
             attempt=task.attempt,
-            told=task.task_id in self._ended,
+            told=task.is_delivered,
             ended_at=task.ended_at,
             end=self._outcome(task) if task.state in FINAL_STATES else None,
         )
-        (changes.moved if task.is_saved else changes.new).append(row)
-        task.is_saved = True
 
-    def _mark_dirty(self, subject: TaskRecord | AgentRecord) -> None:
+    def _mark_task(self, task: TaskRecord, is_kept: bool = True) -> None:
+        """Take note that a task's row must be written, or deleted."""
         if self._is_journaled:
-            self._changed[subject] = None
+            self._changed_tasks[task] = is_kept
 
-    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> None:
+    def _mark_agent(self, agent: AgentRecord, is_kept: bool = True) -> None:
+        if self._is_journaled:
+            self._changed_agents[agent] = is_kept
+
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> Step:
         """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
 
         Requesters are told again of what ended after `retell_after`: the word of it may have been lost with the hub.
@@ -2078,9 +2120,10 @@ class Hub:
         for task, is_told in sorted(ended, key=lambda one: one[0].ended_at):
             self._restore_ended(task, is_told)
         self._forget_gone_agents()
+        return self._take_step()
 
     def _restore_agent(self, row: AgentRow) -> AgentRecord:
-        agent = AgentRecord(row.agent_id, "", row.resume_hash, departed=row.departed, is_saved=True)
+        agent = AgentRecord(row.agent_id, "", row.resume_hash, departed=row.departed)
         self._agents[row.agent_id] = agent
         self._describe(agent, row.register)
         if row.there:
@@ -2114,7 +2157,7 @@ class Hub:
             assignee=agent(row.assignee) if row.assignee is not None else None,
             attempt=row.attempt,
             ended_at=min(row.ended_at, now),
-            is_saved=True,
+            is_journaled=True,
         )
         if row.end is not None:
             task.success, task.output, task.error = row.end.success, row.end.output, row.end.error
@@ -2135,7 +2178,7 @@ class Hub:
             self._keep_delivered(task)
         else:
             self._keep_undelivered(task)
-            self._mark_dirty(task)  # That it is to be told, if this hub dies before it can.
+            self._mark_task(task)  # That it is to be told, if this hub dies before it can.
 
     # Joining and leaving.
 
@@ -2152,6 +2195,7 @@ class Hub:
             self._send(peer, self._registered(agent, message.id))
         for task in list(agent.undelivered.values()):
             del agent.undelivered[task.task_id], self._undelivered[task.task_id]
+            self._mark_task(task)
             self._deliver_outcome(task)
         self._assign_waiting(agent)
 
@@ -2213,7 +2257,7 @@ class Hub:
         if agent.leaving is None:
             self._join_pools(agent)
         self._update_load(agent)
-        self._mark_dirty(agent)
+        self._mark_agent(agent)
 
     def _registered(self, agent: AgentRecord, reply_to: str) -> Registered:
         return Registered(
@@ -2281,22 +2325,24 @@ class Hub:
         """Take an agent out: its grace time is over, or it left. Its tasks are tried again or fail."""
         log_hub.info("%s agent=%s running=%d", "left" if agent.departed else "lost", agent.agent_id, len(agent.running))
         agent.there = False
-        self._mark_dirty(agent)
         self._deadlines.discard(agent)
         self._leave_pools(agent)
         while agent.running:  # One may be a part of another, and end with it.
-            self._task_lost(next(iter(agent.running.values())), "its agent was lost")
+            task = next(iter(agent.running.values()))
+            self._retry(task, "its agent was lost")
+            self._follow_up(task, agent)
         self._release_awaited(agent)
         if agent.is_needed:
             self._gone[agent.agent_id] = agent
         else:
             del self._agents[agent.agent_id]
+        self._mark_agent(agent, agent.is_needed)
 
     def _release_awaited(self, agent: AgentRecord) -> None:
         """End the pending tasks that name an agent which takes no more, unless they are willing to wait."""
         for task in list(agent.awaited.values()):
             if not task.waits_for_agent:
-                self._end(task, TaskEvent.LOST, error=ErrorInfo(Code.AGENT_LOST, "its agent left before it began"))
+                self._end(task, TaskEvent.LOST, ErrorInfo(Code.AGENT_LOST, "its agent left before it began"))
 
     def _on_deadline(self, subject: TaskRecord | AgentRecord | Peer) -> None:
         if isinstance(subject, TaskRecord):
@@ -2318,7 +2364,7 @@ class Hub:
 
     def _expire(self, task: TaskRecord) -> None:
         text = f"its time to live of {task.deadline - task.accepted_at:g} s is over"
-        self._end(task, TaskEvent.EXPIRED, error=ErrorInfo(Code.TIMEOUT, text))
+        self._end(task, TaskEvent.EXPIRED, ErrorInfo(Code.TIMEOUT, text))
 
     def _on_heartbeat(self, peer: Peer, message: Heartbeat) -> None:
         self._registered_agent(peer)
@@ -2470,8 +2516,10 @@ class Hub:
             return
         parent = self._admit(agent, message)
         task = self._accept(agent, message, parent)
-        self._dispatch(task)
-        self._acknowledge_first(peer, message, task)
+        worker = self._place(task)
+        self._acknowledge(peer, message, task)
+        if worker is not None:
+            self._hand_out(task, worker)
 
     def _repeat(self, peer: Peer, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
         """Answer a delegate that has been accepted before."""
@@ -2535,7 +2583,8 @@ class Hub:
         needed = self._message_bytes + RECORD_BYTES
         if self._records_bytes - self._ended_bytes + needed > settings.records_bytes_max:
             raise Refused(f"the hub holds its {settings.records_bytes_max} bytes of tasks", code=Code.OVERLOADED)
-        self._make_room(needed)
+        if self._records_bytes + needed > settings.records_bytes_max:
+            self._make_room(needed)
 
     def _accept(self, agent: AgentRecord, message: Delegate, parent: TaskRecord | None) -> TaskRecord:
         deadline = self._now + message.ttl
@@ -2548,7 +2597,7 @@ class Hub:
         task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._arrivals, size)
         self._count(task)
         self._list_open(task)
-        self._mark_dirty(task)
+        self._mark_task(task)
         return task
 
     def _count(self, task: TaskRecord) -> None:
@@ -2563,14 +2612,18 @@ class Hub:
             task.parent.children[task.task_id] = task
         self._deadlines.push(task, task.deadline)
 
-    def _dispatch(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> None:
-        """Hand a pending task to a free agent, one to avoid only if there is no other; or let it wait."""
+    def _place(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> AgentRecord | None:
+        """Assign a pending task to a free agent, one to avoid only if there is no other, or let it wait.
+
+        Return the agent; the task is still to be handed out to it.
+        """
         agent = self._free_agent(task, avoiding) if self._now < task.deadline else None
-        if agent is not None:
+        if agent is None:
+            self._enqueue(task)
+        else:
             self._assign(task, agent)
             self._update_load(agent)
-            return
-        self._enqueue(task)
+        return agent
 
     def _enqueue(self, task: TaskRecord) -> None:
         self._queues.setdefault(self._target(task), PendingQueue()).push(task)
@@ -2594,12 +2647,14 @@ class Hub:
         return task.request.agent_id, task.request.capability
 
     def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
-        if agent.peer is None:
-            raise AssertionError("only an agent that is online is free")
         self._transition(task, ASSIGNED)
         task.attempt += 1
         task.assignee = agent
         agent.running[task.task_id] = task
+
+    def _hand_out(self, task: TaskRecord, agent: AgentRecord) -> None:
+        if agent.peer is None:
+            raise AssertionError("only an agent that is online is free")
         request = task.request
         delivery = Delegated(
             task_id=request.task_id,
@@ -2626,6 +2681,7 @@ class Hub:
                 break
             self._unqueue(task)
             self._assign(task, agent)
+            self._hand_out(task, agent)
         self._update_load(agent)
 
     def _assign_deferred(self) -> None:
@@ -2689,70 +2745,61 @@ class Hub:
     def _on_result(self, peer: Peer, message: Result) -> None:
         agent = self._registered_agent(peer)
         task = self._open_task(message.task_id)
-        if task.assignee is agent:
-            self._on_outcome(task, message)
-        elif task.requester is agent and not message.success:
-            self._check_size(message)
-            self._grow(task, self._message_bytes)
-            reason = error_info(message.error).message or "its requester called it off"
-            self._end(task, TaskEvent.CANCELLED, error=ErrorInfo(Code.CANCELLED, reason))
-        elif message.attempt is not None and message.attempt < task.attempt:
-            raise Refused("attempt: a newer one has begun", code=Code.STALE_ATTEMPT)
-        else:
-            raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
-        self._acknowledge_first(peer, message, task)
-
-    def _on_outcome(self, task: TaskRecord, message: Result) -> None:
-        """Take the result of a task from its assignee."""
-        if message.attempt is not None and message.attempt != task.attempt:
-            raise Refused("attempt: is not the present one", code=Code.STALE_ATTEMPT)
-        if task.deadline <= self._now:  # `tick` is about to end it.
-            raise Refused("the deadline of that task has come", code=Code.TASK_OVER)
+        self._check_result(agent, task, message)
         self._check_size(message)
         self._grow(task, self._message_bytes)
+        worker = task.assignee
+        if worker is agent:
+            self._conclude(task, message)
+        else:
+            reason = error_info(message.error).message or "its requester called it off"
+            self._settle(task, TaskEvent.CANCELLED, error=ErrorInfo(Code.CANCELLED, reason))
+        self._acknowledge(peer, message, task)
+        self._follow_up(task, worker)
+
+    def _check_result(self, agent: AgentRecord, task: TaskRecord, message: Result) -> None:
+        """Refuse a result unless it is from the assignee, of the present attempt, or its requester cancels with it."""
+        if task.assignee is agent:
+            if message.attempt is not None and message.attempt != task.attempt:
+                raise Refused("attempt: is not the present one", code=Code.STALE_ATTEMPT)
+            if task.deadline <= self._now:  # `tick` is about to end it.
+                raise Refused("the deadline of that task has come", code=Code.TASK_OVER)
+        elif task.requester is not agent or message.success:
+            if message.attempt is not None and message.attempt < task.attempt:
+                raise Refused("attempt: a newer one has begun", code=Code.STALE_ATTEMPT)
+            raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
+
+    def _conclude(self, task: TaskRecord, message: Result) -> None:
+        """Apply the result of a task's assignee."""
         if message.success:
             task.success, task.output = True, message.output
-            self._end(task, SUCCEEDED, sender=task.assignee)
+            self._settle(task, SUCCEEDED, sender=task.assignee)
             return
         error = error_info(message.error)
         if error.code == Code.AGENT_LOST:  # It never got the task, or lost it, and says so after a reconnect.
-            self._task_lost(task, error.message, reporter=task.assignee)
+            self._retry(task, error.message, reporter=task.assignee)
         else:
-            self._end(task, TaskEvent.ERRED, sender=task.assignee, error=error)
+            self._settle(task, TaskEvent.ERRED, sender=task.assignee, error=error)
 
-    def _task_lost(self, task: TaskRecord, reason: str, reporter: AgentRecord | None = None) -> None:
-        """Try a task again whose agent was lost, if it may be; fail it if not."""
+    def _retry(self, task: TaskRecord, reason: str, reporter: AgentRecord | None = None) -> None:
+        """Make a task pending again whose agent was lost, if it may be retried; fail it if not."""
         if task.attempt > task.request.max_retries:
-            self._end(task, TaskEvent.LOST, sender=reporter, error=ErrorInfo(Code.AGENT_LOST, reason))
+            self._settle(task, TaskEvent.LOST, sender=reporter, error=ErrorInfo(Code.AGENT_LOST, reason))
             return
-        agent = task.assignee
         self._transition(task, TaskEvent.RETRIED)
+        if task.assignee is not None:
+            del task.assignee.running[task.task_id]
         task.assignee = None
         task.progress = task.detail = None
         self._grow(task, -task.detail_bytes)
         task.detail_bytes = 0
-        self._release(task, agent)
-        self._dispatch(task, avoiding=agent)
-        if agent is not None:
-            self._assign_waiting(agent)
-            self._leave_if_drained(agent)
 
-    def _release(self, task: TaskRecord, agent: AgentRecord | None) -> None:
-        """Free the slot that a task took of its agent, which `_assign_waiting` fills again, and cancel its subtasks."""
-        if agent is not None:
-            del agent.running[task.task_id]
-        if task.children:
-            error = ErrorInfo(Code.CANCELLED, "the task that it was part of has ended")
-            while task.children:
-                self._end(next(iter(task.children.values())), TaskEvent.CANCELLED, error=error)
-
-    def _end(
+    def _settle(
         self, task: TaskRecord, event: TaskEvent, *, sender: AgentRecord | None = None, error: ErrorInfo | None = None
     ) -> None:
-        """End a task, tell its requester and, unless it is the `sender`, its assignee; give the slot to the next."""
+        """Take an open task to its final state. `sender` is its assignee if that one's result does it."""
         if task.state is PENDING:
             self._unqueue(task)
-        agent = task.assignee
         self._transition(task, event)
         task.error, task.settled_by, task.ended_at = error, sender, self._now
         self._open.pop(task.task_id)
@@ -2760,18 +2807,36 @@ class Hub:
         task.requester.requested.pop(task.task_id)
         if task.parent is not None and task.parent.children:
             task.parent.children.pop(task.task_id, None)
-        self._release(task, agent)
-        self._deliver_outcome(task)
-        if agent is not None:
-            if agent is not sender and agent.peer is not None:
-                self._send(agent.peer, self._acknowledged(task))
-            self._assign_waiting(agent)
-            if agent.leaving is not None:
-                self._leave_if_drained(agent)
+        if task.assignee is not None:
+            del task.assignee.running[task.task_id]
+
+    def _follow_up(self, task: TaskRecord, worker: AgentRecord | None) -> None:
+        """Do what follows when a task has ended, or is to be retried, and so has left its worker."""
+        if task.children:
+            error = ErrorInfo(Code.CANCELLED, "the task that it was part of has ended")
+            while task.children:
+                self._end(next(iter(task.children.values())), TaskEvent.CANCELLED, error)
+        if task.state is PENDING:
+            taker = self._place(task, avoiding=worker)
+            if taker is not None:
+                self._hand_out(task, taker)
+        else:
+            self._deliver_outcome(task)
+            if worker is not None and worker is not task.settled_by and worker.peer is not None:
+                self._send(worker.peer, self._acknowledged(task))
+        if worker is not None:
+            self._assign_waiting(worker)
+            if worker.leaving is not None:
+                self._leave_if_drained(worker)
+
+    def _end(self, task: TaskRecord, event: TaskEvent, error: ErrorInfo) -> None:
+        """End a task by other means than a result."""
+        worker = task.assignee
+        self._settle(task, event, error=error)
+        self._follow_up(task, worker)
 
     def _deliver_outcome(self, task: TaskRecord) -> None:
         """Tell a task's end to its requester, or keep it until that one is back."""
-        self._mark_dirty(task)
         requester = task.requester
         if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
             self._keep_undelivered(task)
@@ -2788,6 +2853,7 @@ class Hub:
     def _keep_delivered(self, task: TaskRecord) -> None:
         self._ended[task.task_id] = task
         self._ended_bytes += task.bytes
+        task.is_delivered = True
         task.requester.told += 1
 
     def _forget_delivered(self, task_id: str) -> TaskRecord | None:
@@ -2795,6 +2861,7 @@ class Hub:
         task = self._ended.pop(task_id, None)
         if task is not None:
             self._ended_bytes -= task.bytes
+            task.is_delivered = False
             task.requester.told -= 1
         return task
 
@@ -2818,7 +2885,8 @@ class Hub:
         if state in FINAL_STATES:
             self._totals[state] += 1
         task.state = state
-        self._mark_dirty(task)
+        if self._is_journaled:
+            self._changed_tasks[task] = True
 
     # Forgetting.
 
@@ -2849,11 +2917,11 @@ class Hub:
         """Drop those that nothing needs."""
         for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
             del self._agents[agent.agent_id], self._gone[agent.agent_id]
-            self._mark_dirty(agent)
+            self._mark_agent(agent, is_kept=False)
 
     def _purge_task(self, task: TaskRecord) -> None:
         """Drop the record of an ended task."""
-        self._mark_dirty(task)
+        self._mark_task(task, is_kept=False)
         if self._forget_delivered(task.task_id) is None:
             del self._undelivered[task.task_id], task.requester.undelivered[task.task_id]
         self._records_bytes -= task.bytes
@@ -2861,10 +2929,10 @@ class Hub:
 
     # What the others share.
 
-    def _acknowledge_first(self, peer: Peer, message: Delegate | Result, task: TaskRecord) -> None:
-        """Answer the message at hand before the effects that it had, and with their outcome."""
+    def _acknowledge(self, peer: Peer, message: Delegate | Result, task: TaskRecord) -> None:
+        """Answer a message with the state that it has led to, before what follows from that."""
         if message.id is not None:
-            self._effects.insert(0, (peer.connection, self._acknowledged(task, message.id)))
+            self._send(peer, self._acknowledged(task, message.id))
 
     def _advance(self, now: float) -> None:
         if now > self._now:
@@ -2872,10 +2940,6 @@ class Hub:
 
     def _send(self, peer: Peer, message: HubOutput) -> None:
         self._effects.append((peer.connection, message))
-
-    def _take_effects(self) -> list[Effect]:
-        effects, self._effects = self._effects, []
-        return effects
 
     def _refuse(self, peer: Peer, why: AgentHubError, reply_to: str | None, task_id: str | None = None) -> None:
         self._send(peer, Error(reply_to=reply_to, code=why.code, message=why.message, task_id=task_id))
@@ -3181,11 +3245,14 @@ class Journal:
         is_set = abs(step_s) > CLOCK_STEP_S
         if abs(step_s) <= CLOCK_STEP_S:  # All times in the file are by the same offset.
             clock_offset = self._clock_offset
-        new = [(*self._kept(row, clock_offset), *self._moving(row, clock_offset)) for row in changes.new]
-        moved = [(*self._moving(row, clock_offset), row.arrival) for row in changes.moved]
+        new = [(*self._kept(row, clock_offset), *self._moving(row, clock_offset)) for row in changes.inserted.values()]
+        moved = [(*self._moving(row, clock_offset), row.arrival) for row in changes.updated.values()]
         agents = [
-            (row.agent_id, row.resume_hash, encode(row.register), row.there, row.departed) for row in changes.agents
+            (row.agent_id, row.resume_hash, encode(row.register), row.there, row.departed)
+            for row in changes.agents.values()
+            if row is not None
         ]
+        gone = [(agent_id,) for agent_id, row in changes.agents.items() if row is None]
         try:
             database.execute("BEGIN IMMEDIATE")
             if is_set:
@@ -3198,8 +3265,8 @@ class Journal:
                 " WHERE arrival = ?",
                 moved,
             )
-            database.executemany("DELETE FROM tasks WHERE arrival = ?", [(arrival,) for arrival in changes.forgotten])
-            database.executemany("DELETE FROM agents WHERE agent_id = ?", [(agent_id,) for agent_id in changes.gone])
+            database.executemany("DELETE FROM tasks WHERE arrival = ?", [(arrival,) for arrival in changes.deleted])
+            database.executemany("DELETE FROM agents WHERE agent_id = ?", gone)
             database.execute("COMMIT")
         except BaseException:
             if database.in_transaction:
@@ -5051,8 +5118,8 @@ def descriptors_max() -> float:
 class GroupCommit:
     """Holds the hub's effects back until the changes that they follow from are in the journal.
 
-    One write at a time, in a thread of its own, so that a slow disk does not stop the loop; all that comes in
-    meanwhile goes into the next one. Signs of life, and the word that there is no room, do not wait.
+    One write at a time, in a thread of its own, so that a slow disk does not stop the loop; the steps taken meanwhile
+    are merged into the next one. Heartbeats and `overloaded` errors do not wait.
     """
 
     def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None:
@@ -5063,7 +5130,8 @@ class GroupCommit:
         self._carry_out = carry_out
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "agenthub-journal")
-        self._held: list[Effect] = []
+        self._changes: Changes | None = None  # To be in the next write ...
+        self._held: list[Effect] = []  # ... and the effects to be carried out after it.
         self._efforts: dict[Link, int] = {}  # What the messages cost whose effects are held back.
         self._is_closed = False
         self._idle = asyncio.Event()  # Nothing is held back.
@@ -5071,11 +5139,16 @@ class GroupCommit:
         self._timer: asyncio.TimerHandle | None = None
         self._look_for_room()
 
-    def add(self, effects: list[Effect]) -> None:
-        """Carry out effects: now if they follow from nothing that is to be written, else as soon as it is."""
-        if self._idle.is_set() and not self._hub.has_changed:
+    def add(self, step: Step) -> None:
+        """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
+        effects, changes = step
+        if changes is None and self._idle.is_set():
             self._carry_out(effects)
             return
+        if self._changes is None:
+            self._changes = changes
+        elif changes is not None:
+            self._changes.merge(changes)
         self._carry_out([effect for effect in effects if self._may_overtake(effect[1])])
         self._held += [effect for effect in effects if not self._may_overtake(effect[1])]
         if self._idle.is_set():
@@ -5125,9 +5198,10 @@ class GroupCommit:
         return isinstance(action, HeartbeatAck) or (isinstance(action, Error) and action.code == Code.OVERLOADED)
 
     def _write(self) -> None:
-        """Write what has changed until now; the effects until now are carried out when that is done."""
+        """Write all changes until now, and then carry out all effects until now."""
         held, self._held = self._held, []
-        self._try(self._hub.take_changes(), held)
+        changes, self._changes = self._changes, None
+        self._try(changes or Changes(), held)
 
     def _try(self, changes: Changes, held: list[Effect]) -> None:
         if self._is_closed:
@@ -5145,7 +5219,7 @@ class GroupCommit:
             self._carry_out(held)
         finally:  # Whatever fails, the rest goes on.
             self._read_on()
-            if self._held or self._hub.has_changed:
+            if self._held or self._changes is not None:
                 self._write()
             else:
                 self._idle.set()
@@ -5234,13 +5308,14 @@ class LocalHub:
         await asyncio.to_thread(journal.open)
         try:
             agents, tasks, last = await asyncio.to_thread(journal.load, offset)
-            self.hub.restore(agents, tasks, last - self.settings.grace_s)
+            step = self.hub.restore(agents, tasks, last - self.settings.grace_s)
         except BaseException:
             journal.close()
             raise
         if agents or tasks:
             log_hub.info("took up %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
-        self._commit = GroupCommit(self.hub, journal, self._carry_out_late)
+        self._commit = GroupCommit(self.hub, journal, self._carry_out)
+        self._commit.add(step)
 
     def shut_down(self) -> None:
         """Take no new task from now on."""
@@ -5299,35 +5374,38 @@ class LocalHub:
         if commit is not None and commit.is_overfull:
             link.close(CloseCode.GOING_AWAY, "the journal cannot be written just now")
             return
-        if link.grant is not None and not isinstance(message, InvalidMessage):
-            refusal = link.grant.refusal(message)
-            if refusal is not None:
-                message = InvalidMessage(refusal, code=Code.UNAUTHORIZED, reply_to=message.id)
+        refusal = self._refusal(link, message) if link.grant is not None else None
         try:
-            effects = self.hub.receive(link, message, self._loop.time(), message_bytes)
+            step = self.hub.receive(link, message, self._loop.time(), message_bytes, refusal)
         except Exception:
             log_hub.exception("a message was not handled type=%s", getattr(message, "type", "invalid"))
-            reply = Error(reply_to=message.id, code=Code.INTERNAL, message="the hub failed; its log says why")
-            effects = [*self.hub._take_effects(), (link, reply)]
-        self._apply(effects)
+            step = self.hub.failed(link, getattr(message, "id", None))
+        self._apply(step)
         if commit is not None:
             commit.spend(link, self.hub.effort)
         link.spend(self.hub.effort)
+
+    @staticmethod
+    def _refusal(link: Link, message: Any) -> Refused | None:
+        """Return why the token of a link does not allow a message; None if it does."""
+        if isinstance(message, InvalidMessage):
+            return None
+        reason = link.grant.refusal(message)
+        return Refused(reason, code=Code.UNAUTHORIZED) if reason is not None else None
 
     def closed(self, link: Link, code: int, reason: str) -> None:
         self._links.pop(link, None)
         self._apply(self.hub.disconnected(link, self._loop.time(), code))
         for message in link.take_unsent():
-            if isinstance(message, TaskOutcome):
-                self._apply(self.hub.redeliver(message.task_id, self._loop.time()))
+            self._give_back(message)
 
-    # The hub's effects and its time.
+    # Steps of the hub, and its time.
 
-    def _apply(self, effects: list[Effect]) -> None:
+    def _apply(self, step: Step) -> None:
         if self._commit is None:
-            self._carry_out(effects)
+            self._carry_out(step.effects)
         else:
-            self._commit.add(effects)
+            self._commit.add(step)
         if not self._is_arming:  # Once, when all that came in at once has been handled.
             self._is_arming = True
             self._loop.call_soon(self._arm)
@@ -5336,24 +5414,23 @@ class LocalHub:
         sent: HubOutput | None = None
         raw = b""
         for link, action in effects:
+            if link not in self._links:  # It closed while its effects waited for the journal.
+                self._give_back(action)
+                continue
             if action is not sent:  # A broadcast is one message to many, encoded once.
                 if isinstance(action, Close):
                     link.close(action.code, action.reason)
                     continue
-                if link.is_backlogged and isinstance(
-                    action, Delegated | TaskOutcome
-                ):  # Whose payloads are in the records.
-                    link.send_when_writable(action)
+                if link.is_backlogged and isinstance(action, Delegated | TaskOutcome):
+                    link.send_when_writable(action)  # Their payloads are in memory anyway, in the hub's records.
                     continue
                 sent, raw = action, encode(action)
             link.send(raw)
 
-    def _carry_out_late(self, effects: list[Effect]) -> None:
-        """Carry out effects that were held back; an end whose reader has gone meanwhile is told to it another time."""
-        self._carry_out(effects)
-        for link, action in effects:
-            if isinstance(action, TaskOutcome) and link not in self._links:
-                self._apply(self.hub.redeliver(action.task_id, self._loop.time()))
+    def _give_back(self, action: HubOutput | Close) -> None:
+        """Have an outcome delivered another time whose link closed before it was sent. Nothing else is kept."""
+        if isinstance(action, TaskOutcome):
+            self._apply(self.hub.redeliver(action.task_id, self._loop.time()))
 
     def _arm(self) -> None:
         """See to it that `_tick` is called at the hub's next deadline. A timer that is too early does no harm."""

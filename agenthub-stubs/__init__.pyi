@@ -578,7 +578,8 @@ class TaskRecord:
     settled_by: AgentRecord | None = ...
     ended_at: float = ...
     children: dict[str, TaskRecord] | None = ...
-    is_saved: bool = ...
+    is_delivered: bool = ...
+    is_journaled: bool = ...
     @property
     def place(self) -> tuple[int, int]:
         """Where it stands in a queue: the higher priority first, then the earlier arrival."""
@@ -615,7 +616,6 @@ class AgentRecord:
     requested: dict[str, TaskRecord] = field(default_factory=dict)
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)
     told: int = ...
-    is_saved: bool = ...
     @property
     def is_available(self) -> bool: ...
     @property
@@ -662,13 +662,20 @@ class TaskRow(NamedTuple):
 
 @dataclass(slots=True)
 class Changes:
-    """What has changed since the last time, for a journal to write at once: rows to insert, update and delete."""
+    """What a journal writes at once: the latest row of each task and agent that changed."""
 
-    new: list[TaskRow] = field(default_factory=list)
-    moved: list[TaskRow] = field(default_factory=list)
-    forgotten: list[int] = field(default_factory=list)
-    agents: list[AgentRow] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)
+    inserted: dict[int, TaskRow] = field(default_factory=dict)
+    updated: dict[int, TaskRow] = field(default_factory=dict)
+    deleted: dict[int, None] = field(default_factory=dict)
+    agents: dict[str, AgentRow | None] = field(default_factory=dict)
+    def merge(self, later: Changes) -> None:
+        """Add later changes, whose rows supersede the earlier ones. Costs no more than `later` is long."""
+
+class Step(NamedTuple):
+    """What follows from one fact: changes to be written first (None: nothing changed), then effects, in their order."""
+
+    effects: list[Effect]
+    changes: Changes | None = ...
 
 class Pool:
     """The agents that are there with one capability, and those of them that can take a task, by load."""
@@ -724,8 +731,8 @@ class Hub:
     """Every decision about agents and tasks.
 
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
-    does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, what has to be
-    on disk before the effects may be carried out is in `take_changes()`, and `restore` takes it up again.
+    does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, each step has
+    the changes that must be on disk before its effects are carried out; `restore` reads them again after a restart.
     """
 
     settings: HubSettings
@@ -735,18 +742,28 @@ class Hub:
     def __init__(
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None: ...
-    def connected(self, connection: Hashable, now: float) -> list[Effect]:
+    def connected(self, connection: Hashable, now: float) -> Step:
         """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
     def receive(
-        self, connection: Hashable, message: AgentMessage | InvalidMessage, now: float, message_bytes: int = 0
-    ) -> list[Effect]:
-        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read."""
-    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> list[Effect]:
+        self,
+        connection: Hashable,
+        message: AgentMessage | InvalidMessage,
+        now: float,
+        message_bytes: int = 0,
+        refusal: Refused | None = None,
+    ) -> Step:
+        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read.
+
+        With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
+        """
+    def failed(self, connection: Hashable, reply_to: str | None) -> Step:
+        """Answer a message whose handling has raised an unexpected exception; what it did before that stays done."""
+    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> Step:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> Step:
         """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
-    def redeliver(self, task_id: str, now: float) -> list[Effect]:
-        """Take note that the word of a task's end did not go out, because its requester's connection was lost."""
+    def redeliver(self, task_id: str, now: float) -> Step:
+        """Redeliver an outcome that was not sent because the requester disconnected."""
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
     def shut_down(self) -> None:
@@ -756,12 +773,7 @@ class Hub:
         """How many tasks are in progress."""
     def summary(self) -> dict[str, Any]:
         """Return what `status` says of the hub itself."""
-    def take_changes(self) -> Changes:
-        """Return what has changed since the last call; to be written before the effects until now are carried out."""
-    @property
-    def has_changed(self) -> bool:
-        """Whether `take_changes` would return something."""
-    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> None:
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> Step:
         """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
 
         Requesters are told again of what ended after `retell_after`: the word of it may have been lost with the hub.
@@ -1132,12 +1144,12 @@ class Authenticator:
 class GroupCommit:
     """Holds the hub's effects back until the changes that they follow from are in the journal.
 
-    One write at a time, in a thread of its own, so that a slow disk does not stop the loop; all that comes in
-    meanwhile goes into the next one. Signs of life, and the word that there is no room, do not wait.
+    One write at a time, in a thread of its own, so that a slow disk does not stop the loop; the steps taken meanwhile
+    are merged into the next one. Heartbeats and `overloaded` errors do not wait.
     """
     def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None: ...
-    def add(self, effects: list[Effect]) -> None:
-        """Carry out effects: now if they follow from nothing that is to be written, else as soon as it is."""
+    def add(self, step: Step) -> None:
+        """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
     def spend(self, link: Link, effort: int) -> None:
         """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
     async def close(self, within_s: float) -> None:

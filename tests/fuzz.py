@@ -1108,9 +1108,9 @@ class Story:
         peers = self.world.hub._peers.items()
         return {str(connection): peer.agent for connection, peer in peers if peer.agent is not None}
 
-    def look_at(self, effects: list[Any]) -> None:
-        self.effects += effects
-        World.apply(self.world, effects)
+    def look_at(self, step: agenthub.Step) -> None:
+        self.effects += step.effects
+        World.apply(self.world, step)
 
     # The steps
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterable
 from typing import Any
 
 from agenthub import (
     AgentMessage,
+    AgentRow,
+    Changes,
     Close,
     Delegate,
-    Effect,
     Error,
     Hub,
     HubSettings,
@@ -22,11 +24,27 @@ from agenthub import (
     LazyHeap,
     Register,
     Result,
+    Step,
+    TaskRow,
     decoder_from_agent,
     encode,
 )
 
 TICKS_MAX = 10_000  # More without the time going on is a hub that does not come to rest.
+
+
+def changes_of(
+    inserted: Iterable[TaskRow] = (),
+    updated: Iterable[TaskRow] = (),
+    agents: Iterable[AgentRow] = (),
+    gone: Iterable[str] = (),
+) -> Changes:
+    """Return changes that write these rows of tasks and agents, and delete the agents that are gone."""
+    return Changes(
+        {row.arrival: row for row in inserted},
+        {row.arrival: row for row in updated},
+        agents={**{row.agent_id: row for row in agents}, **dict.fromkeys(gone)},
+    )
 
 
 class World:
@@ -62,8 +80,8 @@ class World:
             raw = encode(message)
             self.apply(self.hub.receive(connection, decoder_from_agent()(raw), self.now, len(raw)))
 
-    def apply(self, effects: list[Effect]) -> None:
-        for connection, effect in effects:
+    def apply(self, step: Step) -> None:
+        for connection, effect in step.effects:
             assert connection in self.programs, f"{effect} for a connection that has ended"
             program = self.programs[connection]
             if isinstance(effect, Close):

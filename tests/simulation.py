@@ -62,6 +62,7 @@ from agenthub import (
     Result,
     Status,
     StatusReply,
+    Step,
     TaskAck,
     TaskOutcome,
     TaskState,
@@ -371,10 +372,10 @@ class Ledger:
                     book.due_wall += skew_s - self.journal_skew_s
                     moved.append(task_id)
             self.journal_skew_s = skew_s
-        for row in changes.new:
+        for row in changes.inserted.values():
             book = self.books[row.request.task_id]
             book.due_wall = None if book.due is None else book.due + self.journal_skew_s
-        for row in changes.new + changes.moved:
+        for row in (*changes.inserted.values(), *changes.updated.values()):
             if row.end is not None:
                 self.books[row.request.task_id].is_over = True
         return moved
@@ -500,13 +501,13 @@ class Life:
             plan.settings, entropy=simulation.random.randbytes, now=self.clock(), is_journaled=True
         )
         agents, tasks, last = self.journal.load(self._offset())
-        self.hub.restore(agents, tasks, last - plan.settings.grace_s)
         self.is_dead = False
         self.observer: Link | None = None
+        self._changes: Changes | None = None
         self._held: list[tuple[Effect, float]] = []
         self._is_busy = False
         self._armed_for: float | None = None
-        self._arm()
+        self._apply(self.hub.restore(agents, tasks, last - plan.settings.grace_s))
 
     def clock(self) -> float:
         """Return the monotonic clock of this life, which starts anywhere."""
@@ -530,17 +531,17 @@ class Life:
             message = decoder_from_agent()(raw)
         except InvalidMessage as error:
             message = error
-        effects = self.hub.receive(link, message, self.clock(), len(raw))
+        step = self.hub.receive(link, message, self.clock(), len(raw))
         if isinstance(message, Delegate):
-            for _, action in effects:
+            for _, action in step.effects:
                 if isinstance(action, TaskAck) and action.reply_to == message.id:
                     self.simulation.ledger.accept(message, self.simulation.now)
         elif isinstance(message, Register):
-            for whom, action in effects:
+            for whom, action in step.effects:
                 if isinstance(action, Registered) and whom is link:
                     link.agent_id = action.agent_id
                     self.simulation.ledger.away_since[action.agent_id] = None
-        self._apply(effects)
+        self._apply(step)
 
     def _note_away(self, link: Link) -> None:
         """Take note that the hub has lost sight of an agent, unless that is there by another link."""
@@ -553,9 +554,14 @@ class Life:
 
     # Effects.
 
-    def _apply(self, effects: list[Effect]) -> None:
+    def _apply(self, step: Step) -> None:
+        effects, changes = step
         at = self.simulation.now
-        if not self._is_busy and not self.hub.has_changed:
+        if self._changes is None:
+            self._changes = changes
+        elif changes is not None:
+            self._changes.merge(changes)
+        if not self._is_busy and self._changes is None:
             self._carry_out([(effect, at) for effect in effects])
         else:
             self._carry_out([(effect, at) for effect in effects if may_overtake(effect[1])])
@@ -572,7 +578,8 @@ class Life:
         if self.is_dead:
             return
         held, self._held = self._held, []
-        self._try(self.hub.take_changes(), held)
+        changes, self._changes = self._changes, None
+        self._try(changes or Changes(), held)
 
     def _try(self, changes: Changes, held: list[tuple[Effect, float]]) -> None:
         if self.is_dead:
@@ -609,7 +616,7 @@ class Life:
         if self.is_dead:
             return
         self._carry_out(held)
-        if self._held or self.hub.has_changed:
+        if self._held or self._changes is not None:
             self._write()
         else:
             self._is_busy = False
@@ -626,7 +633,7 @@ class Life:
 
     @property
     def is_idle(self) -> bool:
-        return not self._is_busy and not self.hub.has_changed
+        return not self._is_busy and self._changes is None
 
     # Time.
 
@@ -654,9 +661,9 @@ class Life:
         replies: list[Any] = []
         for question in (Status(id="audit", tasks=True), Discover(id="audit", limit=1000)):
             message = decoder_from_agent()(encode(question))
-            effects = self.hub.receive(self.observer, message, self.clock(), 50)
-            replies += [decoder_from_hub()(encode(one)) for _, one in effects if not isinstance(one, Close)]
-            self._apply(effects)
+            step = self.hub.receive(self.observer, message, self.clock(), 50)
+            replies += [decoder_from_hub()(encode(one)) for _, one in step.effects if not isinstance(one, Close)]
+            self._apply(step)
             if self.is_dead:
                 return
         tasks, agents = replies
@@ -1246,20 +1253,20 @@ class Simulation:
 
     def wrote(self, changes: Changes, skew_s: float) -> None:
         """Take note of a commit."""
+        written = [*changes.inserted.values(), *changes.updated.values()]
         if self._verbose:
-            rows = [(row.request.task_id, row.state.value, row.attempt) for row in changes.new + changes.moved]
-            self.note(f"write {rows} forgotten={changes.forgotten} agents={[row.agent_id for row in changes.agents]}")
+            rows = [(row.request.task_id, row.state.value, row.attempt) for row in written]
+            self.note(f"write {rows} deleted={list(changes.deleted)} agents={list(changes.agents)}")
         moved = self.ledger.wrote(changes, skew_s)
         if self.plan.sync == "full":
             return
         tasks, agents = self._unsynced
         tasks.update(dict.fromkeys(moved))
-        for row in changes.new:
+        for row in changes.inserted.values():
             self._task_ids[row.arrival] = row.request.task_id
-        tasks.update((row.request.task_id, None) for row in changes.new + changes.moved)
-        tasks.update((self._task_ids[arrival], None) for arrival in changes.forgotten)
-        agents.update((row.agent_id, None) for row in changes.agents)
-        agents.update(dict.fromkeys(changes.gone))
+        tasks.update((row.request.task_id, None) for row in written)
+        tasks.update((self._task_ids[arrival], None) for arrival in changes.deleted)
+        agents.update(dict.fromkeys(changes.agents))
         if self.random.random() < self.plan.checkpoint:
             assert self.life is not None
             self._synced = self.life.journal.image()

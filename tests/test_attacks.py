@@ -38,6 +38,7 @@ from agenthub import (
     TaskState,
     hash_of,
 )
+from tests.harness import changes_of
 from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, PING, Peer, frame
 from tests.support import WAIT_S, client_link, raw_client
 from tests.test_cli import ran
@@ -572,10 +573,10 @@ def test_wall_clock_that_is_set_while_a_journal_is_open_moves_no_time_in_it(jump
     journal.open()
     journal.load(1_000_000.0)
     before = [row(1, 10.0, 70.0), row(2, 20.0, 80.0, 30.0, is_ended=True)]
-    journal.write(Changes(new=before), 1_000_000.0)
+    journal.write(changes_of(before), 1_000_000.0)
     after = row(3, 40.0, 100.0)
-    journal.write(Changes(new=[after]), 1_000_000.0 + jump_s)
-    journal.write(Changes(moved=[after]), 1_000_000.0 + jump_s)  # It is set once.
+    journal.write(changes_of([after]), 1_000_000.0 + jump_s)
+    journal.write(changes_of(updated=[after]), 1_000_000.0 + jump_s)  # It is set once.
     journal.close()
     journal.open()
     _, tasks, last = journal.load(1_000_000.0 + jump_s)

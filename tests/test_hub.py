@@ -50,6 +50,7 @@ from agenthub import (
     Result,
     Status,
     StatusReply,
+    Step,
     TaskAck,
     TaskEvent,
     TaskOutcome,
@@ -113,7 +114,7 @@ def test_identity_that_is_taken_is_not_given_again() -> None:
     ids = []
     for connection in ("a", "b"):
         hub.connected(connection, 0.0)
-        ((_, reply),) = hub.receive(connection, Register(id="1", name="twin"), 0.0)
+        ((_, reply),) = hub.receive(connection, Register(id="1", name="twin"), 0.0).effects
         ids.append(getattr(reply, "agent_id", None))
     assert ids == ["twin-31323334", "twin-35363738"]
 
@@ -250,8 +251,8 @@ def test_message_of_a_connection_that_was_closed_is_ignored() -> None:
     world, worker, _ = couple()
     back = worker.come_back("greet")
     before = snapshot(world.hub)
-    assert world.hub.receive(worker.connection, Deregister(id="1"), world.now) == []
-    assert world.hub.receive(worker.connection, InvalidMessage("nonsense"), world.now) == []
+    assert world.hub.receive(worker.connection, Deregister(id="1"), world.now) == Step([])
+    assert world.hub.receive(worker.connection, InvalidMessage("nonsense"), world.now) == Step([])
     assert snapshot(world.hub) == before
     assert back.close_code is None
 
@@ -1521,8 +1522,7 @@ def test_numbers_that_grow_when_they_are_written_again_are_too_large() -> None:
     world, _, requester = couple(message_bytes_max=10_000)
     raw = b'{"type":"delegate","id":"1","task_id":"t","capability":"greet","input":[%s]}' % b",".join([b"1e15"] * 1500)
     assert len(raw) < 9000
-    effects = world.hub.receive(requester.connection, agenthub.decoder_from_agent()(raw), world.now, len(raw))
-    world.apply(effects)
+    world.apply(world.hub.receive(requester.connection, agenthub.decoder_from_agent()(raw), world.now, len(raw)))
     assert [message.type for message in requester.received()] in (["error"], ["status"])
 
 

@@ -27,7 +27,6 @@ from agenthub import (
     Deregister,
     Deregistered,
     Discover,
-    Effect,
     Error,
     ErrorInfo,
     Heartbeat,
@@ -36,6 +35,7 @@ from agenthub import (
     Register,
     Result,
     Status,
+    Step,
     TaskOutcome,
     TaskRecord,
     TaskState,
@@ -146,11 +146,11 @@ class HubMachine(RuleBasedStateMachine):
                     book.ended_unseen = True
         self.is_sound = True
 
-    def apply(self, effects: list[Effect]) -> None:
+    def apply(self, step: Step) -> None:
         """Hand effects on as the world does, and enter them in the books."""
-        for connection, effect in effects:
+        for connection, effect in step.effects:
             program = self.world.programs.get(connection)
-            World.apply(self.world, [(connection, effect)])
+            World.apply(self.world, Step([(connection, effect)]))
             assert program is not None
             if isinstance(effect, Delegated):
                 self.on_delivery(program, effect)

@@ -46,13 +46,14 @@ from agenthub import (
     Register,
     Result,
     Status,
+    Step,
     TaskOutcome,
     TaskRow,
     TaskState,
     encode,
     hash_of,
 )
-from tests.harness import Program, World
+from tests.harness import Program, World, changes_of
 from tests.support import WAIT_S, hub_process, raw_client, running
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="modes, signals and limits of files as on POSIX")
@@ -81,13 +82,12 @@ class KeptWorld(World):
         self.hub = Hub(self.hub.settings, entropy=random.Random(now).randbytes, now=now, is_journaled=True)
         self.journal.open()
         agents, tasks, last = self.journal.load(offset)
-        self.hub.restore(agents, tasks, last - self.hub.settings.grace_s if tells_again else math.inf)
-        self.apply([])
+        self.apply(self.hub.restore(agents, tasks, last - self.hub.settings.grace_s if tells_again else math.inf))
 
-    def apply(self, effects: list[Any]) -> None:
-        if self.hub.has_changed:
-            self.journal.write(self.hub.take_changes(), self.offset)
-        super().apply(effects)
+    def apply(self, step: Step) -> None:
+        if step.changes is not None:
+            self.journal.write(step.changes, self.offset)
+        super().apply(step)
 
     def restart(
         self, *, down_s: float = 0.0, jump_s: float = 0.0, now: float = 48.0, tells_again: bool = True
@@ -432,17 +432,20 @@ def test_no_secret_is_in_the_file(couple: Couple) -> None:
     assert not any(secret.encode() in raw for secret in secrets)
 
 
-def test_without_a_journal_nothing_is_noted() -> None:
-    world = World()
+class WithoutChanges(World):
+    def apply(self, step: Step) -> None:
+        assert step.changes is None
+        super().apply(step)
+
+
+def test_without_a_journal_no_step_has_changes() -> None:
+    world = WithoutChanges()
     worker, requester = world.join("worker", "work"), world.join("requester")
     requester.delegate("t", "work")
     worker.succeed("t")
     worker.lose_connection()
     world.pass_time(10_000)
-    assert world.hub._changed == {}
-    assert not world.hub.has_changed
     assert world.hub.summary()["journal"] == "none"
-    assert world.hub.take_changes() == Changes()
 
 
 def test_what_no_journal_keeps_is_no_change(couple: Couple) -> None:
@@ -454,10 +457,8 @@ def test_what_no_journal_keeps_is_no_change(couple: Couple) -> None:
     for message in said:
         for program in (worker, requester):
             message.id = "1"
-            world.hub.receive(program.connection, message, world.now, 100)
-            assert not world.hub.has_changed, message
-    worker.lose_connection()
-    assert not world.hub.has_changed
+            assert world.hub.receive(program.connection, message, world.now, 100).changes is None, message
+    assert world.hub.disconnected(worker.connection, world.now).changes is None
 
 
 # After a restart: agents
@@ -876,13 +877,19 @@ def test_task_that_begins_and_is_forgotten_between_two_writes_is_never_written(s
     world = start(retention_s=0.0, reap_s=1.0)
     world.join("worker", "work")
     hub = world.hub
-    hub.connected("r", world.now)
-    hub.receive("r", Register(name="requester"), world.now, 100)
-    hub.receive("r", Delegate(task_id="t", capability="nobody", wait=True, ttl=0.25), world.now, 100)
-    hub.tick(world.now + 0.25)
-    hub.tick(world.now + 100)
-    changes = hub.take_changes()
-    assert (changes.new, changes.moved, changes.forgotten) == ([], [], [])
+    steps = [
+        hub.connected("r", world.now),
+        hub.receive("r", Register(name="requester"), world.now, 100),
+        hub.receive("r", Delegate(task_id="t", capability="nobody", wait=True, ttl=0.25), world.now, 100),
+        hub.tick(world.now + 0.25),
+        hub.tick(world.now + 100),
+    ]
+    changes = Changes()
+    for step in steps:
+        changes.merge(step.changes or Changes())
+    assert steps[2].changes is not None
+    assert len(steps[2].changes.inserted) == 1
+    assert (changes.inserted, changes.updated, changes.deleted) == ({}, {}, {})
     world.journal.write(changes, 0.0)
 
 
@@ -917,7 +924,7 @@ def fill(path: Path, count: int = 3) -> None:
         task_row(number, request=Delegate(task_id=f"t{number}", capability="work", input="x" * 500))
         for number in range(1, count + 1)
     ]
-    journal.write(Changes(new=new, agents=[agent_row()]), 0.0)
+    journal.write(changes_of(new, agents=[agent_row()]), 0.0)
     journal.close()
 
 
@@ -943,7 +950,7 @@ def test_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     try:
         journal = Journal(tmp_path / "hub.db")
         journal.open()
-        journal.write(Changes(agents=[agent_row()]), 0.0)
+        journal.write(changes_of(agents=[agent_row()]), 0.0)
         for name in ("hub.db", "hub.db-wal"):
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
         journal.close()
@@ -979,7 +986,7 @@ def test_journal_in_memory_is_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     journal = Journal(":memory:")
     journal.open()
-    journal.write(Changes(new=[task_row(1)], agents=[agent_row()]), 0.0)
+    journal.write(changes_of([task_row(1)], agents=[agent_row()]), 0.0)
     assert len(journal.load(0.0)[1]) == 1
     assert journal.take_reserve()
     journal.give_up_reserve()
@@ -1022,7 +1029,7 @@ def test_opening_twice_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     try:
         with pytest.raises(JournalError):
             journal.open()
-        journal.write(Changes(agents=[agent_row()]), 0.0)
+        journal.write(changes_of(agents=[agent_row()]), 0.0)
         assert len(journal.load(0.0)[0]) == 1
     finally:
         journal.close()
@@ -1033,15 +1040,15 @@ def test_opening_twice_is_refused_and_harms_nothing(tmp_path: Path) -> None:
 def test_failed_write_writes_nothing_and_may_be_tried_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "hub.db")
     journal.open()
-    journal.write(Changes(new=[task_row(1)], agents=[agent_row()]), 0.0)
+    journal.write(changes_of([task_row(1)], agents=[agent_row()]), 0.0)
     nobody: Any = None  # Which the file does not take.
-    torn = Changes(new=[task_row(2), task_row(3, requester=nobody)], agents=[agent_row("b")], gone=["a"])
+    torn = changes_of([task_row(2), task_row(3, requester=nobody)], agents=[agent_row("b")], gone=["a"])
     for _ in range(2):
         with pytest.raises(sqlite3.Error):
             journal.write(torn, 0.0)
         agents, tasks, _ = journal.load(0.0)
         assert ([agent.agent_id for agent in agents], [task.arrival for task in tasks]) == (["a"], [1])
-    del torn.new[1]
+    del torn.inserted[3]
     journal.write(torn, 0.0)
     agents, tasks, _ = journal.load(0.0)
     assert ([agent.agent_id for agent in agents], [task.arrival for task in tasks]) == (["b"], [1, 2])
@@ -1053,8 +1060,8 @@ def test_failed_write_writes_nothing_and_may_be_tried_again(tmp_path: Path) -> N
 def test_file_that_was_not_closed_opens(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "hub.db")
     journal.open()
-    journal.write(Changes(new=[task_row(number) for number in range(1, 200)], agents=[agent_row()]), 0.0)
-    journal.write(Changes(moved=[task_row(7, state=TaskState.IN_PROGRESS, assignee="a", attempt=1)]), 0.0)
+    journal.write(changes_of([task_row(number) for number in range(1, 200)], agents=[agent_row()]), 0.0)
+    journal.write(changes_of(updated=[task_row(7, state=TaskState.IN_PROGRESS, assignee="a", attempt=1)]), 0.0)
     for suffix in ("", "-wal"):
         shutil.copy(tmp_path / f"hub.db{suffix}", tmp_path / f"copy.db{suffix}")
     expected = journal.load(0.0)
@@ -1069,9 +1076,9 @@ def test_file_that_was_not_closed_opens(tmp_path: Path) -> None:
 def test_write_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "hub.db")
     journal.open()
-    journal.write(Changes(new=[task_row(1)], agents=[agent_row()]), 0.0)
+    journal.write(changes_of([task_row(1)], agents=[agent_row()]), 0.0)
     size = (tmp_path / "hub.db-wal").stat().st_size
-    journal.write(Changes(new=[task_row(number) for number in range(2, 200)]), 0.0)
+    journal.write(changes_of([task_row(number) for number in range(2, 200)]), 0.0)
     shutil.copy(tmp_path / "hub.db", tmp_path / "copy.db")
     raw = (tmp_path / "hub.db-wal").read_bytes()
     journal.close()
@@ -1086,11 +1093,11 @@ def test_second_hub_in_this_process_is_refused(tmp_path: Path) -> None:
     first = Journal(path)
     first.open()
     try:
-        first.write(Changes(agents=[agent_row()]), 0.0)
+        first.write(changes_of(agents=[agent_row()]), 0.0)
         for _ in range(2):
             with pytest.raises(JournalError, match="another hub uses this journal"):
                 use(path)
-            first.write(Changes(agents=[agent_row("b")]), 0.0)  # It has lost no lock and no file over this.
+            first.write(changes_of(agents=[agent_row("b")]), 0.0)  # It has lost no lock and no file over this.
         with pytest.raises(JournalError, match="another hub uses this journal"):
             use_in_another_process(path)
     finally:
@@ -1107,7 +1114,7 @@ def test_journal_whose_hub_was_killed_amid_a_checkpoint_is_whole(tmp_path: Path,
     journal.open()
     journal.load(0.0)
     more = [task_row(number, request=Delegate(task_id=f"t{number}", input="x" * 500)) for number in range(4, 204)]
-    journal.write(Changes(new=more), 0.0)
+    journal.write(changes_of(more), 0.0)
     before, log = path.read_bytes(), wal.read_bytes()
     journal.close()
     cut = 4096 * pages
@@ -1227,7 +1234,7 @@ def test_journal_of_another_version_that_was_not_closed_is_left_as_it_is(tmp_pat
     assert journal._database is not None
     journal._database.execute("PRAGMA user_version = 2")
     journal._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    journal.write(Changes(agents=[agent_row()]), 0.0)
+    journal.write(changes_of(agents=[agent_row()]), 0.0)
     for suffix in ("", "-wal"):
         shutil.copy(f"{journal.path}{suffix}", f"{path}{suffix}")
     journal.close()
@@ -1512,7 +1519,7 @@ async def test_identity_is_given_only_after_the_write(tmp_path: Path) -> None:
         assert caller.heard() == ["heartbeat_ack"]
         journal.gate.set()
         agent_id = (await caller.reply_to("r")).agent_id
-        assert agent_id in [row.agent_id for changes in journal.written for row in changes.agents]
+        assert agent_id in [one for changes in journal.written for one in changes.agents]
 
 
 async def test_agent_is_let_go_only_after_the_write(tmp_path: Path) -> None:
@@ -1533,7 +1540,8 @@ async def test_changes_of_one_turn_share_one_write(tmp_path: Path) -> None:
             requester.tell(Delegate(id=str(number), task_id=f"t{number}", capability="work"))
         await requester.reply_to("49")
         assert len(journal.written) == before + 1
-        assert [row.request.task_id for row in journal.written[-1].new] == [f"t{number}" for number in range(50)]
+        inserted = journal.written[-1].inserted.values()
+        assert [row.request.task_id for row in inserted] == [f"t{number}" for number in range(50)]
         assert [one.reply_to for one in requester.inbox] == [str(number) for number in range(50)]
         await eventually(lambda: len(worker.inbox) == 16)
 
@@ -1552,7 +1560,7 @@ async def test_what_comes_in_during_a_write_goes_into_the_next_one(tmp_path: Pat
         journal.gate.set()
         await requester.reply_to("v")
         assert [one.reply_to for one in requester.inbox] == ["t", "u", "v"]
-        new = [[row.request.task_id for row in changes.new] for changes in journal.written[before:]]
+        new = [[row.request.task_id for row in changes.inserted.values()] for changes in journal.written[before:]]
         assert new == [["t"], ["u", "v"]]
         await eventually(lambda: len(worker.inbox) == 3)
 

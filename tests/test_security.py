@@ -39,7 +39,6 @@ from agenthub import (
     AuthBackoff,
     Backoff,
     Broadcast,
-    Changes,
     Delegate,
     Disconnected,
     Discover,
@@ -55,7 +54,7 @@ from agenthub import (
     decoder_from_agent,
     hash_of,
 )
-from tests.harness import Program, World
+from tests.harness import Program, World, changes_of
 from tests.raw_websocket import ConnectionClosed, frame
 from tests.support import WAIT_S, hub_process, raw_client, running
 
@@ -2313,7 +2312,7 @@ def write_journal_of_a_crowd(path: Path, size: int) -> dict[str, str]:
         agenthub.AgentRow(agent_id, hash_of(secret), Register(name="agent", capabilities=["work"]), there=True)
         for agent_id, secret in secrets.items()
     ]
-    journal.write(Changes(agents=rows), time.time())
+    journal.write(changes_of(agents=rows), time.time())
     journal.close()
     return secrets
 

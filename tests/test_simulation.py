@@ -25,6 +25,7 @@ from agenthub import (
     Peer,
     Register,
     Result,
+    Step,
     TaskRecord,
     TaskRow,
     TaskState,
@@ -119,16 +120,18 @@ class LosesARow(DiskJournal):
     def write(self, changes: Changes, clock_offset: float) -> None:
         self.writes += 1
         if self.writes % 5 == 0:
-            changes = dataclasses.replace(changes, moved=changes.moved[1:])
+            changes = dataclasses.replace(changes, updated=dict(list(changes.updated.items())[1:]))
         super().write(changes, clock_offset)
 
 
 class ActsBeforeItWrites(Hub):
     """A small change is not thought worth waiting for."""
 
-    @property
-    def has_changed(self) -> bool:
-        return len(self._changed) > 2
+    def _take_step(self) -> Step:
+        if 0 < len(self._changed_tasks) + len(self._changed_agents) <= 2:
+            effects, self._effects = self._effects, []
+            return Step(effects)
+        return super()._take_step()
 
 
 class DoesNotSync(DiskJournal):
@@ -140,8 +143,8 @@ class DoesNotSync(DiskJournal):
 
 
 class DeliversTwice(Hub):
-    def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
-        super()._assign(task, agent)
+    def _hand_out(self, task: TaskRecord, agent: AgentRecord) -> None:
+        super()._hand_out(task, agent)
         self._effects.append(self._effects[-1])
 
 
@@ -177,8 +180,8 @@ class ForgetsTheQueueInARestart(Hub):
 
 
 class AcceptsAnOlderAttempt(Hub):
-    def _on_outcome(self, task: TaskRecord, message: Result) -> None:
-        super()._on_outcome(task, dataclasses.replace(message, attempt=None))
+    def _check_result(self, agent: AgentRecord, task: TaskRecord, message: Result) -> None:
+        super()._check_result(agent, task, dataclasses.replace(message, attempt=None))
 
 
 class AcceptsAFormerAssignee(Hub):
@@ -187,8 +190,10 @@ class AcceptsAFormerAssignee(Hub):
         if task is None or message.attempt is None or message.attempt >= task.attempt or peer.agent is task.requester:
             super()._on_result(peer, message)
             return
-        super()._on_outcome(task, dataclasses.replace(message, attempt=None))
-        self._acknowledge_first(peer, message, task)
+        worker = task.assignee
+        self._conclude(task, message)
+        self._acknowledge(peer, message, task)
+        self._follow_up(task, worker)
 
     _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
 
@@ -205,8 +210,8 @@ class ResurrectsAFinalTask(Hub):
         self._counts[TaskState.TIMEOUT] -= 1
         self._counts[task.state] += 1
         task.success, task.output, task.error = message.success, message.output, None
-        self._mark_dirty(task)
-        self._acknowledge_first(peer, message, task)
+        self._mark_task(task)
+        self._acknowledge(peer, message, task)
         if task.requester.peer is not None:
             self._send(task.requester.peer, self._outcome(task))
 
@@ -227,7 +232,7 @@ class ForgetsToTellAgain(Hub):
 
     def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
         super()._restore_ended(task, is_told)
-        self._changed.pop(task, None)
+        self._changed_tasks.pop(task, None)
 
 
 class TrustsTheLastWrite(DiskJournal):
@@ -247,7 +252,7 @@ class LivesPastItsDeadline(Hub):
 
 class KeepsEndedTasks(DiskJournal):
     def write(self, changes: Changes, clock_offset: float) -> None:
-        super().write(dataclasses.replace(changes, forgotten=changes.forgotten[1:]), clock_offset)
+        super().write(dataclasses.replace(changes, deleted=dict(list(changes.deleted.items())[1:])), clock_offset)
 
 
 SABOTAGES: list[tuple[type, str]] = [
@@ -290,8 +295,8 @@ def test_sabotage_is_caught(sabotaged: type, words: str) -> None:
 def test_write_that_is_interrupted_anywhere_leaves_nothing_behind() -> None:
     hub = Hub(HubSettings(), entropy=bytes, now=0.0, is_journaled=True)
     hub.connected("a", 0.0)
-    hub.receive("a", Register(name="a"), 0.0)
-    changes = hub.take_changes()
+    changes = hub.receive("a", Register(name="a"), 0.0).changes
+    assert changes is not None
     interrupted = 0
     for steps in range(1, 60):
         journal = DiskJournal(None, sync="full")
