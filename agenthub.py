@@ -6133,36 +6133,58 @@ def is_of_type(value: Any, kind: str) -> bool:
     return isinstance(value, PYTHON_TYPES.get(kind, ()))
 
 
-@typing.overload
-def capability(name: Function) -> Function: ...
-@typing.overload
-def capability(
-    name: str | None = None,
-    *,
-    description: str | None = None,
-    input_schema: dict[str, Any] | None = None,
-    output_schema: dict[str, Any] | None = None,
-) -> Callable[[Function], Function]: ...
-def capability(
-    name: str | Callable[..., Any] | None = None,
-    *,
-    description: str | None = None,
-    input_schema: dict[str, Any] | None = None,
-    output_schema: dict[str, Any] | None = None,
-) -> Any:
-    """Make a method of an Agent's subclass the handler of a capability, as `Agent.capability` does a function."""
+class CapabilityDecorator:
+    """Make a function the handler of a capability: `@capability`, or `@capability("name", description=...)`.
 
-    def leave_mark(function: Function) -> Function:
-        mark = HandlerOptions(name if isinstance(name, str) else None, description, input_schema, output_schema)
-        function.__agenthub__ = mark  # type: ignore[attr-defined]  # functions take attributes
-        return function
+    The capability is named like the function by default. The function may be async, or plain: then it runs in a
+    thread. An object as input becomes its keyword arguments, checked against its annotations. The JSON Schemas come
+    from the annotations too; `input_schema` and `output_schema` are announced instead of these, but inputs are still
+    checked against the annotations. A method of an Agent's subclass takes the module's `capability`, any other function
+    that of its agent, which raises ValueError if the capability has a handler already.
+    """
 
-    return leave_mark(name) if callable(name) else leave_mark
+    def __init__(self, register: Callable[[Callable[..., Any], HandlerOptions], None]) -> None:
+        self._register = register
+
+    @typing.overload
+    def __call__(self, name: Function) -> Function: ...
+    @typing.overload
+    def __call__(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        input_schema: dict[str, Any] | None = None,
+        output_schema: dict[str, Any] | None = None,
+    ) -> Callable[[Function], Function]: ...
+    def __call__(
+        self,
+        name: str | Callable[..., Any] | None = None,
+        *,
+        description: str | None = None,
+        input_schema: dict[str, Any] | None = None,
+        output_schema: dict[str, Any] | None = None,
+    ) -> Any:
+        options = HandlerOptions(None if callable(name) else name, description, input_schema, output_schema)
+
+        def decorate(function: Function) -> Function:
+            self._register(function, options)
+            return function
+
+        return decorate(name) if callable(name) else decorate
+
+
+def mark_handler(function: Callable[..., Any], options: HandlerOptions) -> None:
+    """Record on a method how it is to be registered: an Agent looks for these marks when it is made."""
+    function.__agenthub__ = options  # type: ignore[attr-defined]  # functions take attributes
+
+
+capability = CapabilityDecorator(mark_handler)
 
 
 def on_broadcast(function: Function) -> Function:
     """Make a method of an Agent's subclass the one that takes broadcasts: `(message, sender)`."""
-    function.__agenthub__ = HandlerOptions(is_broadcast=True)  # type: ignore[attr-defined]  # functions take attributes
+    mark_handler(function, HandlerOptions(is_broadcast=True))
     return function
 
 
@@ -6460,61 +6482,35 @@ class Agent:
         self._is_leaving = False
         self._background: set[asyncio.Task[Any]] = set()
         for function_name, function in inspect.getmembers(type(self), inspect.isfunction):
-            mark = getattr(function, "__agenthub__", None)
-            if mark is not None and hasattr(Agent, function_name):
+            options = getattr(function, "__agenthub__", None)
+            if options is not None and hasattr(Agent, function_name):
                 raise ValueError(
                     f"{function_name}: an Agent has a method of that name; capability(NAME) can name another"
                 )
-            self._add_marked(mark, getattr(self, function_name))
+            if options is not None:
+                self._add_function(getattr(self, function_name), options)
         self._registration()  # Raises ValueError now rather than when it is sent.
 
     # What it can do.
 
-    @typing.overload
-    def capability(self, name: Function) -> Function: ...
-    @typing.overload
-    def capability(
-        self,
-        name: str | None = None,
-        *,
-        description: str | None = None,
-        input_schema: dict[str, Any] | None = None,
-        output_schema: dict[str, Any] | None = None,
-    ) -> Callable[[Function], Function]: ...
-    def capability(
-        self,
-        name: str | Callable[..., Any] | None = None,
-        *,
-        description: str | None = None,
-        input_schema: dict[str, Any] | None = None,
-        output_schema: dict[str, Any] | None = None,
-    ) -> Any:
+    @property
+    def capability(self) -> CapabilityDecorator:
         """Make a function the handler of a capability, named like the function by default. A decorator.
 
-        It may be async, or plain: then it runs in a thread. An object as input becomes its keyword arguments, checked
-        against its annotations. The JSON Schemas come from the annotations too; those given here are announced instead,
-        and are not what the input is checked against. Raises ValueError if the capability has a handler already.
+        It takes the arguments of CapabilityDecorator, and raises ValueError if the capability has a handler already.
         """
-
-        def add(function: Function) -> Function:
-            mark = HandlerOptions(name if isinstance(name, str) else None, description, input_schema, output_schema)
-            self._add_handler(Handler.of(function, mark))
-            return function
-
-        return add(name) if callable(name) else add
+        return CapabilityDecorator(self._add_function)
 
     def on_broadcast(self, function: Function) -> Function:
         """Make a function the one that takes broadcasts, one after the other: `(message, sender)`. A decorator."""
         self._broadcast_handler = function
         return function
 
-    def _add_marked(self, mark: HandlerOptions | None, method: Callable[..., Any]) -> None:
-        if mark is None:
-            return
-        if mark.is_broadcast:
-            self._broadcast_handler = method
+    def _add_function(self, function: Callable[..., Any], options: HandlerOptions) -> None:
+        if options.is_broadcast:
+            self._broadcast_handler = function
         else:
-            self._add_handler(Handler.of(method, mark))
+            self._add_handler(Handler.of(function, options))
 
     def _add_handler(self, handler: Handler) -> None:
         name = handler.capability.name

@@ -202,7 +202,7 @@ def read(page: Path) -> str:
 
 def test_no_name_is_given_to_two_things() -> None:
     made = [one for statement in tree().body for one in names_made_by(statement)]
-    assert {one for one in made if made.count(one) > 1} == {"capability"}  # Its overloads.
+    assert {one for one in made if made.count(one) > 1} == set()
 
 
 def names_made_by(statement: ast.stmt) -> list[str]:
