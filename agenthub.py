@@ -5745,47 +5745,95 @@ def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozense
 # ============================================================================================
 # 8 Agent
 #
-#   Session   one life of a link: requests and their replies, matched by id
-#   Handler   a function as a capability: its schema, and how a task's input fits it
-#   Task      what a handler may know and do about the task that it is working on
-#   TaskHandle what a requester holds of a task that it delegated
-#   Agent     an identity over many sessions; owns all of the above
+#   Session        one connection to the hub: requests and their replies, matched by id
+#   HubConnection  the connection over all sessions: connects, registers, reconnects with backoff
+#   Handler        a function as a capability: its schema, and how a task's input fits it
+#   Task           what a handler may know and do about the task that it works on
+#   Worker         what others delegated to this agent: running handlers, threads, results
+#   TaskHandle     what this agent delegated: one task, from its submission to its outcome
+#   Agent          a name, its handlers, and the calls that ask the hub; owns all of the above
+#
+# The connection loop. An agent has one HubConnection from its start to its stop, and that has at
+# most one Session at a time:
+#
+#     start ──► connect ──► register ──► reconcile ──► heartbeat
+#                  ▲    │ failed   │ failed               │ lost
+#                  │    ▼          ▼                      ▼
+#                  └─ backoff ◄────┴─────────────────  release
+#                       │
+#                       └──► ended for good: replaced, not allowed, refused, or give_up_after_s is over
+#
+#     stop, from anywhere: deregister ──► stop the worker ──► cancel the loop ──► release
+#
+# Only `_connection_loop` moves along these arrows. The reply to the registration is handled in its
+# place among the incoming messages (`on_reply`): a task that arrives right behind it must find the
+# worker already reconciled. A session is lost when its link closes or when the hub was silent for
+# three heartbeat intervals. Backoff is random up to a limit that doubles; `connected()` cuts it short.
+#
+# What is kept across sessions, and until when:
+#
+#   what                           by              until
+#   agent_id and its secret        Agent           the process ends, so that a restart of the agent resumes too
+#   a running handler              Worker          it returns, its task ends elsewhere, or the deadline
+#   a result                       Worker          the hub acknowledges it or no longer assigns the task here
+#   a delegated task               TaskHandle      its outcome; LATE_S after its deadline it asks for that
+#   a request that waits           its caller      the reply, within REQUEST_S of each session
+#   progress and broadcasts        nobody          sent or dropped: they may be missed
+#
+# What is resent, and why that is safe. A message without a reply may or may not have been read, so
+# only messages that are safe to repeat are: a delegation (the hub knows its task_id and
+# acknowledges it again), a result (it names its attempt: a second one is rejected and changes
+# nothing), a cancellation (the task has one outcome), a question. A broadcast is not, so it fails
+# with Disconnected. After each registration both sides compare what they hold. The hub lists the
+# tasks that it assigns to this agent: handlers of others are cancelled, results of others dropped,
+# results of these resent, and a task of which the agent knows nothing fails with `agent_lost`. Each
+# TaskHandle asks for its task's state: a hub that restarted without a journal does not know it, and
+# the handle submits it again if it has a retry left, which this uses up.
+#
+# Threads. Everything runs on the loop that the agent was started on, except handlers that are plain
+# functions: each runs in a daemon thread, at most `max_tasks` at once. From such a thread only
+# `Task.progress`, `Task.run`, `Task.cancelled` and `Task.remaining_s` may be used.
 # ============================================================================================
 
 log_agent = logging.getLogger("agenthub.agent")
 
 REPLY_S = 10.0  # For the hub to answer a registration.
 REQUEST_S = 60.0  # For it to answer anything else, which may wait for a slow disk.
-LATE_REGISTRATION_S = 120.0  # How long one that was not answered may still be on its way.
-LEAVING_S = 2.0  # For the hub to take note that an agent leaves.
-LATE_S = 5.0  # After a task's deadline, for the word of its end to arrive.
+LATE_REGISTRATION_S = 120.0  # How long the hub may still receive a registration that was given up.
+LEAVING_S = 2.0  # For the hub to acknowledge that an agent leaves, and for handlers to clean up.
+LATE_S = 5.0  # After a task's deadline, for its outcome to arrive.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
 DRAIN_S = 30.0  # For running tasks to end when an agent is asked to stop.
-HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 0.01, TTL_MAX_S  # Whatever the hub asks for.
-TASKS_OVER = 100  # Beyond twice its max_tasks, which count those that have just ended, an agent takes none.
-LATE_CODES = (Code.TASK_OVER, Code.NOT_ASSIGNED, Code.STALE_ATTEMPT)  # Something ended meanwhile: nobody's fault.
-REASON_MAX = 4096  # Characters of why a task is cancelled.
-UPDATES_MAX = 1000  # Progress reports, and broadcasts, kept for a reader who is slow; then the oldest go.
+HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 0.01, TTL_MAX_S  # Limits to the interval that the hub asks for.
+TASKS_OVER = 100  # A worker holds up to twice its max_tasks, for tasks that have just ended still count, and so many.
+LATE_CODES = (Code.TASK_OVER, Code.NOT_ASSIGNED, Code.STALE_ATTEMPT)  # The task ended meanwhile: nobody's mistake.
+REASON_MAX = 4096  # Characters of the reason of a cancellation.
+UPDATES_MAX = 1000  # Progress reports, and broadcasts, kept for a slow consumer; then the oldest are dropped.
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Reply = TypeVar("Reply")
 
 
 class Session:
-    """One life of a link to the hub. Does not reconnect; `ended` is done, with (code, reason), when it is over."""
+    """One connection to the hub: sends requests, and matches each reply to its request by id.
+
+    Does not reconnect. `close_info` resolves to (code, reason) when the connection is closed, `released` is set when
+    nobody uses the session any more.
+    """
 
     def __init__(self, on_message: Callable[[HubMessage], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[tuple[int, str]] = self._loop.create_future()
+        self.close_info: asyncio.Future[tuple[int, str]] = self._loop.create_future()
+        self.released = asyncio.Event()
+        self.agent_id: str | None = None  # None until the hub has registered it.
         self.heartbeat_s = 30.0
         self.message_bytes_max = MESSAGE_BYTES_MAX
         self.last_received = 0.0
-        self.over = asyncio.Event()  # Nobody uses it any more.
         self._on_message = on_message
-        self._waiting: dict[str, Callable[[HubMessage | AgentHubError], None]] = {}
+        self._pending: dict[str, Callable[[HubMessage | AgentHubError], None]] = {}  # By the request's id.
         self._ids = itertools.count(1)
         self._link: Link | None = None
-        self._alarms = Timers()  # For replies that do not come.
+        self._timers = Timers()  # For replies that do not come.
 
     @classmethod
     async def open(cls, connector: Connector, on_message: Callable[[HubMessage], None]) -> Session:
@@ -5794,10 +5842,16 @@ class Session:
         session._link = await connector(session)
         return session
 
-    def pack(self, message: AgentMessage) -> bytes:
+    def apply(self, registered: Registered) -> None:
+        """Take over what the hub says in its reply to the registration."""
+        self.agent_id = registered.agent_id
+        self.heartbeat_s = min(max(HEARTBEAT_MIN_S, registered.heartbeat_s), HEARTBEAT_MAX_S)
+        self.message_bytes_max = registered.max_bytes
+
+    def encode(self, message: AgentMessage) -> bytes:
         """Return a message as it goes over the wire; from any thread.
 
-        Raises Refused(too_large) for what the hub would not pass on, ValueError for what is not JSON.
+        Raises Refused(too_large) if the hub would not pass it on, ValueError if it is not JSON.
         """
         raw = encode(message)
         if len(raw) + envelope_bytes(self.message_bytes_max) > self.message_bytes_max:
@@ -5805,81 +5859,73 @@ class Session:
             raise Refused(text, code=Code.TOO_LARGE, task_id=getattr(message, "task_id", None))
         return raw
 
-    def post(self, raw: bytes) -> None:
-        """Send what can be missed: not when the session is over, or when too much waits to be sent already."""
+    def send_nowait(self, raw: bytes) -> None:
+        """Send a message that may be missed: drop it if the session is closed or its buffer is full."""
         if self._link is not None and self._link.writable.is_set():
             self._link.send(raw)
 
-    def ask(self, message: AgentMessage, then: Callable[[HubMessage | AgentHubError], None]) -> None:
-        """Send; `then` gets the reply, in its place among what comes in, or why there is none. Raises as `pack`."""
+    def send_request(self, message: AgentMessage, on_reply: Callable[[HubMessage | AgentHubError], None]) -> None:
+        """Send; `on_reply` gets the reply before any message behind it, or Disconnected. Raises as `encode` does."""
         message.id = str(next(self._ids))
-        raw = self.pack(message)
-        if self._link is None or self.ended.done():
-            then(Disconnected("the connection to the hub was lost"))
+        raw = self.encode(message)
+        if self._link is None or self.close_info.done():
+            on_reply(Disconnected("the connection to the hub was lost"))
         else:
-            self._waiting[message.id] = then
+            self._pending[message.id] = on_reply
             self._link.send(raw)
 
     async def request(
         self,
         message: AgentMessage,
         reply_type: type[Reply],
-        at_once: Callable[[Reply], None] | None = None,
+        on_reply: Callable[[Reply], None] | None = None,
         within_s: float | None = REQUEST_S,
-        until: float | None = None,
+        until: float = math.inf,
     ) -> Reply:
-        """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
+        """Return the hub's reply; `on_reply` sees it before any message behind it. Waits while the buffer is full.
 
         Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies. A hub that has not
-        replied after `within_s` seconds (None: there is no bound) is as good as lost, and so the connection is cut.
-        Raises TimeoutError when it is `until` by the loop's clock, and leaves the connection as it is.
+        replied after `within_s` seconds (None: no limit) counts as lost: the connection is aborted. Raises TimeoutError
+        when the loop's clock reaches `until`, and then leaves the connection as it is.
         """
-        answered: asyncio.Future[Reply] = self._loop.create_future()
+        replied: asyncio.Future[HubMessage | AgentHubError] = self._loop.create_future()
+        lost_at = math.inf if within_s is None else self._loop.time() + within_s
+        on_timeout = functools.partial(self._on_timeout, replied, within_s if lost_at <= until else None)
 
-        lost_at = self._loop.time() + within_s if within_s is not None else math.inf
-        given_up_at = lost_at if until is None else min(until, lost_at)
+        def resolve(reply: HubMessage | AgentHubError) -> None:
+            if on_reply is not None and isinstance(reply, reply_type):
+                on_reply(reply)
+            if not replied.done():
+                replied.set_result(reply)
 
-        def give_up() -> None:
-            if answered.done():
-                return
-            if given_up_at < lost_at:
-                answered.set_exception(TimeoutError())
-            else:
-                answered.set_exception(Disconnected(f"the hub did not answer within {within_s:g} s"))
-                self.cut()
-
-        def then(reply: HubMessage | AgentHubError) -> None:
-            if isinstance(reply, reply_type) and at_once is not None:
-                at_once(reply)
-            if answered.done():
-                return
-            if isinstance(reply, reply_type):
-                answered.set_result(reply)
-            elif isinstance(reply, Error):
-                answered.set_exception(Refused(reply.message, code=reply.code, task_id=reply.task_id))
-            elif isinstance(reply, AgentHubError):
-                answered.set_exception(reply)
-            else:
-                answered.set_exception(InvalidMessage(f"the hub replied with {reply.type}"))
-
-        if given_up_at < math.inf:
-            self._alarms.set(give_up, given_up_at)
+        if (given_up_at := min(lost_at, until)) < math.inf:
+            self._timers.set(on_timeout, given_up_at)
         try:
             if self._link is not None and not self._link.writable.is_set():
-                await done_or_set(answered, self._link.writable)
-            if not answered.done():
-                self.ask(message, then)
-            return await answered
+                await done_or_set(replied, self._link.writable)
+            if not replied.done():
+                self.send_request(message, resolve)
+            return expect_reply(await replied, reply_type)
         finally:
-            self._alarms.cancel(give_up)
+            self._timers.cancel(on_timeout)
 
-    def cut(self) -> None:
-        """Give up a connection on which nothing sensible comes in any more."""
+    def _on_timeout(self, replied: asyncio.Future[HubMessage | AgentHubError], within_s: float | None) -> None:
+        """Fail a request because the hub did not reply within `within_s` seconds, or (None) its caller gave it up."""
+        if replied.done():
+            return
+        if within_s is None:
+            replied.set_exception(TimeoutError())
+        else:
+            replied.set_exception(Disconnected(f"the hub did not answer within {within_s:g} s"))
+            self.abort()
+
+    def abort(self) -> None:
+        """Cut a connection that is of no more use, without a close handshake."""
         if self._link is not None:
             self._link.abort()
 
     async def close(self) -> None:
-        """Close, and wait until nothing is left of the connection."""
+        """Close, and return when nothing is left of the connection."""
         if self._link is not None:
             self._link.close(CloseCode.DONE)
             try:
@@ -5889,28 +5935,271 @@ class Session:
             finally:
                 self._link.abort()
 
-    # LinkOwner
+    # As the owner of its link.
 
     def opened(self, link: Link) -> None:
         self.last_received = self._loop.time()
 
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
         self.last_received = self._loop.time()
-        then = self._waiting.pop(getattr(message, "reply_to", None) or "", None)
-        if then is not None:
-            then(message)
+        on_reply = self._pending.pop(getattr(message, "reply_to", None) or "", None)
+        if on_reply is not None:
+            on_reply(message)
         elif isinstance(message, InvalidMessage):
-            log_agent.warning("the hub sent something that is no message: %s", escape_unprintable(message.message))
+            log_agent.warning("invalid message from the hub: %s", escape_unprintable(message.message))
         else:
             self._on_message(message)
 
     def closed(self, link: Link, code: int, reason: str) -> None:
-        self._alarms.clear()
-        if not self.ended.done():
-            self.ended.set_result((code, reason))
-        waiting, self._waiting = self._waiting, {}
-        for then in waiting.values():
-            then(Disconnected(f"the connection to the hub was lost: {code} {reason}", close_code=code))
+        self._timers.clear()
+        if not self.close_info.done():
+            self.close_info.set_result((code, reason))
+        pending, self._pending = self._pending, {}
+        for on_reply in pending.values():
+            on_reply(Disconnected(f"the connection to the hub was lost: {code} {reason}", close_code=code))
+
+
+def expect_reply(reply: HubMessage | AgentHubError, reply_type: type[Reply]) -> Reply:
+    """Return a reply of the expected type. Raises Refused for an error, Disconnected if there was no reply."""
+    if isinstance(reply, reply_type):
+        return reply
+    if isinstance(reply, Error):
+        raise Refused(reply.message, code=reply.code, task_id=reply.task_id)
+    if isinstance(reply, AgentHubError):
+        raise reply
+    raise InvalidMessage(f"the hub replied with {reply.type}")
+
+
+class Backoff:
+    """How long to wait before the next attempt: a random time up to a limit that doubles from 0.5 s to 30 s.
+
+    Starts over only after a connection that lasted longer than the present limit; otherwise agents would storm a hub
+    that accepts their connections and drops them.
+    """
+
+    def __init__(self) -> None:
+        self._limit_s = BACKOFF_FIRST_S
+
+    def next_s(self) -> float:
+        """Return how many seconds to wait, and double the limit."""
+        delay_s = random.uniform(0, self._limit_s)
+        self._limit_s = min(2 * self._limit_s, BACKOFF_MAX_S)
+        return delay_s
+
+    def lasted(self, connection_s: float) -> None:
+        """Start over after a connection of so many seconds, if that was long enough."""
+        if connection_s > self._limit_s:
+            self._limit_s = BACKOFF_FIRST_S
+
+
+Follower = Callable[[StatusReply | TaskOutcome | Registered | AgentHubError], None]
+
+
+class HubConnection:
+    """The connection of an agent over all its sessions, from the agent's start to its stop.
+
+    `session` is the present one, None while there is none. `followers` are called with what concerns their task: its
+    progress, its outcome, the reply to a new registration, or the error after which there will be no connection.
+    `ended` is the connection loop: done, with an error, when another attempt would be pointless. `on_registered`
+    returns whether the agent accepts the session.
+    """
+
+    def __init__(
+        self,
+        connector: Connector,
+        *,
+        registration: Callable[[], Register],
+        on_registered: Callable[[Register, Registered], bool],
+        on_message: Callable[[HubMessage], None],
+        give_up_after_s: float | None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.session: Session | None = None
+        self.timers = Timers()  # For the deadlines of tasks, those that run here and those that others run.
+        self.followers: dict[str, Follower] = {}  # By task_id.
+        self.last_failure = ""  # Of an attempt to connect.
+        self.failure: Exception | None = None  # What made another attempt pointless.
+        self.is_leaving = False
+        self.is_closed = False
+        self._connector = connector
+        self._registration = registration
+        self._on_registered = on_registered
+        self._on_message = on_message
+        self._give_up_after_s = give_up_after_s
+        self._next_session: asyncio.Future[Session] = self._loop.create_future()
+        self._retry_now = asyncio.Event()
+        self._late_until = 0.0  # A registration that was given up may reach the hub until then.
+        self._background: set[asyncio.Task[Any]] = set()
+        self.ended = asyncio.create_task(self._connection_loop())
+
+    async def wait(self) -> Session:
+        """Return the session, waiting for one. Raises what ended the connection for good."""
+        if self.session is not None:
+            return self.session
+        return await asyncio.shield(self._next_session)
+
+    def retry_now(self) -> None:
+        """Cut the present pause short: make the next attempt to connect at once."""
+        if self.session is None:
+            self._retry_now.set()
+
+    async def request(
+        self,
+        message: AgentMessage,
+        reply_type: type[Reply],
+        within_s: float | None = REQUEST_S,
+        until: float = math.inf,
+    ) -> Reply:
+        """Return the hub's reply to a message that is safe to repeat: resend it after a lost connection.
+
+        Raises Refused if the hub refuses, TimeoutError when the loop's clock reaches `until`, or what ended the
+        connection for good.
+        """
+        while True:
+            session = self.session
+            if session is None:
+                async with self._timeout_at(until):
+                    session = await self.wait()
+            try:
+                return await session.request(message, reply_type, within_s=within_s, until=until)
+            except Disconnected:
+                async with self._timeout_at(until):
+                    await session.released.wait()
+
+    def spawn(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine in the background until the connection is closed."""
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        if self.is_closed:
+            task.cancel()
+        return task
+
+    async def close(self) -> None:
+        """Close the session, cancel what runs in the background, and fail whatever waits."""
+        self.is_closed = True
+        await cancel_and_wait([*self._background, self.ended])
+        if self.session is not None:
+            await self._release(self.session)
+        self._fail(Disconnected("this agent was stopped"))
+        self.timers.clear()
+        await asyncio.sleep(0)  # A transport that was aborted is closed in the next step of the loop.
+
+    @staticmethod
+    def _timeout_at(until: float) -> asyncio.Timeout:
+        return asyncio.timeout_at(until if until < math.inf else None)
+
+    async def _connection_loop(self) -> None:
+        """Connect again after each lost session. Ends with the error that makes another attempt pointless."""
+        backoff = Backoff()
+        last_online = self._loop.time()
+        try:
+            while True:
+                registered_at = None
+                try:
+                    session = await self._connect()
+                    self._retry_now.clear()
+                    registered_at = self._loop.time()
+                    await self._heartbeat_loop(session)
+                except Disconnected as error:
+                    if registered_at is not None:
+                        last_online = self._loop.time()
+                        backoff.lasted(last_online - registered_at)
+                    self._give_up_if_due(error, self._loop.time() - last_online)
+                    await self._pause(error, backoff.next_s())
+        except (AgentHubError, ValueError) as error:
+            self.failure = error
+            self._fail(error)
+            raise
+
+    async def _connect(self) -> Session:
+        """Open a session and register on it."""
+        session = await Session.open(self._connector, self._receive)
+        try:
+            registration = self._registration()
+            adopt = functools.partial(self._adopt, session, registration)
+            await session.request(registration, Registered, on_reply=adopt, within_s=REPLY_S)
+        except Refused as refusal:
+            if refusal.code in (Code.OVERLOADED, Code.INTERNAL):  # These pass.
+                raise Disconnected(f"the hub rejected the registration: {refusal.message}") from refusal
+            raise
+        finally:
+            if self.session is not session:
+                self._late_until = self._loop.time() + LATE_REGISTRATION_S
+                await session.close()
+        return session
+
+    def _adopt(self, session: Session, registration: Register, registered: Registered) -> None:
+        """Use a session from now on, before any message behind the reply to its registration is handled."""
+        session.apply(registered)
+        self.session = session
+        if not self._on_registered(registration, registered):
+            session.abort()
+            return
+        self._tell_followers(registered)
+        if not self._next_session.done():
+            self._next_session.set_result(session)
+
+    def _receive(self, message: HubMessage) -> None:
+        """Pass progress and an outcome to the task's follower, everything else to the agent."""
+        if isinstance(message, TaskOutcome) or (isinstance(message, StatusReply) and message.seq is not None):
+            follower = self.followers.get(message.task_id or "")
+            if follower is not None:
+                follower(message)
+        else:
+            self._on_message(message)
+
+    def _tell_followers(self, news: Registered | AgentHubError) -> None:
+        for follower in list(self.followers.values()):
+            follower(news)
+
+    async def _heartbeat_loop(self, session: Session) -> None:
+        """Keep a session alive until it is lost. Raises Disconnected, with the close code."""
+        try:
+            while not session.close_info.done():
+                session.send_request(Heartbeat(), _ignore)
+                await asyncio.wait({session.close_info}, timeout=session.heartbeat_s)
+                if self._loop.time() - session.last_received > 3 * session.heartbeat_s:
+                    raise Disconnected("the hub has been silent for three heartbeat intervals")
+            code, reason = session.close_info.result()
+            raise Disconnected(f"the hub closed the connection: {code} {reason}".rstrip(), close_code=code)
+        finally:
+            await self._release(session)
+
+    async def _release(self, session: Session) -> None:
+        """Close a session that is lost or no longer wanted, and let its requests go to the next one."""
+        self.session = None
+        if self._next_session.done():
+            self._next_session = self._loop.create_future()
+        session.released.set()
+        await session.close()
+
+    async def _pause(self, error: Disconnected, delay_s: float) -> None:
+        self.last_failure = error.message
+        is_expected = self.is_leaving and error.close_code == CloseCode.DONE
+        level = logging.DEBUG if is_expected else logging.WARNING
+        log_agent.log(level, "%s; next attempt in %.1f s", escape_unprintable(error.message), delay_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._retry_now.wait()
+        self._retry_now.clear()
+
+    def _give_up_if_due(self, error: Disconnected, offline_s: float) -> None:
+        # The agent may have replaced itself: the hub may have received late a registration that was given up.
+        was_itself = self._loop.time() < self._late_until
+        if error.close_code == CloseCode.NOT_ALLOWED or (error.close_code == CloseCode.REPLACED and not was_itself):
+            raise error
+        if self._give_up_after_s is not None and offline_s >= self._give_up_after_s:
+            raise error
+
+    def _fail(self, error: Exception) -> None:
+        """Tell all that wait for a connection that there will be none."""
+        if self._next_session.done():
+            self._next_session = self._loop.create_future()
+        self._next_session.set_exception(error)
+        self._next_session.exception()  # Marks it as retrieved: perhaps nobody waits.
+        self._tell_followers(Disconnected(str(error)))
+        self.followers.clear()
 
 
 class Timers:
@@ -6188,11 +6477,65 @@ def on_broadcast(function: Function) -> Function:
     return function
 
 
-class Task:
-    """A task, as the handler that works on it sees it. A handler with an argument `task: Task` is given it.
+class HandlerRegistry:
+    """The functions of an agent: one handler for each capability, and one function for broadcasts."""
 
-    `requester` is the agent_id of who asked; `attempt` counts deliveries from 1; `deadline` is in seconds of the
-    event loop's clock.
+    def __init__(self) -> None:
+        self.handlers: dict[str, Handler] = {}  # By capability.
+        self.on_broadcast: Callable[[Any, str], Any] | None = None
+
+    def add(self, function: Callable[..., Any], options: HandlerOptions) -> None:
+        """Register a function. Raises ValueError if its capability has a handler already."""
+        if options.is_broadcast:
+            self.on_broadcast = function
+            return
+        handler = Handler.of(function, options)
+        name = handler.capability.name
+        if name in self.handlers:
+            raise ValueError(f"{name}: this capability already has a handler; give one of them another name")
+        self.handlers[name] = handler
+
+    def handler_for(self, capability: str | None) -> Handler:
+        """Return the handler of a capability; of None, the only one there is. Raises TaskFailed(no_handler)."""
+        if capability is None and len(self.handlers) == 1:
+            return next(iter(self.handlers.values()))
+        handler = self.handlers.get(capability or "")
+        if handler is None:
+            offered = ", ".join(self.handlers) or "no capability"
+            raise TaskFailed(f"this agent offers {offered}; name one of them", code=Code.NO_HANDLER)
+        return handler
+
+
+class Execution:
+    """One attempt at a task by a handler of this agent."""
+
+    __slots__ = ("_work", "attempt", "is_stopped", "task_id")
+
+    def __init__(self, message: Delegated) -> None:
+        self.task_id = message.task_id
+        self.attempt = message.attempt
+        self.is_stopped = False  # The task has ended without the handler, so its result is not wanted.
+        self._work: asyncio.Task[None] | None = None
+
+    def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run the handler."""
+        self._work = asyncio.create_task(coroutine)
+        return self._work
+
+    def stop(self) -> None:
+        """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
+        if not self.is_stopped:
+            self.is_stopped = True
+            # A handler that stops its own agent goes on.
+            if self._work is not None and self._work is not asyncio.current_task():
+                self._work.cancel()
+
+
+class Task:
+    """A task, as its handler sees it. A handler with an argument `task: Task` is given it.
+
+    `requester` is the agent_id of the agent that delegated it; `attempt` counts its deliveries from 1; `deadline` is in
+    seconds of the event loop's clock.
     """
 
     task_id: str
@@ -6204,7 +6547,7 @@ class Task:
     parent_id: str | None
     deadline: float
 
-    def __init__(self, agent: Agent, message: Delegated) -> None:
+    def __init__(self, agent: Agent, connection: HubConnection, execution: Execution, message: Delegated) -> None:
         self.task_id = message.task_id
         self.requester = message.sender
         self.capability = message.capability
@@ -6213,63 +6556,271 @@ class Task:
         self.priority = message.priority
         self.parent_id = message.parent_id
         self._agent = agent
+        self._connection = connection
+        self._execution = execution
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.deadline = self._loop.time() + message.ttl
-        self._is_cancelled = False
-        self._work: asyncio.Task[None] | None = None
-        agent._alarms.set(self._stop, self.deadline)
 
     @property
     def remaining_s(self) -> float:
-        """Seconds until the deadline; 0 when it is over."""
+        """Seconds until the deadline; 0 when it has passed."""
         return max(0.0, self.deadline - self._loop.time())
 
     @property
     def cancelled(self) -> bool:
-        """Whether the task has ended without this handler: a plain function should look, and return."""
-        return self._is_cancelled
+        """Whether the task has ended without this handler: a plain function should check it, and return."""
+        return self._execution.is_stopped
 
     def progress(self, progress: float | None = None, detail: Any = None) -> None:
-        """Tell the requester how far the task is: a number from 0 to 1, and any JSON. From any thread.
+        """Report progress to the requester: a number from 0 to 1, and any JSON. From any thread.
 
-        Raises ValueError if it is neither, Refused if it is too large. Lost if there is no connection just now.
+        Raises ValueError if it is neither, Refused if it is too large. Dropped while there is no connection.
         """
         if progress is not None and not 0 <= progress <= 1:
             raise ValueError("progress must be from 0 to 1")
-        session = self._agent._session
+        session = self._connection.session
         report = Status(task_id=self.task_id, progress=progress, detail=check_json(detail))
         if session is None or self.cancelled:
-            encode(report)
+            encode(report)  # Raises ValueError here too: whether a report is valid must not depend on the connection.
             return
-        raw = session.pack(report)
+        raw = session.encode(report)
         if threading.get_ident() == self._thread:
-            session.post(raw)
+            session.send_nowait(raw)
         else:
-            self._loop.call_soon_threadsafe(session.post, raw)
+            self._loop.call_soon_threadsafe(session.send_nowait, raw)
 
     async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
-        """Delegate a part of this task, as `Agent.delegate` does; it does not outlive this one."""
+        """Delegate a subtask, as `Agent.delegate` does; it ends with this task at the latest."""
         return await self._agent.delegate(capability, input, parent_id=self.task_id, **options)
 
     async def submit(self, capability: str | None = None, input: Any = None, **options: Any) -> TaskHandle:
-        """Submit a part of this task, as `Agent.submit` does; it does not outlive this one."""
+        """Submit a subtask, as `Agent.submit` does; it ends with this task at the latest."""
         return await self._agent.submit(capability, input, parent_id=self.task_id, **options)
 
     def run(self, awaitable: typing.Coroutine[Any, Any, Reply]) -> Reply:
         """Run a coroutine on the agent's loop and wait for it, from a plain handler: `task.run(task.delegate(...))`."""
         if threading.get_ident() == self._thread:
             awaitable.close()
-            raise RuntimeError("an async handler awaits instead")
+            raise RuntimeError("an async handler must use await instead of task.run")
         return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result()
 
-    def _stop(self) -> None:
-        """Stop the handler: the task has ended without it. Only once, so that its cleaning up is left in peace."""
-        if self.cancelled:
+
+class DaemonThreads:
+    """Runs plain functions, each in a thread of its own, so many at once.
+
+    A thread cannot be stopped: one that ignores its task's end keeps its slot. They are daemons, so that a function
+    that hangs does not keep the process alive.
+    """
+
+    def __init__(self, name: str, threads_max: int) -> None:
+        self._name = name
+        self._slots = asyncio.Semaphore(threads_max)
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """Return what the function returns, or raise what it raises."""
+        await self._slots.acquire()
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[Any] = loop.create_future()
+        context = contextvars.copy_context()
+
+        def work() -> None:
+            output: Any = None
+            error: BaseException | None = None
+            try:
+                output = context.run(function)
+            except StopIteration as stop:  # A future does not accept this one.
+                error = RuntimeError(f"the handler raised {stop!r}")
+            except BaseException as raised:
+                error = raised
+            with contextlib.suppress(RuntimeError):  # The loop was closed while the function ran.
+                loop.call_soon_threadsafe(self._finish, finished, output, error)
+
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        return await finished
+
+    def _finish(self, finished: asyncio.Future[Any], output: Any, error: BaseException | None) -> None:
+        self._slots.release()
+        if finished.done():  # It was cancelled meanwhile.
             return
-        self._is_cancelled = True
-        if self._work is not None:
-            self._work.cancel()
+        if error is None:
+            finished.set_result(output)
+        else:
+            finished.set_exception(error)
+
+
+class Worker:
+    """What others delegated to an agent, from the agent's start to its stop.
+
+    Owns the running handlers, their threads, the results that the hub has not acknowledged yet, and the broadcasts
+    that wait for their handler.
+    """
+
+    def __init__(self, agent: Agent, connection: HubConnection, functions: HandlerRegistry) -> None:
+        self._agent = agent
+        self._connection = connection
+        self._functions = functions
+        self._threads = DaemonThreads(f"{agent.name}-handler", agent.max_tasks)
+        self._running: dict[str, Execution] = {}  # By task_id: the latest attempt.
+        self._work: set[asyncio.Task[None]] = set()  # Of these, and of older attempts that still clean up.
+        self._results: dict[str, Result] = {}  # By task_id, until the hub has acknowledged them.
+        self._broadcasts: collections.deque[BroadcastReply] = collections.deque(maxlen=UPDATES_MAX)
+        self._broadcasting: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> int:
+        """How many tasks run."""
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs and the hub has all results."""
+        return not (self._running or self._results)
+
+    @property
+    def _held_max(self) -> int:
+        return 2 * self._agent.max_tasks + TASKS_OVER
+
+    def reconcile(self, tasks: list[TaskRef]) -> bool:
+        """Keep only what the hub assigns to this agent too, after a registration.
+
+        Cancel the other handlers, resend the results that the hub still waits for, and fail the tasks of which nothing
+        is known here. Return whether these are tasks that this agent can hold.
+        """
+        if len(tasks) > self._held_max:
+            self._log_too_many()
+            return False
+        assigned = {ref.task_id: ref.attempt for ref in tasks}
+        for execution in self._running.values():
+            if assigned.get(execution.task_id) != execution.attempt:
+                execution.stop()
+        for result in list(self._results.values()):
+            if assigned.get(result.task_id) == result.attempt:
+                self._send(result)
+            else:
+                del self._results[result.task_id]
+        for task_id, attempt in assigned.items():
+            running = self._running.get(task_id)
+            if (running is None or running.attempt != attempt) and task_id not in self._results:
+                error = ErrorInfo(Code.AGENT_LOST, "the agent does not have this task")
+                self._send(Result(task_id=task_id, success=False, error=error, attempt=attempt))
+        return True
+
+    def receive(self, message: Delegated) -> None:
+        """Start the handler of a task; not a second time for the same attempt."""
+        former = self._running.get(message.task_id)
+        if former is not None:
+            if former.attempt == message.attempt:
+                return
+            former.stop()
+        elif len(self._running) + len(self._results) >= self._held_max and self._connection.session is not None:
+            self._log_too_many()
+            self._connection.session.abort()
+            return
+        execution = self._running[message.task_id] = Execution(message)
+        task = Task(self._agent, self._connection, execution, message)
+        self._connection.timers.set(execution.stop, task.deadline)
+        work = execution.start(self._run(task))
+        self._work.add(work)
+        work.add_done_callback(functools.partial(self._on_finished, execution))
+
+    def task_ended(self, task_id: str) -> None:
+        """Cancel the handler of a task that has ended without it."""
+        if task_id in self._running:
+            self._running[task_id].stop()
+
+    async def stop(self) -> None:
+        """Cancel the running handlers, and again those that are not done after LEAVING_S seconds."""
+        for execution in self._running.values():
+            execution.stop()
+        work = self._work - {asyncio.current_task()}
+        if work:
+            await asyncio.wait(work, timeout=LEAVING_S)
+        await cancel_and_wait(work)
+
+    def _log_too_many(self) -> None:
+        agent_id = escape_unprintable(self._agent.agent_id or "")
+        log_agent.error("the hub assigns more tasks than max_tasks allows: disconnecting agent=%s", agent_id)
+
+    def _on_finished(self, execution: Execution, work: asyncio.Task[None]) -> None:
+        self._work.discard(work)
+        self._connection.timers.cancel(execution.stop)
+        if self._running.get(execution.task_id) is execution:
+            del self._running[execution.task_id]
+
+    async def _run(self, task: Task) -> None:
+        """Do a task and send its result; none if the task has ended meanwhile."""
+        result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
+        try:
+            result.output = check_json(await self._call(task))
+            result.success = True
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            current = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+                if not task.cancelled:
+                    raise
+            else:  # A handler that exits, or is cancelled by something of its own, fails like any other.
+                result.error = handler_error(error, task)
+        if not task.cancelled:
+            self._send(result)
+
+    async def _call(self, task: Task) -> Any:
+        handler = self._functions.handler_for(task.capability)
+        arguments = handler.arguments(task)
+        if handler.is_async:
+            return await handler.function(**arguments)
+        output = await self._threads.run(functools.partial(handler.function, **arguments))
+        return await output if inspect.isawaitable(output) else output
+
+    def _send(self, result: Result) -> None:
+        """Send a result, and keep it until the hub has acknowledged it."""
+        self._results[result.task_id] = result
+        if self._connection.session is None:
+            return  # `reconcile` sends it after the next registration.
+        try:
+            self._connection.session.send_request(result, functools.partial(self._on_reply, result))
+        except ValueError as error:
+            self._send_failure(result, ErrorInfo(Code.FAILED, f"the output cannot be encoded as JSON: {error}"))
+        except Refused as refusal:
+            self._send_failure(result, ErrorInfo(refusal.code, refusal.message))
+
+    def _send_failure(self, result: Result, error: ErrorInfo) -> None:
+        """Fail the task of a result that cannot be sent."""
+        self._send(dataclasses.replace(result, success=False, output=None, error=error))
+
+    def _on_reply(self, result: Result, reply: HubMessage | AgentHubError) -> None:
+        if isinstance(reply, AgentHubError) or self._results.get(result.task_id) is not result:
+            return
+        del self._results[result.task_id]
+        if isinstance(reply, Error):
+            task_id, code = escape_unprintable(result.task_id), escape_unprintable(reply.code)
+            log_agent.log(refusal_level(reply), "result refused task=%s code=%s", task_id, code)
+            if reply.code in (Code.INVALID_MESSAGE, Code.TOO_LARGE) and result.success:
+                code = reply.code if reply.code == Code.TOO_LARGE else Code.FAILED
+                self._send_failure(result, ErrorInfo(code, f"the hub refused the output: {reply.message}"))
+
+    def receive_broadcast(self, message: BroadcastReply) -> None:
+        """Queue a broadcast for its handler, which takes one after the other."""
+        handler = self._functions.on_broadcast
+        if handler is None:
+            return
+        if len(self._broadcasts) == UPDATES_MAX:
+            log_agent.warning("the broadcast handler is too slow: the oldest broadcast is dropped")
+        self._broadcasts.append(message)
+        if self._broadcasting is None or self._broadcasting.done():
+            self._broadcasting = self._connection.spawn(self._handle_broadcasts(handler))
+
+    async def _handle_broadcasts(self, handler: Callable[[Any, str], Any]) -> None:
+        while self._broadcasts:
+            message = self._broadcasts.popleft()
+            arguments = (message.message, message.sender or "")
+            try:
+                if inspect.iscoroutinefunction(handler):
+                    await handler(*arguments)
+                else:
+                    await self._threads.run(functools.partial(handler, *arguments))
+            except Exception:
+                log_agent.exception("the broadcast handler failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6282,38 +6833,57 @@ class Progress:
 
 
 class TaskHandle:
-    """A task that this agent has delegated. Iterate it (`async for`) to see its progress until its end."""
+    """A task that this agent has delegated. Iterate it (`async for`) for its progress, until its outcome.
+
+    Submits its task until the hub accepts it, asks for its state after each new registration and when its deadline has
+    passed, and submits it again to a hub that lost it.
+    """
 
     task_id: str
 
-    def __init__(self, agent: Agent, message: Delegate) -> None:
+    def __init__(self, connection: HubConnection, message: Delegate) -> None:
         self.task_id = message.task_id
-        self._agent = agent
+        self._connection = connection
         self._message = message
-        self._is_accepted = False
-        self._is_cancelled_here = False
         self._loop = asyncio.get_running_loop()
-        self._end: TaskOutcome | AgentHubError | None = None
+        self._is_accepted = False
+        self._is_cancelled = False
+        self._deadline = 0.0  # Once it is accepted.
+        self._outcome: TaskOutcome | AgentHubError | None = None
         self._updates: collections.deque[Progress] | None = None  # Until there are some.
-        self._news = LightEvent()  # Set for a moment when there is progress, or the end.
-        self._deadline = 0.0
+        self._news = LightEvent()  # Set for a moment when there is progress, or the outcome.
+
+    @classmethod
+    async def submit(cls, connection: HubConnection, message: Delegate, patience_s: float | None) -> TaskHandle:
+        """Submit a task, and return its handle when the hub has accepted it. For `Agent.submit`, which see."""
+        handle = cls(connection, message)
+        if message.task_id in connection.followers:
+            raise ValueError(f"{message.task_id}: this agent has an open task of that id; choose another task_id")
+        connection.followers[message.task_id] = handle._on_news
+        try:
+            await handle._submit(patience_s)
+        except BaseException as error:
+            connection.followers.pop(message.task_id, None)
+            if isinstance(error, asyncio.CancelledError | TaskTimeout):  # The hub may have accepted it nevertheless.
+                handle.cancel_soon()
+            raise
+        return handle
 
     @property
     def done(self) -> bool:
         """Whether the task has ended."""
-        return self._end is not None
+        return self._outcome is not None
 
     async def result(self, timeout_s: float | None = None) -> Any:
         """Return the task's output, waiting for it at most `timeout_s` seconds.
 
-        Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if
-        its time to live was over, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
+        Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if it did
+        not end within its ttl, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
         """
-        if timeout_s is None:
-            end = await self._ended()
-        else:
-            async with asyncio.timeout(timeout_s):
-                end = await self._ended()
+        async with contextlib.nullcontext() if timeout_s is None else asyncio.timeout(timeout_s):
+            while self._outcome is None:
+                await self._news.wait()
+        end = self._outcome
         if isinstance(end, AgentHubError):
             raise end
         if end.success:
@@ -6324,14 +6894,14 @@ class TaskHandle:
         raise TaskFailed(error.message, code=error.code, task_id=self.task_id)
 
     @property
-    def settled(self) -> TaskOutcome | None:
+    def outcome(self) -> TaskOutcome | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
-        end = self._end
+        end = self._outcome
         if end is None or isinstance(end, TaskOutcome):
             return end
         if isinstance(end, Disconnected):
             return None
-        return TaskOutcome(  # The hub has forgotten it, could not be asked, or did not take it again.
+        return TaskOutcome(  # The hub has forgotten it, could not be asked, or did not accept it again.
             task_id=self.task_id,
             sender=None,
             success=False,
@@ -6342,24 +6912,38 @@ class TaskHandle:
         )
 
     async def cancel(self, reason: str = "") -> None:
-        """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
+        """Cancel the task; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
         if not self.done:
-            with contextlib.suppress(Refused):  # It has ended just now, and that is told anyway.
-                await self._agent._request(self._cancellation(reason), StatusReply)
+            with contextlib.suppress(Refused):  # It has just ended, and its outcome is on the way.
+                await self._connection.request(self._cancellation(reason), StatusReply)
 
     def cancel_soon(self, reason: str = "its requester stopped waiting") -> None:
-        """Call the task off without waiting for it, where nothing can be awaited: in an `except CancelledError`.
+        """Cancel the task without waiting, where nothing can be awaited: in an `except CancelledError`.
 
-        It is done at once if there is a connection, else when there is one.
+        The cancellation is sent at once, or after the next registration if there is no connection.
         """
-        if not self.done:
-            self._agent._cancel_in_background(self, reason)
+        if self.done:
+            return
+        cancellation = self._cancellation(reason)
+        on_reply = functools.partial(self._on_cancel_reply, cancellation)
+        if self._connection.session is None:
+            on_reply(Disconnected("there is no connection"))
+        else:
+            self._connection.session.send_request(cancellation, on_reply)
 
     def _cancellation(self, reason: str) -> Result:
-        """Call it off on this side, and return the message that does so at the hub."""
-        self._is_cancelled_here = True
+        """Record that the task is cancelled, and return the message that cancels it at the hub."""
+        self._is_cancelled = True
         error = ErrorInfo(Code.CANCELLED, error_text(reason[:REASON_MAX]))
         return Result(task_id=self.task_id, success=False, error=error)
+
+    def _on_cancel_reply(self, cancellation: Result, reply: HubMessage | AgentHubError) -> None:
+        if isinstance(reply, Disconnected):
+            self._connection.spawn(self._cancel_until_acknowledged(cancellation))
+
+    async def _cancel_until_acknowledged(self, cancellation: Result) -> None:
+        with contextlib.suppress(AgentHubError, TimeoutError):  # It has ended, or will at its deadline.
+            await self._connection.request(cancellation, StatusReply, until=self._loop.time() + self._message.ttl)
 
     def __aiter__(self) -> AsyncIterator[Progress]:
         return self._follow()
@@ -6372,62 +6956,140 @@ class TaskHandle:
                 return
             await self._news.wait()
 
-    async def _ended(self) -> TaskOutcome | AgentHubError:
-        while self._end is None:
-            await self._news.wait()
-        return self._end
+    # Submitting it.
 
-    def _tell(self) -> None:
-        self._news.set()
-        self._news.clear()
+    async def _submit(self, patience_s: float | None = None) -> None:
+        """Send the task until the hub has accepted it; while the hub is overloaded, for `patience_s` seconds."""
+        now = self._loop.time()
+        last = now + self._message.ttl
+        patient_until = last if patience_s is None else now + patience_s
+        backoff = Backoff()
+        try:
+            while not await self._offer(last, patient_until):
+                async with asyncio.timeout_at(last):
+                    await asyncio.sleep(backoff.next_s())
+                # A task that was refused has not begun, so what is left of its ttl is all that it gets.
+                remaining_s = max(0.001, last - self._loop.time())
+                self._message = dataclasses.replace(self._message, ttl=remaining_s)
+        except TimeoutError as error:
+            text = "the hub did not accept the task within its ttl; give it a longer ttl, or try again later"
+            raise TaskTimeout(text, task_id=self.task_id) from error
+        self._is_accepted = True
+        self._deadline = self._loop.time() + self._message.ttl
+        self._watch()
+
+    async def _offer(self, last: float, patient_until: float) -> bool:
+        """Send the task once; return whether the hub has accepted it, or is overloaded and may be asked again.
+
+        Raises Refused, or TimeoutError when the loop's clock reaches `last`.
+        """
+        try:
+            await self._connection.request(self._message, StatusReply, until=last)
+            return True
+        except Refused as refusal:
+            now = self._loop.time()
+            if refusal.code == Code.OVERLOADED and now >= last:
+                raise TimeoutError from refusal
+            if refusal.code != Code.OVERLOADED or now >= patient_until:
+                raise
+            task_id, text = escape_unprintable(self.task_id), escape_unprintable(refusal.message)
+            log_agent.info("overloaded task=%s: %s", task_id, text)
+            return False
+
+    async def _resubmit(self) -> None:
+        """Submit the task to a hub that has forgotten it, which uses up one of its retries."""
+        if not self._is_accepted:
+            return  # It is being submitted.
+        self._is_accepted = False
+        remaining_s = self._deadline - self._loop.time()
+        if self._is_cancelled:
+            self._fail("the task was cancelled", Code.CANCELLED)
+        elif self._message.max_retries == 0 or self._message.parent_id is not None or remaining_s <= 0:
+            self._fail("the hub no longer knows this task; delegate it again")
+        else:
+            retries = self._message.max_retries - 1
+            self._message = dataclasses.replace(self._message, ttl=remaining_s, max_retries=retries)
+            try:
+                await self._submit()
+            except AgentHubError as error:
+                self._finish(error)
+
+    # Learning its outcome.
+
+    def _on_news(self, news: StatusReply | TaskOutcome | Registered | AgentHubError) -> None:
+        if isinstance(news, StatusReply):
+            self._on_progress(news)
+        elif not isinstance(news, Registered):
+            self._finish(news)
+        elif self._is_accepted:
+            self._connection.spawn(self._refresh())
 
     def _on_progress(self, report: StatusReply) -> None:
         if self._updates is None:
             self._updates = collections.deque(maxlen=UPDATES_MAX)
         self._updates.append(Progress(report.progress, report.detail, report.seq or 0))
-        self._tell()
+        self._wake()
 
-    def _settle(self, end: TaskOutcome | AgentHubError) -> None:
-        self._agent._alarms.cancel(self._on_overdue)
-        if self._end is None:
-            self._end = end
-        self._tell()
+    def _finish(self, outcome: TaskOutcome | AgentHubError) -> None:
+        if self._outcome is not None:
+            return
+        self._outcome = outcome
+        self._connection.timers.cancel(self._on_overdue)
+        self._connection.followers.pop(self.task_id, None)
+        self._wake()
+
+    def _fail(self, text: str, code: str = Code.HUB_LOST) -> None:
+        self._finish(TaskFailed(text, code=code, task_id=self.task_id))
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news.clear()
+
+    def _watch(self) -> None:
+        """Make sure that nobody waits forever for the outcome of a task whose hub is gone."""
+        if not self.done:
+            self._connection.timers.set(self._on_overdue, self._deadline + LATE_S)
 
     def _on_overdue(self) -> None:
-        self._agent._on_overdue(self)
+        if self._connection.session is None:
+            self._fail("the task's deadline passed without a connection to the hub")
+        else:
+            self._connection.spawn(self._refresh())
+            self._deadline = self._loop.time()
+            self._watch()
 
-
-class Backoff:
-    """How long to wait before the next try: full jitter over a bound that doubles, from 0.5 s to 30 s.
-
-    Starts over only after a connection that lasted longer than the present bound, so that a hub which lets agents in
-    and drops them is not stormed.
-    """
-
-    def __init__(self) -> None:
-        self._bound_s = BACKOFF_FIRST_S
-
-    def next_s(self) -> float:
-        delay_s = random.uniform(0, self._bound_s)
-        self._bound_s = min(2 * self._bound_s, BACKOFF_MAX_S)
-        return delay_s
-
-    def lasted(self, connection_s: float) -> None:
-        if connection_s > self._bound_s:
-            self._bound_s = BACKOFF_FIRST_S
+    async def _refresh(self) -> None:
+        """Ask for the state of the task, and submit it again if the hub no longer knows it."""
+        session = self._connection.session
+        if session is None or self.done:
+            return
+        try:
+            report = await session.request(Status(task_id=self.task_id), StatusReply)
+        except Disconnected:
+            return  # It asks again after the next registration.
+        except Refused as refusal:
+            if refusal.code == Code.UNKNOWN_TASK:
+                await self._resubmit()
+            else:
+                self._fail(refusal.message)
+            return
+        if report.requester != session.agent_id:  # The hub knows the task, but no longer this agent: output is hidden.
+            self._fail("the hub no longer knows that this agent delegated the task")
+        elif report.state in FINAL_STATES:
+            self._finish(outcome_from(report))
 
 
 class Agent:
-    """A program on the hub: what it can do, and its way to ask others.
+    """A program on the hub: what it offers, and its way to delegate to others.
 
-    `hub` is a LocalHub of this process; without one, `url` (else AGENTHUB_URL, else ws://127.0.0.1:8765) says where
-    the hub is, `token` (else AGENTHUB_TOKEN, else what is in the file AGENTHUB_TOKEN_FILE) opens it, and its
-    certificate is checked by the authorities in `ca_file` (else AGENTHUB_CA_FILE, else the system's). `name` is the
-    class's by default. At most `max_tasks` tasks run at once. Without a connection it tries again for ever, or for
-    `give_up_after_s` seconds.
+    `hub` is a LocalHub of this process; without one, the agent connects to `url` (else AGENTHUB_URL, else
+    ws://127.0.0.1:8765), authenticates with `token` (else AGENTHUB_TOKEN, else the content of the file
+    AGENTHUB_TOKEN_FILE), and verifies the hub's certificate by the authorities in `ca_file` (else AGENTHUB_CA_FILE,
+    else the system's). `name` is the class's by default. At most `max_tasks` tasks run at once. Without a connection
+    it keeps trying, forever or for `give_up_after_s` seconds.
 
-    Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the
-    hub does not take the registration, Disconnected when it has given up or another took its place.
+    Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the hub
+    does not accept the registration, Disconnected when it has given up or another connection has replaced it.
     """
 
     name: str = ""
@@ -6437,6 +7099,7 @@ class Agent:
     max_tasks: int
     metadata: dict[str, Any]
     give_up_after_s: float | None
+    _worker: Worker  # Of the latest start, as is `_connection`.
 
     def __init__(
         self,
@@ -6463,35 +7126,21 @@ class Agent:
         self.give_up_after_s = give_up_after_s
         connect = functools.partial(connect_websocket, self.url, token=token, ca_file=ca_file)
         self._connector: Connector = hub.connect if hub is not None else connect
-        self._handlers: dict[str, Handler] = {}
-        self._broadcast_handler: Callable[[Any, str], Any] | None = None
+        self._functions = HandlerRegistry()
         self._resume: str | None = None
-        self._session: Session | None = None
-        self._next_session: asyncio.Future[Session] | None = None
-        self._connection: asyncio.Task[None] | None = None
-        self._running: dict[str, Task] = {}  # By task_id.
-        self._results: dict[str, Result] = {}  # Of tasks done here, until the hub has them.
-        self._open: dict[str, TaskHandle] = {}  # By task_id.
-        self._broadcasts: collections.deque[BroadcastReply] = collections.deque(maxlen=UPDATES_MAX)
-        self._taking: asyncio.Task[None] | None = None
-        self._threads = asyncio.Semaphore(max_tasks)
-        self._retry_now = asyncio.Event()  # Somebody does not want to wait out the pause between two tries.
-        self._last_failure = ""  # Of a try to connect.
-        self._late_until = 0.0  # A registration that was not answered may arrive at the hub until then.
-        self._ended_by: Exception | None = None  # What made another try pointless.
-        self._is_leaving = False
-        self._background: set[asyncio.Task[Any]] = set()
+        self._connection: HubConnection | None = None
         for function_name, function in inspect.getmembers(type(self), inspect.isfunction):
             options = getattr(function, "__agenthub__", None)
             if options is not None and hasattr(Agent, function_name):
                 raise ValueError(
-                    f"{function_name}: an Agent has a method of that name; capability(NAME) can name another"
+                    f"{function_name}: an Agent has a method of that name; rename yours, and give the capability its "
+                    f"name by @capability({function_name!r})"
                 )
             if options is not None:
-                self._add_function(getattr(self, function_name), options)
+                self._functions.add(getattr(self, function_name), options)
         self._registration()  # Raises ValueError now rather than when it is sent.
 
-    # What it can do.
+    # What it offers.
 
     @property
     def capability(self) -> CapabilityDecorator:
@@ -6499,26 +7148,21 @@ class Agent:
 
         It takes the arguments of CapabilityDecorator, and raises ValueError if the capability has a handler already.
         """
-        return CapabilityDecorator(self._add_function)
+        return CapabilityDecorator(self._add_handler)
 
     def on_broadcast(self, function: Function) -> Function:
-        """Make a function the one that takes broadcasts, one after the other: `(message, sender)`. A decorator."""
-        self._broadcast_handler = function
+        """Make a function the handler of broadcasts, one after the other: `(message, sender)`. A decorator."""
+        self._functions.on_broadcast = function
         return function
 
-    def _add_function(self, function: Callable[..., Any], options: HandlerOptions) -> None:
-        if options.is_broadcast:
-            self._broadcast_handler = function
-        else:
-            self._add_handler(Handler.of(function, options))
+    def _add_handler(self, function: Callable[..., Any], options: HandlerOptions) -> None:
+        self._functions.add(function, options)
+        self._announce()
 
-    def _add_handler(self, handler: Handler) -> None:
-        name = handler.capability.name
-        if name in self._handlers:
-            raise ValueError(f"{name}: has a handler already")
-        self._handlers[name] = handler
-        if self._session is not None:
-            self._session.ask(self._registration(), _log_refusal)
+    def _announce(self) -> None:
+        """Register once more if the agent is online, because what it offers has changed."""
+        if self._connection is not None and self._connection.session is not None:
+            self._connection.session.send_request(self._registration(), _on_announced)
 
     def _registration(self) -> Register:
         """Return what this agent says of itself. Raises ValueError if the limits of the protocol do not allow it."""
@@ -6528,23 +7172,28 @@ class Agent:
         return Register(
             name=self.name,
             description=self.description[:4096],
-            capabilities=[handler.capability for handler in self._handlers.values()],
+            capabilities=[handler.capability for handler in self._functions.handlers.values()],
             max_tasks=self.max_tasks,
             metadata=self.metadata,
             agent_id=self.agent_id,
             resume=self._resume,
         )
 
-    # Its life.
+    # From its start to its stop.
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the agent is registered and has a connection just now."""
+        return self._connection is not None and self._connection.session is not None
 
     def use_hub(self, hub: LocalHubLike) -> None:
-        """Join a hub of this process instead of the one at `url`, from the next start on."""
+        """Connect to a hub of this process instead of the one at `url`, from the next start on."""
         self._connector = hub.connect
 
     def run(self, *, drain_s: float = DRAIN_S, loop: str = "auto") -> None:
-        """Run until Ctrl-C or SIGTERM; then take no new task and leave when the running ones have ended.
+        """Run until Ctrl-C or SIGTERM; then accept no new task and leave when the running ones have ended.
 
-        `drain_s` bounds that, in seconds; a second signal ends it at once. The event `loop` is uvloop's where that is
+        `drain_s` limits that, in seconds; a second signal ends it at once. The event `loop` is uvloop's where that is
         installed; "asyncio" is the standard library's, and "uvloop" raises PackageMissing where it is not installed.
         """
         with contextlib.suppress(KeyboardInterrupt):
@@ -6558,476 +7207,121 @@ class Agent:
         await self.stop()
 
     async def start(self) -> None:
-        """Connect, and return when the hub has registered this agent. Waits for a hub that is not there yet."""
-        self._begin()
+        """Connect, and return when the hub has registered this agent. Waits for a hub that is not running yet."""
+        connection = self._begin()
         try:
-            await self._connected()
+            await connection.wait()
         except BaseException:
             await self.stop()
             raise
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. What is open is settled."""
-        if self._connection is None:
+        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. Handles of open tasks fail."""
+        connection = self._connection
+        if connection is None or connection.is_closed:
             return
-        self._is_leaving = True
+        connection.is_leaving = True
         has_left = False
-        if drain_s > 0 and (self._session is not None or self._running or self._results):
-            has_left = await self._deregister(Deregister(drain=True), drain_s)
-        if not has_left and self._session is not None:
-            await self._deregister(Deregister(), LEAVING_S)
-        await self._stop_handlers()
-        connection, self._connection = self._connection, None
-        await self._cancel([*self._background, *([connection] if connection is not None else [])])
-        if self._session is not None:
-            await self._leave(self._session)
-        self._fail(Disconnected("this agent was stopped"))
-        self._results.clear()
-        self._broadcasts.clear()
-        self._alarms.clear()
-        await asyncio.sleep(0)  # For a socket that had to be cut.
+        if drain_s > 0 and (connection.session is not None or not self._worker.is_idle):
+            has_left = await self._deregister(connection, Deregister(drain=True), drain_s)
+        if not has_left and connection.session is not None:
+            await self._deregister(connection, Deregister(), LEAVING_S)
+        await self._worker.stop()
+        await connection.close()
 
     async def serve(self, stopped: asyncio.Event, drain_s: float = DRAIN_S) -> None:
         """Run until `stopped` is set, then drain; leave at once when cancelled. Raises what ends the connection."""
         connection = self._begin()
         failure: BaseException | None = None
         try:
-            await done_or_set(connection, stopped)
-            if connection.done():
-                failure = connection.exception()
-            else:
+            await done_or_set(connection.ended, stopped)
+            if not connection.ended.done():
                 await self.stop(drain_s)
+            elif not connection.ended.cancelled():
+                failure = connection.ended.exception()
         finally:
             await self.stop()
         if failure is not None:
             raise failure
 
-    def _begin(self) -> asyncio.Task[None]:
-        if self._connection is not None:
-            raise RuntimeError("this agent is running already")
-        self._next_session = asyncio.get_running_loop().create_future()
-        self._threads = asyncio.Semaphore(self.max_tasks)
-        self._alarms = Timers()  # For tasks that are done here, and those that others do.
-        self._retry_now = asyncio.Event()
-        self._last_failure = ""
-        self._late_until = 0.0
-        self._ended_by = None
-        self._is_leaving = False
-        self._connection = asyncio.create_task(self._connection_loop())
+    async def connected(self, within_s: float | None = None) -> None:
+        """Return when there is a connection, trying to connect now rather than after the pause of the backoff.
+
+        Raises Disconnected if there is none after `within_s` seconds (None: wait forever), or what ended the connection
+        for good.
+        """
+        connection = self._started()
+        connection.retry_now()
+        try:
+            async with asyncio.timeout(within_s):
+                await connection.wait()
+        except TimeoutError as error:
+            raise Disconnected(connection.last_failure or f"no hub answers at {self.url}") from error
+
+    def _begin(self) -> HubConnection:
+        if self._connection is not None and not self._connection.is_closed:
+            raise RuntimeError("this agent is already running; stop it before you start it again")
+        connection = self._connection = HubConnection(
+            self._connector,
+            registration=self._registration,
+            on_registered=self._on_registered,
+            on_message=self._on_message,
+            give_up_after_s=self.give_up_after_s,
+        )
+        self._worker = Worker(self, connection, self._functions)
+        return connection
+
+    def _started(self) -> HubConnection:
+        """Return the connection. Raises Disconnected if the agent was not started, or what ended it for good."""
+        if self._connection is None or self._connection.is_closed:
+            failure = self._connection and self._connection.failure
+            raise failure or Disconnected("this agent is not started; use `async with agent:` or `await agent.start()`")
         return self._connection
 
-    async def _deregister(self, message: Deregister, wait_s: float) -> bool:
-        """Tell the hub that this agent leaves, again after a reconnect; return whether it answered within `wait_s`."""
+    async def _deregister(self, connection: HubConnection, message: Deregister, wait_s: float) -> bool:
+        """Leave the hub, again after a reconnect; return whether it acknowledged that within `wait_s` seconds."""
         try:
             async with asyncio.timeout(wait_s):
-                await self._request(message, Deregistered, within_s=None)
+                await connection.request(message, Deregistered, within_s=None)
         except TimeoutError:
-            running = len(self._running)
-            log_agent.warning("no answer to deregister in %g s agent=%s tasks=%d", wait_s, self.agent_id, running)
+            running = self._worker.running
+            log_agent.warning("no reply to deregister in %g s agent=%s tasks=%d", wait_s, self.agent_id, running)
             return False
         except AgentHubError as error:
-            log_agent.debug("no answer to deregister: %s", escape_unprintable(error.message))
+            log_agent.debug("no reply to deregister: %s", escape_unprintable(error.message))
             return False
         return True
 
-    async def _stop_handlers(self) -> None:
-        """Cancel what still runs, and give it LEAVING_S seconds to clean up."""
-        work = []
-        for task in list(self._running.values()):
-            if task._work is asyncio.current_task():
-                task._is_cancelled = True  # The handler that stops its own agent.
-            else:
-                task._stop()
-                work.append(task._work)
-        waiting = [one for one in work if one is not None]
-        if waiting:
-            await asyncio.wait(waiting, timeout=LEAVING_S)
-
-    async def _cancel(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
-        waiting = [task for task in tasks if task is not asyncio.current_task()]
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-    async def connected(self, within_s: float | None = None) -> None:
-        """Return when there is a connection, and try to get one now rather than after the pause that is due.
-
-        Raises Disconnected if there is none after `within_s` seconds (None: wait for ever), or what ended the
-        connection for good.
-        """
-        if self._session is None:
-            self._retry_now.set()
-        try:
-            async with asyncio.timeout(within_s):
-                await self._connected()
-        except TimeoutError as error:
-            raise Disconnected(self._last_failure or f"no hub answers at {self.url}") from error
-
-    async def _connected(self) -> Session:
-        """Return the session, waiting for one. Raises what ended the connection for good."""
-        if self._session is not None:
-            return self._session
-        if self._connection is None or self._next_session is None:
-            raise self._ended_by or Disconnected("this agent is not started")
-        return await asyncio.shield(self._next_session)
-
-    async def _connection_loop(self) -> None:
-        """Connect, again and again; ends with the error that makes another try pointless."""
-        loop = asyncio.get_running_loop()
-        backoff = Backoff()
-        last_seen = loop.time()
-        try:
-            while True:
-                joined = None
-                try:
-                    session = await self._join()
-                    self._retry_now.clear()
-                    joined = loop.time()
-                    await self._heartbeat_loop(session)
-                except Disconnected as error:
-                    if joined is not None:
-                        last_seen = loop.time()
-                        backoff.lasted(last_seen - joined)
-                    self._give_up_if_due(error, loop.time() - last_seen)
-                    self._last_failure = error.message
-                    delay_s = backoff.next_s()
-                    has_left = self._is_leaving and error.close_code == CloseCode.DONE
-                    level = logging.DEBUG if has_left else logging.WARNING
-                    log_agent.log(level, "%s; next try in %.1f s", escape_unprintable(error.message), delay_s)
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(delay_s):
-                            await self._retry_now.wait()
-                    self._retry_now.clear()
-        except (AgentHubError, ValueError) as error:
-            self._ended_by = error
-            self._fail(error)
-            raise
-
-    def _give_up_if_due(self, error: Disconnected, away_s: float) -> None:
-        # What replaced it may have been a registration of its own that it had given up, and that the hub read late.
-        was_itself = asyncio.get_running_loop().time() < self._late_until
-        if error.close_code == CloseCode.NOT_ALLOWED or (error.close_code == CloseCode.REPLACED and not was_itself):
-            raise error
-        if self.give_up_after_s is not None and away_s >= self.give_up_after_s:
-            raise error
-
-    def _fail(self, error: Exception) -> None:
-        """Let all who wait for a connection know that there will be none."""
-        if self._next_session is not None and self._next_session.done():
-            self._next_session = asyncio.get_running_loop().create_future()
-        if self._next_session is not None:
-            self._next_session.set_exception(error)
-            self._next_session.exception()  # Whether or not anybody waits.
-        for handle in list(self._open.values()):
-            handle._settle(Disconnected(str(error)))
-        self._open.clear()
-
-    async def _join(self) -> Session:
-        """Open a session and register on it."""
-        session = await Session.open(self._connector, self._on_message)
-        joined = functools.partial(self._on_registered, session, list(self._handlers))
-        try:
-            await session.request(self._registration(), Registered, at_once=joined, within_s=REPLY_S)
-        except Refused as refusal:
-            if refusal.code in (Code.OVERLOADED, Code.INTERNAL):  # Not for ever.
-                raise Disconnected(f"the hub did not let this agent in: {refusal.message}") from refusal
-            raise
-        finally:
-            if self._session is not session:
-                self._late_until = asyncio.get_running_loop().time() + LATE_REGISTRATION_S
-                await session.close()
-        return session
-
-    async def _heartbeat_loop(self, session: Session) -> None:
-        """Keep a session alive until it ends. Raises Disconnected, with the close code."""
-        loop = asyncio.get_running_loop()
-        try:
-            while not session.ended.done():
-                session.ask(Heartbeat(), _ignore)
-                await asyncio.wait({session.ended}, timeout=session.heartbeat_s)
-                if loop.time() - session.last_received > 3 * session.heartbeat_s:
-                    raise Disconnected("the hub has been silent for three heartbeat intervals")
-            code, reason = session.ended.result()
-            raise Disconnected(f"the hub closed the connection: {code} {reason}".rstrip(), close_code=code)
-        finally:
-            await self._leave(session)
-
-    async def _leave(self, session: Session) -> None:
-        """Have done with a session."""
-        self._session = None
-        if self._next_session is None or self._next_session.done():
-            self._next_session = asyncio.get_running_loop().create_future()
-        session.over.set()
-        await session.close()
-
-    # After a (re)connection both sides agree.
-
-    def _on_registered(self, session: Session, announced: list[str], reply: Registered) -> None:
-        log_agent.info("joined agent=%s", escape_unprintable(reply.agent_id))
-        self.agent_id, self._resume = reply.agent_id, reply.resume
-        session.heartbeat_s = min(max(HEARTBEAT_MIN_S, reply.heartbeat_s), HEARTBEAT_MAX_S)
-        session.message_bytes_max = reply.max_bytes
-        self._session = session
-        if len(reply.tasks) > self._tasks_held_max:
-            self._refuse_tasks(session)
-            return
-        if list(self._handlers) != announced:  # One was added in the meantime.
-            session.ask(self._registration(), _log_refusal)
-        self._reconcile({ref.task_id: ref.attempt for ref in reply.tasks})
-        for handle in self._open.values():
-            if handle._is_accepted:
-                self._spawn(self._refresh(handle))
-        if self._next_session is not None and not self._next_session.done():
-            self._next_session.set_result(session)
-
-    def _reconcile(self, held: dict[str, int]) -> None:
-        """Bring what runs here in line with the tasks and attempts that the hub holds to be running here."""
-        for task in list(self._running.values()):
-            if held.get(task.task_id) != task.attempt:
-                task._stop()
-        for result in list(self._results.values()):
-            if held.get(result.task_id) == result.attempt:
-                self._send_result(result)
-            else:
-                del self._results[result.task_id]
-        for task_id, attempt in held.items():
-            running = self._running.get(task_id)
-            if (running is None or running.attempt != attempt) and task_id not in self._results:
-                error = ErrorInfo(Code.AGENT_LOST, "the agent does not have this task")
-                self._send_result(Result(task_id=task_id, success=False, error=error, attempt=attempt))
-
-    async def _refresh(self, handle: TaskHandle) -> None:
-        """Ask what has become of an accepted task; one that the hub no longer knows is sent again, if it may be."""
-        session = self._session
-        if session is None or handle.done:
-            return
-        try:
-            report = await session.request(Status(task_id=handle.task_id), StatusReply)
-        except Disconnected:
-            return  # It is asked again after the next registration.
-        except Refused as refusal:
-            if refusal.code == Code.UNKNOWN_TASK:
-                await self._resubmit(handle)
-            else:
-                self._settle(handle.task_id, TaskFailed(refusal.message, code=Code.HUB_LOST, task_id=handle.task_id))
-            return
-        if report.requester != self.agent_id:  # The hub knows the task, but this agent no longer: the output is hidden.
-            error = TaskFailed("the hub has forgotten who asked", code=Code.HUB_LOST, task_id=handle.task_id)
-            self._settle(handle.task_id, error)
-        elif report.state in FINAL_STATES:
-            self._settle(handle.task_id, outcome_from(report))
-
-    async def _resubmit(self, handle: TaskHandle) -> None:
-        """Delegate a task anew to a hub that has forgotten it: one of its retries is used up by that."""
-        if not handle._is_accepted:
-            return  # That is under way.
-        if handle._is_cancelled_here:
-            error = TaskFailed("it was called off", code=Code.CANCELLED, task_id=handle.task_id)
-            self._settle(handle.task_id, error)
-            return
-        handle._is_accepted = False
-        message = handle._message
-        remaining_s = handle._deadline - asyncio.get_running_loop().time()
-        if message.max_retries == 0 or message.parent_id is not None or remaining_s <= 0:
-            error = TaskFailed("the hub no longer knows this task", code=Code.HUB_LOST, task_id=handle.task_id)
-            self._settle(handle.task_id, error)
-            return
-        handle._message = dataclasses.replace(message, ttl=remaining_s, max_retries=message.max_retries - 1)
-        try:
-            await self._get_accepted(handle)
-        except AgentHubError as error:
-            self._settle(handle.task_id, error)
-
     # What comes in.
+
+    def _on_registered(self, registration: Register, registered: Registered) -> bool:
+        """Bring both sides in line after a registration; return whether this agent accepts the session."""
+        log_agent.info("joined agent=%s", escape_unprintable(registered.agent_id))
+        self.agent_id, self._resume = registered.agent_id, registered.resume
+        if not self._worker.reconcile(registered.tasks):
+            return False
+        if registration.capabilities != self._registration().capabilities:
+            self._announce()  # One was added meanwhile.
+        return True
 
     def _on_message(self, message: HubMessage) -> None:
         if isinstance(message, Delegated):
-            self._on_delegated(message)
-        elif isinstance(message, TaskOutcome):
-            self._settle(message.task_id, message)
+            self._worker.receive(message)
         elif isinstance(message, StatusReply):
-            self._on_reported(message)
+            if message.state in FINAL_STATES:
+                self._worker.task_ended(message.task_id or "")
         elif isinstance(message, BroadcastReply):
-            self._on_announced(message)
+            self._worker.receive_broadcast(message)
         elif isinstance(message, Error):
-            level = logging.DEBUG if message.code in LATE_CODES else logging.WARNING
-            log_agent.log(
-                level, "refused code=%s: %s", escape_unprintable(message.code), escape_unprintable(message.message)
-            )
-
-    def _on_reported(self, report: StatusReply) -> None:
-        task_id = report.task_id or ""
-        if report.seq is not None:
-            if task_id in self._open:
-                self._open[task_id]._on_progress(report)
-        elif report.state in FINAL_STATES and task_id in self._running:
-            self._running[task_id]._stop()
-
-    def _settle(self, task_id: str, end: TaskOutcome | AgentHubError) -> None:
-        handle = self._open.pop(task_id, None)
-        if handle is not None:
-            handle._settle(end)
-
-    # Working.
-
-    def _on_delegated(self, message: Delegated) -> None:
-        former = self._running.get(message.task_id)
-        if former is not None:
-            if former.attempt == message.attempt:
-                return
-            former._stop()
-        elif len(self._running) + len(self._results) >= self._tasks_held_max and self._session is not None:
-            self._refuse_tasks(self._session)
-            return
-        task = self._running[message.task_id] = Task(self, message)
-        task._work = asyncio.create_task(self._work(task))
-        self._background.add(task._work)
-        task._work.add_done_callback(functools.partial(self._on_worked, task))
-
-    @property
-    def _tasks_held_max(self) -> int:
-        return 2 * self.max_tasks + TASKS_OVER
-
-    def _refuse_tasks(self, session: Session) -> None:
-        log_agent.error(
-            "the hub sends more tasks than this agent takes agent=%s", escape_unprintable(self.agent_id or "")
-        )
-        session.cut()
-
-    def _on_worked(self, task: Task, work: asyncio.Task[None]) -> None:
-        self._background.discard(work)
-        self._alarms.cancel(task._stop)
-        if self._running.get(task.task_id) is task:
-            del self._running[task.task_id]
-
-    async def _work(self, task: Task) -> None:
-        """Do a task and send its result; none if it ended in the meantime."""
-        result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
-        try:
-            result.output = check_json(await self._call(task))
-            result.success = True
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            current = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
-                if not task.cancelled:
-                    raise
-            else:  # To exit, or to be cancelled by something of its own, is a handler's failure like any other.
-                result.error = failure(error, task)
-        if not task.cancelled:
-            self._send_result(result)
-
-    async def _call(self, task: Task) -> Any:
-        handler = self._handler_for(task)
-        arguments = handler.arguments(task)
-        if handler.is_async:
-            return await handler.function(**arguments)
-        output = await self._in_thread(functools.partial(handler.function, **arguments))
-        return await output if inspect.isawaitable(output) else output
-
-    def _handler_for(self, task: Task) -> Handler:
-        """Return the handler of a task's capability; of a task that names none, the only one there is."""
-        if task.capability is None and len(self._handlers) == 1:
-            return next(iter(self._handlers.values()))
-        handler = self._handlers.get(task.capability or "")
-        if handler is None:
-            raise TaskFailed(f"this agent has {', '.join(self._handlers) or 'no capability'}", code=Code.NO_HANDLER)
-        return handler
-
-    async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        """Run a plain function in a thread of its own.
-
-        A thread cannot be stopped, so one that ignores its task's end keeps its place among the `max_tasks` threads.
-        They are daemons: a hanging one does not keep the process alive.
-        """
-        threads = self._threads
-        await threads.acquire()
-        loop = asyncio.get_running_loop()
-        finished: asyncio.Future[Any] = loop.create_future()
-        context = contextvars.copy_context()
-
-        def settle(output: Any, error: BaseException | None) -> None:
-            threads.release()
-            if finished.done():
-                return
-            if error is None:
-                finished.set_result(output)
-            else:
-                finished.set_exception(error)
-
-        def work() -> None:
-            output: Any = None
-            error: BaseException | None = None
-            try:
-                output = context.run(function)
-            except StopIteration as stop:  # A future does not take this one.
-                error = RuntimeError(f"the handler raised {stop!r}")
-            except BaseException as raised:
-                error = raised
-            with contextlib.suppress(RuntimeError):  # The loop was closed while the function ran.
-                loop.call_soon_threadsafe(settle, output, error)
-
-        threading.Thread(target=work, name=f"{self.name}-handler", daemon=True).start()
-        return await finished
-
-    def _send_result(self, result: Result) -> None:
-        """Send a result, and keep it until the hub has said that it has it."""
-        self._results[result.task_id] = result
-        if self._session is None:
-            return
-        try:
-            self._session.ask(result, functools.partial(self._on_result_reply, result))
-        except ValueError as error:
-            self._send_failure(result, ErrorInfo(Code.FAILED, f"the output cannot be written as JSON: {error}"))
-        except Refused as refusal:
-            self._send_failure(result, ErrorInfo(refusal.code, refusal.message))
-
-    def _send_failure(self, result: Result, error: ErrorInfo) -> None:
-        """Fail the task of a result that cannot be sent."""
-        self._send_result(dataclasses.replace(result, success=False, output=None, error=error))
-
-    def _on_result_reply(self, result: Result, reply: HubMessage | AgentHubError) -> None:
-        if isinstance(reply, AgentHubError) or self._results.get(result.task_id) is not result:
-            return
-        del self._results[result.task_id]
-        if isinstance(reply, Error):
-            level = logging.DEBUG if reply.code in LATE_CODES else logging.WARNING
-            log_agent.log(
-                level,
-                "result refused task=%s code=%s",
-                escape_unprintable(result.task_id),
-                escape_unprintable(reply.code),
-            )
-            if reply.code in (Code.INVALID_MESSAGE, Code.TOO_LARGE) and result.success:
-                code = reply.code if reply.code == Code.TOO_LARGE else Code.FAILED
-                self._send_failure(result, ErrorInfo(code, f"the hub refused the output: {reply.message}"))
-
-    def _on_announced(self, message: BroadcastReply) -> None:
-        if self._broadcast_handler is None:
-            return
-        if len(self._broadcasts) == UPDATES_MAX:
-            log_agent.warning("the broadcast handler is too slow: the oldest broadcast is dropped")
-        self._broadcasts.append(message)
-        if self._taking is None or self._taking.done():
-            self._taking = self._spawn(self._take_broadcasts(self._broadcast_handler))
-
-    async def _take_broadcasts(self, handler: Callable[[Any, str], Any]) -> None:
-        while self._broadcasts:
-            message = self._broadcasts.popleft()
-            arguments = (message.message, message.sender or "")
-            try:
-                if inspect.iscoroutinefunction(handler):
-                    await handler(*arguments)
-                else:
-                    await self._in_thread(functools.partial(handler, *arguments))
-            except Exception:
-                log_agent.exception("the broadcast handler failed")
+            code, text = escape_unprintable(message.code), escape_unprintable(message.message)
+            log_agent.log(refusal_level(message), "refused code=%s: %s", code, text)
 
     # Asking others.
 
     async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
-        """Have a task done, and return its output. The options are those of `submit`.
+        """Have another agent do a task, and return its output. The options are those of `submit`.
 
-        Raises what `submit` and `TaskHandle.result` raise. Cancelling this call calls the task off.
+        Raises what `submit` and `TaskHandle.result` raise. Cancelling this call cancels the task.
         """
         handle = await self.submit(capability, input, **options)
         try:
@@ -7050,14 +7344,15 @@ class Agent:
         parent_id: str | None = None,
         patience_s: float | None = None,
     ) -> TaskHandle:
-        """Hand a task to the hub, and return when that has accepted it.
+        """Delegate a task, and return its handle when the hub has accepted it.
 
-        `capability` lets the hub choose the agent, `agent_id` names it; `ttl` is in seconds and covers waiting and
-        all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
-        `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
+        `capability` lets the hub choose the worker, `agent_id` names it; `ttl` is in seconds and covers waiting and all
+        attempts; the higher `priority` (-100 to 100) goes first; the task is retried up to `max_retries` times when its
+        worker is lost; `wait` queues it although no online agent offers the capability. Without a connection this waits
+        for one.
 
-        While the hub is `overloaded` it is tried again, for `patience_s` seconds (None: the ttl). Raises Refused, with
-        the hub's code; TaskTimeout if the hub did not take it within `ttl`; ValueError if the input is not JSON;
+        A hub that is `overloaded` is asked again for `patience_s` seconds (None: the ttl). Raises Refused, with the
+        hub's code; TaskTimeout if the hub did not accept the task within `ttl`; ValueError if the input is not JSON;
         Disconnected if there will be no connection.
         """
         if not 0 < ttl <= TTL_MAX_S:
@@ -7075,127 +7370,25 @@ class Agent:
             parent_id=parent_id,
             wait=wait,
         )
-        if message.task_id in self._open:
-            raise ValueError(f"{message.task_id}: is the id of a task that is open")
-        handle = self._open[message.task_id] = TaskHandle(self, message)
-        try:
-            await self._get_accepted(handle, patience_s)
-        except BaseException as error:
-            self._open.pop(message.task_id, None)
-            if isinstance(error, asyncio.CancelledError | TaskTimeout):  # It may have been accepted all the same.
-                handle.cancel_soon()
-            raise
-        return handle
-
-    def _cancel_in_background(self, handle: TaskHandle, reason: str) -> None:
-        cancellation = handle._cancellation(reason)
-        if self._session is None:
-            self._cancel_when_connected(handle, cancellation, Disconnected("there is no connection just now"))
-        else:
-            self._session.ask(cancellation, functools.partial(self._cancel_when_connected, handle, cancellation))
-
-    def _cancel_when_connected(
-        self, handle: TaskHandle, cancellation: Result, reply: HubMessage | AgentHubError
-    ) -> None:
-        if isinstance(reply, Disconnected) and self._connection is not None:
-            self._spawn(self._cancel_until_acknowledged(handle, cancellation))
-
-    async def _cancel_until_acknowledged(self, handle: TaskHandle, cancellation: Result) -> None:
-        with contextlib.suppress(AgentHubError, TimeoutError):  # It has ended, or will at its deadline.
-            async with asyncio.timeout(handle._message.ttl):
-                await self._request(cancellation, StatusReply)
-
-    async def _get_accepted(self, handle: TaskHandle, patience_s: float | None = None) -> None:
-        """Send a task until the hub has acknowledged it: to send the same one twice is safe."""
-        message = handle._message
-        last = handle._loop.time() + message.ttl
-        patient_until = last if patience_s is None else handle._loop.time() + patience_s
-        backoff = Backoff()
-        try:
-            while True:
-                try:
-                    await self._request(message, StatusReply, until=last)
-                    break
-                except Refused as refusal:
-                    now = handle._loop.time()
-                    if refusal.code == Code.OVERLOADED and now >= last:
-                        raise TimeoutError from refusal
-                    if refusal.code != Code.OVERLOADED or now >= patient_until:
-                        raise
-                    log_agent.info(
-                        "overloaded task=%s: %s",
-                        escape_unprintable(handle.task_id),
-                        escape_unprintable(refusal.message),
-                    )
-                async with asyncio.timeout_at(last):
-                    await asyncio.sleep(backoff.next_s())
-                # What was refused was not begun, so its time to live may be what is left of it.
-                message = handle._message = dataclasses.replace(message, ttl=max(0.001, last - handle._loop.time()))
-        except TimeoutError as error:
-            raise TaskTimeout("the hub did not take it within the task's ttl", task_id=handle.task_id) from error
-        handle._is_accepted = True
-        handle._deadline = handle._loop.time() + message.ttl
-        self._watch(handle)
-
-    def _watch(self, handle: TaskHandle) -> None:
-        """See to it that nobody waits for ever for the end of a task whose hub is gone."""
-        if not handle.done:
-            self._alarms.set(handle._on_overdue, handle._deadline + LATE_S)
-
-    def _on_overdue(self, handle: TaskHandle) -> None:
-        if self._session is not None:
-            self._spawn(self._refresh(handle))
-            handle._deadline = handle._loop.time()
-            self._watch(handle)
-        else:
-            error = TaskFailed(
-                "its deadline has passed without a connection to the hub", code=Code.HUB_LOST, task_id=handle.task_id
-            )
-            self._settle(handle.task_id, error)
+        return await TaskHandle.submit(self._started(), message, patience_s)
 
     async def discover(self, capability: str = "", limit: int = 100) -> list[AgentInfo]:
         """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""
-        return (await self._request(Discover(capability=capability, limit=limit), Discovered)).agents
+        message = Discover(capability=capability, limit=limit)
+        return (await self._started().request(message, Discovered)).agents
 
     async def broadcast(self, message: Any, capability: str | None = None) -> int:
-        """Send any JSON to all other agents that are online (with that capability); return how many there are."""
-        session = await self._connected()
+        """Send any JSON to all other agents that are online (with that capability); return how many there are.
+
+        Raises Disconnected if the connection is lost before the hub replies: then it may have been sent or not.
+        """
+        session = await self._started().wait()
         reply = await session.request(Broadcast(message=check_json(message), capability=capability), BroadcastReply)
         return reply.recipients or 0
 
     async def status(self, task_id: str | None = None) -> StatusReply:
         """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
-        return await self._request(Status(task_id=task_id), StatusReply)
-
-    # What the others share.
-
-    async def _request(
-        self,
-        message: AgentMessage,
-        reply_type: type[Reply],
-        within_s: float | None = REQUEST_S,
-        until: float | None = None,
-    ) -> Reply:
-        """Ask the hub what is safe to ask twice: again after a lost connection, until it has answered.
-
-        Raises TimeoutError when it is `until` by the loop's clock.
-        """
-        while True:
-            session = self._session
-            if session is None:
-                async with asyncio.timeout_at(until):
-                    session = await self._connected()
-            try:
-                return await session.request(message, reply_type, within_s=within_s, until=until)
-            except Disconnected:
-                async with asyncio.timeout_at(until):
-                    await session.over.wait()
-
-    def _spawn(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+        return await self._started().request(Status(task_id=task_id), StatusReply)
 
 
 class LocalHubLike(Protocol):
@@ -7204,17 +7397,23 @@ class LocalHubLike(Protocol):
     def connect(self, owner: LinkOwner) -> Awaitable[Link]: ...
 
 
-def _log_refusal(reply: HubMessage | AgentHubError) -> None:
+def refusal_level(error: Error) -> int:
+    """Return how important it is that the hub refused something."""
+    return logging.DEBUG if error.code in LATE_CODES else logging.WARNING
+
+
+def _on_announced(reply: HubMessage | AgentHubError) -> None:
     if isinstance(reply, Error):
-        log_agent.error("refused code=%s: %s", escape_unprintable(reply.code), escape_unprintable(reply.message))
+        code, text = escape_unprintable(reply.code), escape_unprintable(reply.message)
+        log_agent.error("registration refused code=%s: %s", code, text)
 
 
 def _ignore(reply: object) -> None:
-    """Take a reply that says nothing new."""
+    """Drop a reply that says nothing new."""
 
 
-def failure(error: BaseException, task: Task) -> ErrorInfo:
-    """Return what the requester is told of an exception that a handler raised."""
+def handler_error(error: BaseException, task: Task) -> ErrorInfo:
+    """Return what the requester is told of an exception that a handler raised, and log all of it here."""
     if isinstance(error, TaskFailed) and error.task_id is None:
         try:
             code = check_text("code", error.code, VISIBLE_PATTERN)
@@ -7224,19 +7423,18 @@ def failure(error: BaseException, task: Task) -> ErrorInfo:
     log_agent.error(
         "handler failed task=%s capability=%s", escape_unprintable(task.task_id), task.capability, exc_info=error
     )
-    text = (
-        repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
-    )  # KeyError says the key only.
-    return ErrorInfo(Code.FAILED, error_text(text))
+    if isinstance(error, KeyError):
+        return ErrorInfo(Code.FAILED, error_text(repr(error)))  # Its text is the key and nothing else.
+    return ErrorInfo(Code.FAILED, error_text(str(error) or type(error).__name__))
 
 
 def error_text(text: str) -> str:
-    """Return as much of an error's text as the protocol takes."""
+    """Return as much of an error's text as the protocol allows."""
     return text.replace("\0", "\\x00").encode(errors="backslashreplace").decode()[:TEXT_MAX]
 
 
 def outcome_from(report: StatusReply) -> TaskOutcome:
-    """Return a task's end as a late fetch tells it."""
+    """Return a task's outcome from a report that was asked for."""
     return TaskOutcome(
         task_id=report.task_id or "",
         sender=report.agent_id,
@@ -7246,6 +7444,14 @@ def outcome_from(report: StatusReply) -> TaskOutcome:
         error=report.error,
         attempt=report.attempt or 0,
     )
+
+
+async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks of the loop, but not the one that calls this, and return when they are done."""
+    others = [task for task in tasks if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def done_or_set(future: asyncio.Future[Any], event: asyncio.Event | LightEvent) -> None:

@@ -378,7 +378,7 @@ class Delegation:
         async for update in handle:
             self._progress = update.progress or 0.0, progress_text(update)
             self._tell()
-        self.end, self.is_followed = handle.settled, False
+        self.end, self.is_followed = handle.outcome, False
         if self.end is not None:
             self.latest, self.chars = self.end, len(json_of(self.end.output))
         self._tell()

@@ -1232,47 +1232,111 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Reply = TypeVar("Reply")
 
 class Session:
-    """One life of a link to the hub. Does not reconnect; `ended` is done, with (code, reason), when it is over."""
+    """One connection to the hub: sends requests, and matches each reply to its request by id.
 
-    ended: asyncio.Future[tuple[int, str]]
+    Does not reconnect. `close_info` resolves to (code, reason) when the connection is closed, `released` is set when
+    nobody uses the session any more.
+    """
+
+    close_info: asyncio.Future[tuple[int, str]]
+    released: Incomplete
+    agent_id: str | None
     heartbeat_s: float
     message_bytes_max: Incomplete
     last_received: float
-    over: Incomplete
     def __init__(self, on_message: Callable[[HubMessage], None]) -> None: ...
     @classmethod
     async def open(cls, connector: Connector, on_message: Callable[[HubMessage], None]) -> Session:
         """Connect. Raises Disconnected if there is no hub."""
-    def pack(self, message: AgentMessage) -> bytes:
+    def apply(self, registered: Registered) -> None:
+        """Take over what the hub says in its reply to the registration."""
+    def encode(self, message: AgentMessage) -> bytes:
         """Return a message as it goes over the wire; from any thread.
 
-        Raises Refused(too_large) for what the hub would not pass on, ValueError for what is not JSON.
+        Raises Refused(too_large) if the hub would not pass it on, ValueError if it is not JSON.
         """
-    def post(self, raw: bytes) -> None:
-        """Send what can be missed: not when the session is over, or when too much waits to be sent already."""
-    def ask(self, message: AgentMessage, then: Callable[[HubMessage | AgentHubError], None]) -> None:
-        """Send; `then` gets the reply, in its place among what comes in, or why there is none. Raises as `pack`."""
+    def send_nowait(self, raw: bytes) -> None:
+        """Send a message that may be missed: drop it if the session is closed or its buffer is full."""
+    def send_request(self, message: AgentMessage, on_reply: Callable[[HubMessage | AgentHubError], None]) -> None:
+        """Send; `on_reply` gets the reply before any message behind it, or Disconnected. Raises as `encode` does."""
     async def request(
         self,
         message: AgentMessage,
         reply_type: type[Reply],
-        at_once: Callable[[Reply], None] | None = None,
+        on_reply: Callable[[Reply], None] | None = None,
         within_s: float | None = ...,
-        until: float | None = None,
+        until: float = ...,
     ) -> Reply:
-        """Return the hub's reply; `at_once` sees it before anything that came in after it. Waits while too much waits.
+        """Return the hub's reply; `on_reply` sees it before any message behind it. Waits while the buffer is full.
 
         Raises Refused if the hub refuses, Disconnected if the connection is lost before it replies. A hub that has not
-        replied after `within_s` seconds (None: there is no bound) is as good as lost, and so the connection is cut.
-        Raises TimeoutError when it is `until` by the loop's clock, and leaves the connection as it is.
+        replied after `within_s` seconds (None: no limit) counts as lost: the connection is aborted. Raises TimeoutError
+        when the loop's clock reaches `until`, and then leaves the connection as it is.
         """
-    def cut(self) -> None:
-        """Give up a connection on which nothing sensible comes in any more."""
+    def abort(self) -> None:
+        """Cut a connection that is of no more use, without a close handshake."""
     async def close(self) -> None:
-        """Close, and wait until nothing is left of the connection."""
+        """Close, and return when nothing is left of the connection."""
     def opened(self, link: Link) -> None: ...
     def received(self, link: Link, message: Any, message_bytes: int) -> None: ...
     def closed(self, link: Link, code: int, reason: str) -> None: ...
+
+class Backoff:
+    """How long to wait before the next attempt: a random time up to a limit that doubles from 0.5 s to 30 s.
+
+    Starts over only after a connection that lasted longer than the present limit; otherwise agents would storm a hub
+    that accepts their connections and drops them.
+    """
+    def __init__(self) -> None: ...
+    def next_s(self) -> float:
+        """Return how many seconds to wait, and double the limit."""
+    def lasted(self, connection_s: float) -> None:
+        """Start over after a connection of so many seconds, if that was long enough."""
+
+Follower = Callable[[StatusReply | TaskOutcome | Registered | AgentHubError], None]
+
+class HubConnection:
+    """The connection of an agent over all its sessions, from the agent's start to its stop.
+
+    `session` is the present one, None while there is none. `followers` are called with what concerns their task: its
+    progress, its outcome, the reply to a new registration, or the error after which there will be no connection.
+    `ended` is the connection loop: done, with an error, when another attempt would be pointless. `on_registered`
+    returns whether the agent accepts the session.
+    """
+
+    session: Session | None
+    timers: Incomplete
+    followers: dict[str, Follower]
+    last_failure: str
+    failure: Exception | None
+    is_leaving: bool
+    is_closed: bool
+    ended: Incomplete
+    def __init__(
+        self,
+        connector: Connector,
+        *,
+        registration: Callable[[], Register],
+        on_registered: Callable[[Register, Registered], bool],
+        on_message: Callable[[HubMessage], None],
+        give_up_after_s: float | None,
+    ) -> None: ...
+    async def wait(self) -> Session:
+        """Return the session, waiting for one. Raises what ended the connection for good."""
+    def retry_now(self) -> None:
+        """Cut the present pause short: make the next attempt to connect at once."""
+    async def request(
+        self, message: AgentMessage, reply_type: type[Reply], within_s: float | None = ..., until: float = ...
+    ) -> Reply:
+        """Return the hub's reply to a message that is safe to repeat: resend it after a lost connection.
+
+        Raises Refused if the hub refuses, TimeoutError when the loop's clock reaches `until`, or what ended the
+        connection for good.
+        """
+    def spawn(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine in the background until the connection is closed."""
+    async def close(self) -> None:
+        """Close the session, cancel what runs in the background, and fail whatever waits."""
 
 class Timers:
     """Calls functions at set times, by one timer of the loop for all: most are taken back long before they are due."""
@@ -1312,24 +1376,61 @@ class Handler:
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
 
-@typing.overload
-def capability(name: Function) -> Function: ...
-@typing.overload
-def capability(
-    name: str | None = None,
-    *,
-    description: str | None = None,
-    input_schema: dict[str, Any] | None = None,
-    output_schema: dict[str, Any] | None = None,
-) -> Callable[[Function], Function]: ...
+class CapabilityDecorator:
+    """Make a function the handler of a capability: `@capability`, or `@capability("name", description=...)`.
+
+    The capability is named like the function by default. The function may be async, or plain: then it runs in a
+    thread. An object as input becomes its keyword arguments, checked against its annotations. The JSON Schemas come
+    from the annotations too; `input_schema` and `output_schema` are announced instead of these, but inputs are still
+    checked against the annotations. A method of an Agent\'s subclass takes the module\'s `capability`, any other function
+    that of its agent, which raises ValueError if the capability has a handler already.
+    """
+    def __init__(self, register: Callable[[Callable[..., Any], HandlerOptions], None]) -> None: ...
+    @typing.overload
+    def __call__(self, name: Function) -> Function: ...
+    @typing.overload
+    def __call__(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        input_schema: dict[str, Any] | None = None,
+        output_schema: dict[str, Any] | None = None,
+    ) -> Callable[[Function], Function]: ...
+
+capability: Incomplete
+
 def on_broadcast(function: Function) -> Function:
     """Make a method of an Agent's subclass the one that takes broadcasts: `(message, sender)`."""
 
-class Task:
-    """A task, as the handler that works on it sees it. A handler with an argument `task: Task` is given it.
+class HandlerRegistry:
+    """The functions of an agent: one handler for each capability, and one function for broadcasts."""
 
-    `requester` is the agent_id of who asked; `attempt` counts deliveries from 1; `deadline` is in seconds of the
-    event loop's clock.
+    handlers: dict[str, Handler]
+    on_broadcast: Callable[[Any, str], Any] | None
+    def __init__(self) -> None: ...
+    def add(self, function: Callable[..., Any], options: HandlerOptions) -> None:
+        """Register a function. Raises ValueError if its capability has a handler already."""
+    def handler_for(self, capability: str | None) -> Handler:
+        """Return the handler of a capability; of None, the only one there is. Raises TaskFailed(no_handler)."""
+
+class Execution:
+    """One attempt at a task by a handler of this agent."""
+
+    task_id: Incomplete
+    attempt: Incomplete
+    is_stopped: bool
+    def __init__(self, message: Delegated) -> None: ...
+    def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run the handler."""
+    def stop(self) -> None:
+        """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
+
+class Task:
+    """A task, as its handler sees it. A handler with an argument `task: Task` is given it.
+
+    `requester` is the agent_id of the agent that delegated it; `attempt` counts its deliveries from 1; `deadline` is in
+    seconds of the event loop's clock.
     """
 
     task_id: str
@@ -1340,24 +1441,62 @@ class Task:
     priority: int
     parent_id: str | None
     deadline: float
-    def __init__(self, agent: Agent, message: Delegated) -> None: ...
+    def __init__(self, agent: Agent, connection: HubConnection, execution: Execution, message: Delegated) -> None: ...
     @property
     def remaining_s(self) -> float:
-        """Seconds until the deadline; 0 when it is over."""
+        """Seconds until the deadline; 0 when it has passed."""
     @property
     def cancelled(self) -> bool:
-        """Whether the task has ended without this handler: a plain function should look, and return."""
+        """Whether the task has ended without this handler: a plain function should check it, and return."""
     def progress(self, progress: float | None = None, detail: Any = None) -> None:
-        """Tell the requester how far the task is: a number from 0 to 1, and any JSON. From any thread.
+        """Report progress to the requester: a number from 0 to 1, and any JSON. From any thread.
 
-        Raises ValueError if it is neither, Refused if it is too large. Lost if there is no connection just now.
+        Raises ValueError if it is neither, Refused if it is too large. Dropped while there is no connection.
         """
     async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
-        """Delegate a part of this task, as `Agent.delegate` does; it does not outlive this one."""
+        """Delegate a subtask, as `Agent.delegate` does; it ends with this task at the latest."""
     async def submit(self, capability: str | None = None, input: Any = None, **options: Any) -> TaskHandle:
-        """Submit a part of this task, as `Agent.submit` does; it does not outlive this one."""
+        """Submit a subtask, as `Agent.submit` does; it ends with this task at the latest."""
     def run(self, awaitable: typing.Coroutine[Any, Any, Reply]) -> Reply:
         """Run a coroutine on the agent's loop and wait for it, from a plain handler: `task.run(task.delegate(...))`."""
+
+class DaemonThreads:
+    """Runs plain functions, each in a thread of its own, so many at once.
+
+    A thread cannot be stopped: one that ignores its task's end keeps its slot. They are daemons, so that a function
+    that hangs does not keep the process alive.
+    """
+    def __init__(self, name: str, threads_max: int) -> None: ...
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """Return what the function returns, or raise what it raises."""
+
+class Worker:
+    """What others delegated to an agent, from the agent's start to its stop.
+
+    Owns the running handlers, their threads, the results that the hub has not acknowledged yet, and the broadcasts
+    that wait for their handler.
+    """
+    def __init__(self, agent: Agent, connection: HubConnection, functions: HandlerRegistry) -> None: ...
+    @property
+    def running(self) -> int:
+        """How many tasks run."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs and the hub has all results."""
+    def reconcile(self, tasks: list[TaskRef]) -> bool:
+        """Keep only what the hub assigns to this agent too, after a registration.
+
+        Cancel the other handlers, resend the results that the hub still waits for, and fail the tasks of which nothing
+        is known here. Return whether these are tasks that this agent can hold.
+        """
+    def receive(self, message: Delegated) -> None:
+        """Start the handler of a task; not a second time for the same attempt."""
+    def task_ended(self, task_id: str) -> None:
+        """Cancel the handler of a task that has ended without it."""
+    async def stop(self) -> None:
+        """Cancel the running handlers, and again those that are not done after LEAVING_S seconds."""
+    def receive_broadcast(self, message: BroadcastReply) -> None:
+        """Queue a broadcast for its handler, which takes one after the other."""
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -1368,52 +1507,49 @@ class Progress:
     seq: int
 
 class TaskHandle:
-    """A task that this agent has delegated. Iterate it (`async for`) to see its progress until its end."""
+    """A task that this agent has delegated. Iterate it (`async for`) for its progress, until its outcome.
+
+    Submits its task until the hub accepts it, asks for its state after each new registration and when its deadline has
+    passed, and submits it again to a hub that lost it.
+    """
 
     task_id: str
-    def __init__(self, agent: Agent, message: Delegate) -> None: ...
+    def __init__(self, connection: HubConnection, message: Delegate) -> None: ...
+    @classmethod
+    async def submit(cls, connection: HubConnection, message: Delegate, patience_s: float | None) -> TaskHandle:
+        """Submit a task, and return its handle when the hub has accepted it. For `Agent.submit`, which see."""
     @property
     def done(self) -> bool:
         """Whether the task has ended."""
     async def result(self, timeout_s: float | None = None) -> Any:
         """Return the task's output, waiting for it at most `timeout_s` seconds.
 
-        Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if
-        its time to live was over, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
+        Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if it did
+        not end within its ttl, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
         """
     @property
-    def settled(self) -> TaskOutcome | None:
+    def outcome(self) -> TaskOutcome | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
     async def cancel(self, reason: str = "") -> None:
-        """Call the task off; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
+        """Cancel the task; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
     def cancel_soon(self, reason: str = "its requester stopped waiting") -> None:
-        """Call the task off without waiting for it, where nothing can be awaited: in an `except CancelledError`.
+        """Cancel the task without waiting, where nothing can be awaited: in an `except CancelledError`.
 
-        It is done at once if there is a connection, else when there is one.
+        The cancellation is sent at once, or after the next registration if there is no connection.
         """
     def __aiter__(self) -> AsyncIterator[Progress]: ...
 
-class Backoff:
-    """How long to wait before the next try: full jitter over a bound that doubles, from 0.5 s to 30 s.
-
-    Starts over only after a connection that lasted longer than the present bound, so that a hub which lets agents in
-    and drops them is not stormed.
-    """
-    def __init__(self) -> None: ...
-    def next_s(self) -> float: ...
-    def lasted(self, connection_s: float) -> None: ...
-
 class Agent:
-    """A program on the hub: what it can do, and its way to ask others.
+    """A program on the hub: what it offers, and its way to delegate to others.
 
-    `hub` is a LocalHub of this process; without one, `url` (else AGENTHUB_URL, else ws://127.0.0.1:8765) says where
-    the hub is, `token` (else AGENTHUB_TOKEN, else what is in the file AGENTHUB_TOKEN_FILE) opens it, and its
-    certificate is checked by the authorities in `ca_file` (else AGENTHUB_CA_FILE, else the system's). `name` is the
-    class's by default. At most `max_tasks` tasks run at once. Without a connection it tries again for ever, or for
-    `give_up_after_s` seconds.
+    `hub` is a LocalHub of this process; without one, the agent connects to `url` (else AGENTHUB_URL, else
+    ws://127.0.0.1:8765), authenticates with `token` (else AGENTHUB_TOKEN, else the content of the file
+    AGENTHUB_TOKEN_FILE), and verifies the hub's certificate by the authorities in `ca_file` (else AGENTHUB_CA_FILE,
+    else the system's). `name` is the class's by default. At most `max_tasks` tasks run at once. Without a connection
+    it keeps trying, forever or for `give_up_after_s` seconds.
 
-    Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the
-    hub does not take the registration, Disconnected when it has given up or another took its place.
+    Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the hub
+    does not accept the registration, Disconnected when it has given up or another connection has replaced it.
     """
 
     name: str
@@ -1436,45 +1572,43 @@ class Agent:
         metadata: dict[str, Any] | None = None,
         give_up_after_s: float | None = None,
     ) -> None: ...
-    @typing.overload
-    def capability(self, name: Function) -> Function: ...
-    @typing.overload
-    def capability(
-        self,
-        name: str | None = None,
-        *,
-        description: str | None = None,
-        input_schema: dict[str, Any] | None = None,
-        output_schema: dict[str, Any] | None = None,
-    ) -> Callable[[Function], Function]: ...
-    def on_broadcast(self, function: Function) -> Function:
-        """Make a function the one that takes broadcasts, one after the other: `(message, sender)`. A decorator."""
-    def use_hub(self, hub: LocalHubLike) -> None:
-        """Join a hub of this process instead of the one at `url`, from the next start on."""
-    def run(self, *, drain_s: float = ..., loop: str = "auto") -> None:
-        """Run until Ctrl-C or SIGTERM; then take no new task and leave when the running ones have ended.
+    @property
+    def capability(self) -> CapabilityDecorator:
+        """Make a function the handler of a capability, named like the function by default. A decorator.
 
-        `drain_s` bounds that, in seconds; a second signal ends it at once. The event `loop` is uvloop\'s where that is
+        It takes the arguments of CapabilityDecorator, and raises ValueError if the capability has a handler already.
+        """
+    def on_broadcast(self, function: Function) -> Function:
+        """Make a function the handler of broadcasts, one after the other: `(message, sender)`. A decorator."""
+    @property
+    def is_online(self) -> bool:
+        """Whether the agent is registered and has a connection just now."""
+    def use_hub(self, hub: LocalHubLike) -> None:
+        """Connect to a hub of this process instead of the one at `url`, from the next start on."""
+    def run(self, *, drain_s: float = ..., loop: str = "auto") -> None:
+        """Run until Ctrl-C or SIGTERM; then accept no new task and leave when the running ones have ended.
+
+        `drain_s` limits that, in seconds; a second signal ends it at once. The event `loop` is uvloop\'s where that is
         installed; "asyncio" is the standard library\'s, and "uvloop" raises PackageMissing where it is not installed.
         """
     async def __aenter__(self) -> typing.Self: ...
     async def __aexit__(self, *_: object) -> None: ...
     async def start(self) -> None:
-        """Connect, and return when the hub has registered this agent. Waits for a hub that is not there yet."""
+        """Connect, and return when the hub has registered this agent. Waits for a hub that is not running yet."""
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. What is open is settled."""
+        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. Handles of open tasks fail."""
     async def serve(self, stopped: asyncio.Event, drain_s: float = ...) -> None:
         """Run until `stopped` is set, then drain; leave at once when cancelled. Raises what ends the connection."""
     async def connected(self, within_s: float | None = None) -> None:
-        """Return when there is a connection, and try to get one now rather than after the pause that is due.
+        """Return when there is a connection, trying to connect now rather than after the pause of the backoff.
 
-        Raises Disconnected if there is none after `within_s` seconds (None: wait for ever), or what ended the
-        connection for good.
+        Raises Disconnected if there is none after `within_s` seconds (None: wait forever), or what ended the connection
+        for good.
         """
     async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
-        """Have a task done, and return its output. The options are those of `submit`.
+        """Have another agent do a task, and return its output. The options are those of `submit`.
 
-        Raises what `submit` and `TaskHandle.result` raise. Cancelling this call calls the task off.
+        Raises what `submit` and `TaskHandle.result` raise. Cancelling this call cancels the task.
         """
     async def submit(
         self,
@@ -1490,20 +1624,24 @@ class Agent:
         parent_id: str | None = None,
         patience_s: float | None = None,
     ) -> TaskHandle:
-        """Hand a task to the hub, and return when that has accepted it.
+        """Delegate a task, and return its handle when the hub has accepted it.
 
-        `capability` lets the hub choose the agent, `agent_id` names it; `ttl` is in seconds and covers waiting and
-        all attempts; the higher `priority` (-100 to 100) goes first; a lost agent's task is tried again up to
-        `max_retries` times; `wait` accepts that nobody is there yet. Without a connection it waits for one.
+        `capability` lets the hub choose the worker, `agent_id` names it; `ttl` is in seconds and covers waiting and all
+        attempts; the higher `priority` (-100 to 100) goes first; the task is retried up to `max_retries` times when its
+        worker is lost; `wait` queues it although no online agent offers the capability. Without a connection this waits
+        for one.
 
-        While the hub is `overloaded` it is tried again, for `patience_s` seconds (None: the ttl). Raises Refused, with
-        the hub's code; TaskTimeout if the hub did not take it within `ttl`; ValueError if the input is not JSON;
+        A hub that is `overloaded` is asked again for `patience_s` seconds (None: the ttl). Raises Refused, with the
+        hub's code; TaskTimeout if the hub did not accept the task within `ttl`; ValueError if the input is not JSON;
         Disconnected if there will be no connection.
         """
     async def discover(self, capability: str = "", limit: int = 100) -> list[AgentInfo]:
         """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""
     async def broadcast(self, message: Any, capability: str | None = None) -> int:
-        """Send any JSON to all other agents that are online (with that capability); return how many there are."""
+        """Send any JSON to all other agents that are online (with that capability); return how many there are.
+
+        Raises Disconnected if the connection is lost before the hub replies: then it may have been sent or not.
+        """
     async def status(self, task_id: str | None = None) -> StatusReply:
         """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
 

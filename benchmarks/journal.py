@@ -94,7 +94,9 @@ async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
 
     def work(message: Any) -> None:
         if isinstance(message, Delegated):
-            worker.ask(Result(task_id=message.task_id, success=True, output=PAYLOAD, attempt=1), lambda _: None)
+            worker.send_request(
+                Result(task_id=message.task_id, success=True, output=PAYLOAD, attempt=1), lambda _: None
+            )
 
     def go_on(message: Any) -> None:
         nonlocal left
@@ -108,7 +110,7 @@ async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
         number = next(numbers)
         if number < tasks:
             task = Delegate(task_id=f"{in_flight}-{number}", capability="work", input=PAYLOAD)
-            requester.ask(task, lambda _: None)
+            requester.send_request(task, lambda _: None)
 
     worker, requester = await Session.open(connect, work), await Session.open(connect, go_on)
     await worker.request(Register(name="worker", capabilities=["work"], max_tasks=1000), agenthub.Registered)

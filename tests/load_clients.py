@@ -976,10 +976,10 @@ async def sdk_ask(crowd: Crowd, agent: Agent, rng: random.Random) -> None:
             await handle.cancel()
         with contextlib.suppress(TaskFailed):
             await handle.result()
-        if handle.settled is None:
+        if handle.outcome is None:
             crowd.ledger.unaccounted(entry, "nothing: its handle has no end")
             continue
-        end = handle.settled
+        end = handle.outcome
         error = None if end.error is None else {"code": end.error.code, "message": end.error.message}
         told = {"state": str(end.state), "attempt": end.attempt, "output": end.output, "error": error}
         crowd.ledger.told(entry.task_id, told)

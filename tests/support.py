@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -17,6 +18,12 @@ from tests.raw_websocket import Connection, connect
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 20.0  # The bound on every wait: generous, because it is reached only when something is broken.
+
+
+def alive(*kinds: type) -> list[Any]:
+    """Return the objects of these classes that are still referenced."""
+    gc.collect()
+    return [one for one in gc.get_objects() if isinstance(one, kinds)]
 
 
 @contextlib.contextmanager

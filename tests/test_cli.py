@@ -516,7 +516,7 @@ async def shell(command: str, **options: Any) -> AsyncIterator[Agent]:
     """Run an agent of a shell command in this process, and yield one that can ask it."""
     async with LocalHub() as hub:
         worker = agenthub.exec_agent(command, "shell", ["run", "walk"], **options)
-        worker._connector = hub.connect
+        worker.use_hub(hub)
         async with worker, Agent("requester", hub=hub) as me:
             yield me
 

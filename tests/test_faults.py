@@ -231,8 +231,8 @@ class Requester(Agent):
                 self.troubles.append(f"task-{number}: {error!r}")
                 continue
             self.moments()
-            if handle.settled is not None:
-                self.ends[number] = handle.settled
+            if handle.outcome is not None:
+                self.ends[number] = handle.outcome
 
     def contradictions(self) -> list[str]:
         """Return the tasks of which it was told more than one end, or another than the one that counts."""
@@ -757,19 +757,20 @@ class HoldingProxy(Proxy):
 # An agent is stopped, and goes on much later.
 
 STUBBORN = """
-def send_all(held):
-    for result in list(worker._results.values()):
-        worker._send_result(result)
+def send_all(self, tasks):
+    for result in list(self._results.values()):
+        self._send(result)
+    return True
 
-def write_down(result, reply):
+def write_down(self, result, reply):
     if isinstance(reply, agenthub.Disconnected):
         return  # It is sent again.
-    worker._results.pop(result.task_id, None)
+    self._results.pop(result.task_id, None)
     note_line = f"{getattr(reply, 'code', 'taken')} {result.task_id} {result.attempt} {os.getpid()}\\n"
     os.write(BEGUN, note_line.encode())
 
 # Sends its result whatever the hub says that it should be working on.
-worker._reconcile, worker._on_result_reply = send_all, write_down
+agenthub.Worker.reconcile, agenthub.Worker._on_reply = send_all, write_down
 """
 
 

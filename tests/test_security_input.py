@@ -56,7 +56,7 @@ from agenthub import (
 )
 from tests.harness import World
 from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, PING, TEXT, Connection, Script, frame, serve
-from tests.support import ROOT, WAIT_S, RawClient, hub_process, raw_client, running
+from tests.support import ROOT, WAIT_S, RawClient, alive, hub_process, raw_client, running
 from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, or modes of files as on POSIX")
@@ -1292,7 +1292,7 @@ async def test_message_larger_than_a_client_takes_ends_the_connection(monkeypatc
     for script in (whole, pieces, crumbs):
         async with hostile_hub(script) as url:
             session = await open_session(url, messages)
-            code, _ = await soon(session.ended)
+            code, _ = await soon(session.close_info)
             assert code == 1009
             await session.close()
     assert messages == []
@@ -1311,16 +1311,17 @@ async def test_hub_that_hands_over_more_tasks_than_the_agent_takes_is_cut(caplog
         finally:
             cut.set()
 
-    class Busy(Agent):
-        def _on_delegated(self, message: agenthub.Delegated) -> None:
-            super()._on_delegated(message)
-            counts.append(len(self._running) + len(self._results))
+    agent = Agent("busy", max_tasks=1)
+    running: set[str] = set()
 
-        @agenthub.capability
-        async def wait(self, task: agenthub.Task) -> None:
+    @agent.capability
+    async def wait(task: agenthub.Task) -> None:
+        running.add(task.task_id)
+        counts.append(len(running))
+        try:
             await asyncio.Event().wait()
-
-    agent = Busy(max_tasks=1)
+        finally:
+            running.remove(task.task_id)
 
     async with hostile_hub(answering(flood, register=REGISTERED, deregister={})) as url:
         agent.use_hub(Network(url))
@@ -1329,7 +1330,7 @@ async def test_hub_that_hands_over_more_tasks_than_the_agent_takes_is_cut(caplog
             assert max(counts) == 2 * agent.max_tasks + agenthub.TASKS_OVER
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert errors
-    assert set(errors) == {"the hub sends more tasks than this agent takes agent=agent-1"}
+    assert set(errors) == {"the hub assigns more tasks than max_tasks allows: disconnecting agent=agent-1"}
 
 
 class Network:
@@ -1405,7 +1406,7 @@ async def test_agent_lives_through_whatever_a_hub_says(caplog: pytest.LogCapture
         async with agent:
             await soon(finished.wait())
             assert agent.agent_id == "agent-1"
-            await until(lambda: not agent._running)
+            await until(lambda: not alive(agenthub.Task))
     assert done[-1] == "last"
     assert {"task-0", "task-2", "", BAD_TEXT} <= set(done)
     lines = [LogFormatter().format(record) for record in caplog.records]
@@ -1414,7 +1415,8 @@ async def test_agent_lives_through_whatever_a_hub_says(caplog: pytest.LogCapture
 
 
 async def test_broadcasts_and_progress_that_nobody_takes_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    sent = asyncio.Event()
+    let_go = asyncio.Event()
+    heard = 0
 
     async def flood(connection: Connection) -> None:
         raw = await connection.recv()  # The heartbeat ...
@@ -1426,21 +1428,26 @@ async def test_broadcasts_and_progress_that_nobody_takes_are_bounded(caplog: pyt
         for number in range(agenthub.UPDATES_MAX + 500):
             await connection.send(json.dumps({"type": "broadcast", "sender": "hub", "message": MARK}))
             await connection.send(json.dumps({**report, "seq": number}))
-        sent.set()
+        outcome = {"success": True, "state": "completed", "output": 1, "error": None, "attempt": 1}
+        await connection.send(json.dumps({"type": "result", "task_id": "t", "sender": "x", **outcome}))
 
     async with hostile_hub(answering(flood, register=REGISTERED, deregister={})) as url:
         agent = Agent("slow", url=url)
 
         @agent.on_broadcast
         async def hear(message: Any, sender: str) -> None:
-            await asyncio.Event().wait()
+            nonlocal heard
+            heard += 1
+            await let_go.wait()
 
         async with agent:
             handle = await soon(agent.submit("anything", task_id="t"))
-            await soon(sent.wait())
-            await until(lambda: handle._updates and handle._updates[-1].seq == agenthub.UPDATES_MAX + 499)
-            assert len(handle._updates) == agenthub.UPDATES_MAX
-            assert len(agent._broadcasts) == agenthub.UPDATES_MAX
+            assert await soon(handle.result()) == 1
+            let_go.set()
+            await until(lambda: heard >= 1 + agenthub.UPDATES_MAX)
+            updates = [update.seq async for update in handle]
+            assert updates == list(range(500, agenthub.UPDATES_MAX + 500))
+            assert heard == 1 + agenthub.UPDATES_MAX
     assert MARK not in caplog.text
 
 
@@ -1489,8 +1496,9 @@ async def test_agent_gives_up_on_a_hub_that_never_answers(has_handshake: bool) -
 async def test_heartbeat_that_a_hub_asks_for_is_kept_within_reason(heartbeat_s: float, taken_s: float) -> None:
     script = answering(register={**REGISTERED, "heartbeat_s": heartbeat_s}, deregister={})
     async with hostile_hub(script) as url, Agent("beats", url=url) as agent:
-        assert agent._session is not None
-        assert agent._session.heartbeat_s == taken_s
+        assert agent._connection is not None
+        assert agent._connection.session is not None
+        assert agent._connection.session.heartbeat_s == taken_s
 
 
 @pytest.mark.parametrize(
@@ -1670,7 +1678,7 @@ async def test_hub_that_claims_more_tasks_than_the_agent_takes_is_cut() -> None:
         agent = Agent("agent", url=url, give_up_after_s=0)
         with contextlib.suppress(agenthub.AgentHubError):
             await soon(agent.start())
-        assert len(agent._results) <= 2 * agent.max_tasks + agenthub.TASKS_OVER
+        assert len(alive(agenthub.Result)) <= 2 * agent.max_tasks + agenthub.TASKS_OVER
         await agent.stop()
 
 
