@@ -3329,7 +3329,7 @@ class Journal:
 BACKLOG_BYTES_MAX = 8 * 1_048_576  # What may wait for a peer that does not read.
 
 HANDSHAKE_S = 10.0  # For a connection to become a WebSocket.
-STUCK_S = 10.0  # For a peer to read something of what waits for it.
+STALLED_S = 10.0  # For a peer to read something of what waits for it.
 CLOSING_S = 2.0  # For a peer to answer a close, or to read what is still to be read; then the socket is cut.
 CLIENT_MESSAGE_BYTES_MAX = 64 * 1_048_576  # The largest message that an agent takes from its hub.
 PRIVATE_CHARACTERS_MAX = 1_048_576  # In a file with a token, or an access file.
@@ -3342,9 +3342,9 @@ CPU_SHARE = 0.25  # Of a second of computing, what one connection may have per s
 CPU_COUNTED_BYTES = 4096  # From this size on what a message costs is measured; below it all cost about the same.
 KEYS_BYTES = 1024  # Of random numbers are asked for at a time.
 UNAUTHENTICATED_BYTES_MAX = 131_072  # The largest message of who has not been let in.
-HOLD_MAX_S = 10.0  # For what a connection has sent too much of: well within the silence that is too long.
+PAUSE_MAX_S = 10.0  # For what a connection has sent too much of; well below the silence that ends a connection.
 BURST_S = 2.0  # So many seconds' worth of messages may come at once.
-RATION_S = 0.02  # What is earned in so long is handled in one go: one pause for each message would cost more than it.
+PAUSE_MIN_S = 0.02  # Per pause, because one pause for each message would cost more than the message.
 
 LOOPS = ("auto", "asyncio", "uvloop")  # Event loops to choose from.
 
@@ -3437,19 +3437,19 @@ class Link:
         """Cut the link, without waiting for anything."""
         raise NotImplementedError
 
-    def hand_over(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
-        """Give the link to another owner, who is told of all that happens from now on, but not that it has opened."""
+    def set_owner(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
+        """Call another owner from now on. Its `opened` is not called: the link is open already."""
         self._owner = owner
         self._decode = decode
 
-    def spend(self, effort: float) -> None:
-        """Charge the other end with what it cost to handle what it sent; a link may ration that."""
+    def charge(self, cost: float) -> None:
+        """Count what a message cost to handle towards the rate limit, if this kind of link has one."""
 
-    def hold(self, why: str) -> None:
-        """Handle nothing more that comes in until `release`, however many reasons there are for it. A link may not."""
+    def pause_reading(self, reason: str) -> None:
+        """Handle nothing more that comes in until each reason to pause is gone, if this kind of link can."""
 
-    def release(self, why: str) -> None:
-        """Take back one reason to hold. Without effect if it is none."""
+    def resume_reading(self, reason: str) -> None:
+        """Remove one reason to pause; without effect if it is none."""
 
     def _deliver(self, raw: bytes) -> None:
         """Hand a message to the owner, or what was wrong with it."""
@@ -3472,6 +3472,45 @@ class Link:
 
 
 Connector = Callable[[LinkOwner], Awaitable[Link]]
+
+
+class PauseReason(enum.StrEnum):
+    """Why nothing is read from a connection; reading goes on when no reason is left."""
+
+    TURN_OVER = "turn over"  # It has had its slice; the other connections have their turn.
+    RATE_LIMIT = "rate limit"  # It has sent more than its token bucket allows.
+    SLOW_CONSUMER = "slow consumer"  # It does not read what was sent to it, so it gets no further replies.
+    JOURNAL = "journal"  # Its messages cost much, and their replies wait for one write of the journal.
+    AUTH_BACKOFF = "auth backoff"  # Its address has sent too many wrong tokens.
+
+
+class TokenBucket:
+    """A rate limit: `rate` tokens a second, of which BURST_S seconds' worth can be saved up.
+
+    It may be overdrawn, by at most PAUSE_MAX_S seconds' worth. Pure arithmetic: the time is given.
+    """
+
+    __slots__ = ("_rate", "_tokens", "_updated_at")
+
+    def __init__(self, rate: float, now: float) -> None:
+        self._rate = rate
+        self._tokens = rate * BURST_S
+        self._updated_at = now
+
+    def take(self, cost: float) -> bool:
+        """Take tokens, also more than there are. Return whether there were enough; otherwise `refill` comes next."""
+        self._tokens -= cost
+        return self._tokens >= 0
+
+    def refill(self, now: float) -> float:
+        """Add the tokens earned since the last call; return how many seconds to pause, 0 if none are owed.
+
+        Called when the bucket is empty instead of for each message, so that most messages need no clock.
+        """
+        earned = (now - self._updated_at) * self._rate
+        self._updated_at = now
+        self._tokens = max(-self._rate * PAUSE_MAX_S, min(self._rate * BURST_S, self._tokens + earned))
+        return PAUSE_MIN_S - self._tokens / self._rate if self._tokens < 0 else 0.0
 
 
 class MemoryLink(Link):
@@ -3540,7 +3579,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         self._is_ending = False  # The socket is to be closed when all is written.
         self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
         self._out_bytes = 0
-        self._pause_reasons: set[str] = set()  # Why nothing is handled just now.
+        self.pause_reasons: set[str] = set()
         self._unread = b""  # What has come in and, from `_position` on, has not been handled.
         self._position = 0
         self._is_handling = False
@@ -3562,15 +3601,15 @@ class WebSocketLink(Link, AsyncioProtocol):
             data = self._take_head(self._head_tail, data)
         self._unread = self._unread[self._position :] + self._begun + data
         self._begun, self._position = b"", 0
-        if not self._pause_reasons:
+        if not self.pause_reasons:
             self._handle_slice()
-            if self._unread and not self._pause_reasons:
+            if self._unread and not self.pause_reasons:
                 self._go_on_later()
 
     def eof_received(self) -> None:
         # TLS tells of the end though reading is paused, and the transport ends then: what came before has its turn now.
-        while self._unread and "its address has failed" not in self._pause_reasons:
-            self._pause_reasons.clear()
+        while self._unread and PauseReason.AUTH_BACKOFF not in self.pause_reasons:
+            self.pause_reasons.clear()
             self._handle_slice()
         self._unread = b""
         self._protocol.receive_eof()
@@ -3620,23 +3659,23 @@ class WebSocketLink(Link, AsyncioProtocol):
 
     # Reading
 
-    def hold(self, why: str) -> None:
-        if not self._pause_reasons and self._transport is not None:
+    def pause_reading(self, reason: str) -> None:
+        if not self.pause_reasons and self._transport is not None:
             self._transport.pause_reading()
-        self._pause_reasons.add(why)
+        self.pause_reasons.add(reason)
 
-    def release(self, why: str) -> None:
-        if why in self._pause_reasons:
-            self._pause_reasons.discard(why)
+    def resume_reading(self, reason: str) -> None:
+        if reason in self.pause_reasons:
+            self.pause_reasons.discard(reason)
             if not self._is_handling:
                 self._go_on()
-            elif not self._pause_reasons and self._transport is not None:
+            elif not self.pause_reasons and self._transport is not None:
                 self._transport.resume_reading()
 
     def _go_on(self) -> None:
-        if not self._pause_reasons:
+        if not self.pause_reasons:
             self._handle_slice()
-        if self._pause_reasons:
+        if self.pause_reasons:
             return
         if self._unread:
             self._go_on_later()
@@ -3645,15 +3684,15 @@ class WebSocketLink(Link, AsyncioProtocol):
 
     def _go_on_later(self) -> None:
         """Let the other connections have a turn before the next slice."""
-        self.hold("others have a turn")
-        self._loop.call_soon(self.release, "others have a turn")
+        self.pause_reading(PauseReason.TURN_OVER)
+        self._loop.call_soon(self.resume_reading, PauseReason.TURN_OVER)
 
     def _handle_slice(self) -> None:
         """Handle what has come in, frame after frame, until the link is held or a slice has been handled."""
         data, position = self._unread, self._position
         end = min(len(data), position + SLICE_BYTES)
         self._is_handling = True
-        while position < end and not self._pause_reasons:
+        while position < end and not self.pause_reasons:
             position = self._take_text(data, position) or self._take_other(data, position)
         self._is_handling = False
         self._unread, self._position = (data, position) if position < len(data) else (b"", 0)
@@ -3755,7 +3794,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         elif opcode == CLOSE:
             self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
         else:
-            self.spend(FRAME_COST)
+            self.charge(FRAME_COST)
             if opcode in (TEXT, BINARY, CONTINUATION):
                 self._on_fragment(frame)
 
@@ -3849,7 +3888,7 @@ class ServerLink(WebSocketLink):
 
     A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. At half of
     `backlog_bytes_max` to be read it is not read from either, and what is sent waits here. It is cut off beyond that
-    bound, or when it has read nothing for STUCK_S seconds: to wait for its answer to a close would be to wait behind
+    bound, or when it has read nothing for STALLED_S seconds: to wait for its answer to a close would be to wait behind
     the very bytes that it does not read.
     """
 
@@ -3877,36 +3916,35 @@ class ServerLink(WebSocketLink):
         self._on_gone = on_gone
         self._backlog_bytes_max = backlog_bytes_max
         self._rate = messages_per_s_max or math.inf
-        self._allowance = self._rate * BURST_S  # A token bucket, filled up again when it is found empty.
-        self._allowed_at = self._loop.time()
-        self._rationing: asyncio.TimerHandle | None = None
+        self._rate_timer: asyncio.TimerHandle | None = None
         self._written_bytes = 0  # Since the connection was made.
         self._later: collections.deque[Any] | None = None  # To be sent when it is not stuffed any more ...
         self._later_bytes = 0  # ... of which some are encoded, and of this size.
-        self._stuck: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._bucket = TokenBucket(self._rate, self._loop.time())
         if self._transport is not None:
             self._transport.set_write_buffer_limits(self._backlog_bytes_max // 2)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._stuck is not None:
-            self._stuck.cancel()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
         self._on_gone(self)
         super().connection_lost(error)
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self.is_backlogged = True
-        self.hold("does not read")
+        self.pause_reading(PauseReason.SLOW_CONSUMER)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._send_later()
         if not self._later and self.writable.is_set():
             self.is_backlogged = False
-            self.release("does not read")
+            self.resume_reading(PauseReason.SLOW_CONSUMER)
 
     def send(self, raw: bytes) -> None:
         if not self.is_backlogged:
@@ -3915,7 +3953,7 @@ class ServerLink(WebSocketLink):
             self.send_when_writable(raw)
             self._later_bytes += len(raw)
         else:
-            self._loop.call_soon(self._cut_off)  # Not now: its owner is in the midst of sending.
+            self._loop.call_soon(self._close_slow_consumer)  # Not now: its owner is in the midst of sending.
 
     def send_when_writable(self, message: Any) -> None:
         if self._later is None:
@@ -3954,7 +3992,7 @@ class ServerLink(WebSocketLink):
             return
         began = time.thread_time()
         handle(*args)
-        self.spend((time.thread_time() - began) * self._rate / CPU_SHARE)
+        self.charge((time.thread_time() - began) * self._rate / CPU_SHARE)
 
     def limit_messages(self, bytes_max: int) -> None:
         """Take no larger messages from now on."""
@@ -3962,43 +4000,36 @@ class ServerLink(WebSocketLink):
         self._protocol.max_message_size = bytes_max
         self._message_bytes_max = bytes_max
 
-    def spend(self, effort: float) -> None:
-        self._allowance -= effort
-        if self._allowance < 0:
-            self._ration()
-
-    def _ration(self) -> None:
-        now = self._loop.time()
-        earned = (now - self._allowed_at) * self._rate
-        self._allowance = max(-self._rate * HOLD_MAX_S, min(self._rate * BURST_S, self._allowance + earned))
-        self._allowed_at = now
-        if self._allowance < 0:
-            self.hold("sends too much")
-            if self._rationing is not None:  # An earlier one would let another message through, and that two more.
-                self._rationing.cancel()
-            pause_s = RATION_S - self._allowance / self._rate
-            self._rationing = self._loop.call_later(pause_s, self.release, "sends too much")
+    def charge(self, cost: float) -> None:
+        if self._bucket.take(cost):
+            return
+        pause_s = self._bucket.refill(self._loop.time())
+        if pause_s:
+            self.pause_reading(PauseReason.RATE_LIMIT)
+            if self._rate_timer is not None:  # Otherwise the earlier timer lets one message through, which arms two.
+                self._rate_timer.cancel()
+            self._rate_timer = self._loop.call_later(pause_s, self.resume_reading, PauseReason.RATE_LIMIT)
 
     def _on_written(self, size: int, waiting: int) -> None:
         self._written_bytes += size
         if waiting > self._backlog_bytes_max:
-            self._loop.call_soon(self._cut_off)
-        elif waiting and self._stuck is None:
-            self._stuck = self._loop.call_later(STUCK_S, self._on_stuck, self._written_bytes - waiting)
+            self._loop.call_soon(self._close_slow_consumer)
+        elif waiting and self._stall_timer is None:
+            self._stall_timer = self._loop.call_later(STALLED_S, self._check_stalled, self._written_bytes - waiting)
 
-    def _cut_off(self) -> None:
+    def _close_slow_consumer(self) -> None:
         if not self._is_closing:
             super().close(CloseCode.NOT_READING, "does not read")
             self._report_closed(CloseCode.NOT_READING, "does not read")
 
-    def _on_stuck(self, read_before: int) -> None:
+    def _check_stalled(self, read_before: int) -> None:
         """Cut off a peer that has read nothing since `read_before` bytes were read."""
-        self._stuck = None
+        self._stall_timer = None
         if self._transport is None or self._is_closing:
             return
         waiting = self._transport.get_write_buffer_size()
         if waiting and self._written_bytes - waiting <= read_before:
-            self._report_closed(CloseCode.NOT_READING, f"has read nothing for {STUCK_S:g} s")
+            self._report_closed(CloseCode.NOT_READING, f"has read nothing for {STALLED_S:g} s")
             self.abort()
         else:
             self._on_written(0, waiting)
@@ -5008,9 +5039,9 @@ class Authenticator:
         def decide() -> None:
             if link in self._visitors:
                 self._decide(link, knock, message_bytes)
-            link.release("its address has failed")
+            link.resume_reading(PauseReason.AUTH_BACKOFF)
 
-        link.hold("its address has failed")
+        link.pause_reading(PauseReason.AUTH_BACKOFF)
         self._loop.call_later(delay_s, decide)
 
     def _decide(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None:
@@ -5160,7 +5191,7 @@ class GroupCommit:
         if not self._idle.is_set():
             spent = self._efforts[link] = self._efforts.get(link, 0) + effort
             if spent > COST_PER_WRITE_MAX:
-                link.hold("waits for the journal")
+                link.pause_reading(PauseReason.JOURNAL)
 
     async def close(self, within_s: float) -> None:
         """Write what is left, for at most `within_s` seconds, and close the journal."""
@@ -5227,7 +5258,7 @@ class GroupCommit:
     def _read_on(self) -> None:
         efforts, self._efforts = self._efforts, {}
         for link in efforts:
-            link.release("waits for the journal")
+            link.resume_reading(PauseReason.JOURNAL)
 
     def _on_failure(self, error: BaseException, changes: Changes, held: list[Effect]) -> None:
         """Take no new task, give up the reserve, and try again until it is written."""
@@ -5383,7 +5414,7 @@ class LocalHub:
         self._apply(step)
         if commit is not None:
             commit.spend(link, self.hub.effort)
-        link.spend(self.hub.effort)
+        link.charge(self.hub.effort)
 
     @staticmethod
     def _refusal(link: Link, message: Any) -> Refused | None:
@@ -5586,7 +5617,7 @@ class HubServer(LocalHub):
     def _admit(self, link: Link, grant: Grant | None) -> LinkOwner:
         room = self._rooms[grant.namespace if grant is not None else NAMESPACE_DEFAULT]
         link.grant = grant
-        link.hand_over(room, decoder_from_agent())
+        link.set_owner(room, decoder_from_agent())
         if self._access is not None and isinstance(link, ServerLink):
             link.limit_messages(self.settings.message_bytes_max)
         room.opened(link)

@@ -846,16 +846,39 @@ class Link:
         """Close after what was sent before. The owner's `closed` follows when the link is gone."""
     def abort(self) -> None:
         """Cut the link, without waiting for anything."""
-    def hand_over(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
-        """Give the link to another owner, who is told of all that happens from now on, but not that it has opened."""
-    def spend(self, effort: float) -> None:
-        """Charge the other end with what it cost to handle what it sent; a link may ration that."""
-    def hold(self, why: str) -> None:
-        """Handle nothing more that comes in until `release`, however many reasons there are for it. A link may not."""
-    def release(self, why: str) -> None:
-        """Take back one reason to hold. Without effect if it is none."""
+    def set_owner(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
+        """Call another owner from now on. Its `opened` is not called: the link is open already."""
+    def charge(self, cost: float) -> None:
+        """Count what a message cost to handle towards the rate limit, if this kind of link has one."""
+    def pause_reading(self, reason: str) -> None:
+        """Handle nothing more that comes in until each reason to pause is gone, if this kind of link can."""
+    def resume_reading(self, reason: str) -> None:
+        """Remove one reason to pause; without effect if it is none."""
 
 Connector = Callable[[LinkOwner], Awaitable[Link]]
+
+class PauseReason(enum.StrEnum):
+    """Why nothing is read from a connection; reading goes on when no reason is left."""
+
+    TURN_OVER = "turn over"
+    RATE_LIMIT = "rate limit"
+    SLOW_CONSUMER = "slow consumer"
+    JOURNAL = "journal"
+    AUTH_BACKOFF = "auth backoff"
+
+class TokenBucket:
+    """A rate limit: `rate` tokens a second, of which BURST_S seconds' worth can be saved up.
+
+    It may be overdrawn, by at most PAUSE_MAX_S seconds' worth. Pure arithmetic: the time is given.
+    """
+    def __init__(self, rate: float, now: float) -> None: ...
+    def take(self, cost: float) -> bool:
+        """Take tokens, also more than there are. Return whether there were enough; otherwise `refill` comes next."""
+    def refill(self, now: float) -> float:
+        """Add the tokens earned since the last call; return how many seconds to pause, 0 if none are owed.
+
+        Called when the bucket is empty instead of for each message, so that most messages need no clock.
+        """
 
 class MemoryLink(Link):
     """One end of a connection within this process. Messages still go through encode and decode."""
@@ -880,6 +903,7 @@ class WebSocketLink(Link, AsyncioProtocol):
 
     MASK_BIT: int
     KEY_BYTES: int
+    pause_reasons: set[str]
     def __init__(
         self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, message_bytes_max: int
     ) -> None: ...
@@ -891,15 +915,15 @@ class WebSocketLink(Link, AsyncioProtocol):
     def resume_writing(self) -> None: ...
     def close(self, code: int, reason: str = "") -> None: ...
     def abort(self) -> None: ...
-    def hold(self, why: str) -> None: ...
-    def release(self, why: str) -> None: ...
+    def pause_reading(self, reason: str) -> None: ...
+    def resume_reading(self, reason: str) -> None: ...
 
 class ServerLink(WebSocketLink):
     """The hub's end of a WebSocket. `answer(link, request)` gives (status, body) for a plain HTTP request, else None.
 
     A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. At half of
     `backlog_bytes_max` to be read it is not read from either, and what is sent waits here. It is cut off beyond that
-    bound, or when it has read nothing for STUCK_S seconds: to wait for its answer to a close would be to wait behind
+    bound, or when it has read nothing for STALLED_S seconds: to wait for its answer to a close would be to wait behind
     the very bytes that it does not read.
     """
 
@@ -931,7 +955,7 @@ class ServerLink(WebSocketLink):
     def close(self, code: int, reason: str = "") -> None: ...
     def limit_messages(self, bytes_max: int) -> None:
         """Take no larger messages from now on."""
-    def spend(self, effort: float) -> None: ...
+    def charge(self, cost: float) -> None: ...
 
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""

@@ -121,10 +121,10 @@ async def test_large_message_is_charged_with_the_time_that_it_took(monkeypatch: 
     small = HEARTBEAT + b" " * (agenthub.CPU_COUNTED_BYTES - 1 - len(HEARTBEAT))
     rationed.link.data_received(frame(small) * 3)
     assert rationed.count == 3
-    assert rationed.link._pause_reasons == set()
+    assert rationed.link.pause_reasons == set()
     rationed.link.data_received(frame(small + b" ") * 2)
     assert rationed.count == 4
-    assert rationed.link._pause_reasons == {"sends too much"}
+    assert rationed.link.pause_reasons == {"rate limit"}
     # It has cost what its connection may have in four seconds, two of which it had saved up.
     rationed.clock.pass_time(1 / agenthub.CPU_SHARE - agenthub.BURST_S)
     assert rationed.count == 4
@@ -144,9 +144,9 @@ async def test_what_is_no_text_in_one_piece_is_charged_with_the_time_that_it_too
     each_message_takes(0.6 / len(pieces), monkeypatch)  # More than the half second that it may take at once.
     rationed = Rationed(100)
     for piece in pieces:
-        assert rationed.link._pause_reasons == set()
+        assert rationed.link.pause_reasons == set()
         rationed.link.data_received(piece)
-    assert rationed.link._pause_reasons == {"sends too much"}
+    assert rationed.link.pause_reasons == {"rate limit"}
 
 
 async def test_what_comes_after_a_close_is_gone_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,18 +167,18 @@ async def test_without_a_rate_no_time_is_measured(monkeypatch: pytest.MonkeyPatc
     rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.CPU_COUNTED_BYTES) * 3)
     rationed.clock.run_soon()
     assert rationed.count == 3
-    assert rationed.link._pause_reasons == set()
+    assert rationed.link.pause_reasons == set()
 
 
 async def test_what_a_connection_owes_holds_it_only_so_long() -> None:
     rationed = Rationed(100, effort=1e9)
     rationed.link.data_received(frame(HEARTBEAT) * 2)
     assert rationed.count == 1
-    rationed.clock.pass_time(agenthub.HOLD_MAX_S - 0.1)
+    rationed.clock.pass_time(agenthub.PAUSE_MAX_S - 0.1)
     assert rationed.count == 1
     rationed.clock.pass_time(0.2)
     assert rationed.count == 2
-    assert HubSettings().silence_s / 2 > agenthub.HOLD_MAX_S
+    assert HubSettings().silence_s / 2 > agenthub.PAUSE_MAX_S
 
 
 texts = st.text(st.sampled_from('[]{}"\\a\u0000é'), max_size=5)
@@ -290,7 +290,7 @@ async def test_messages_that_are_held_are_handled_before_the_close_behind_them()
     rationed.link.data_received(frame(HEARTBEAT) * 300 + DONE)
     rationed.clock.run_soon()
     await asyncio.sleep(0)  # For the socket to be closed, if that were due.
-    assert rationed.link._pause_reasons == {"sends too much"}
+    assert rationed.link.pause_reasons == {"rate limit"}
     assert rationed.count < 300
     assert rationed.owner.ends == []
     rationed.clock.pass_time(2.0)
@@ -313,16 +313,16 @@ class Fickle:
 
     def received(self, link: Any, message: bytes, message_bytes: int) -> None:
         assert not self.ends
-        assert not link._pause_reasons
+        assert not link.pause_reasons
         self.messages.append(message)
         if self.luck.random() < self.hold_probability:
             why = self.luck.choice("abc")
-            link.hold(why)
-            self.clock.call_later(self.luck.choice([0.0, 0.001, 1.0]), link.release, why)
+            link.pause_reading(why)
+            self.clock.call_later(self.luck.choice([0.0, 0.001, 1.0]), link.resume_reading, why)
         if self.luck.random() < 0.05:
             other = Fickle(self.luck, self.clock, self.hold_probability)
             other.messages, other.ends = self.messages, self.ends
-            link.hand_over(other, bytes)
+            link.set_owner(other, bytes)
         if self.luck.random() < 0.1:
             link.send(b"x" * self.luck.randrange(1000))
 
@@ -359,7 +359,6 @@ async def test_all_messages_arrive_in_order_and_then_the_close_however_they_come
         decode=bytes,
     )
     link._loop = clock  # type: ignore[assignment]  # It has as much of a loop as a link needs.
-    link._allowed_at = clock.time()
     link.connection_made(Socket(link))
     link._transport.resume_reading()
     messages, raw = conversation(luck)
@@ -389,7 +388,7 @@ async def test_end_of_the_socket_takes_nothing_away_that_came_before_it(is_close
     raw = b"".join(frame(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(2000))
     assert len(raw) > 3 * agenthub.SLICE_BYTES
     pair.link.data_received(raw + (DONE if is_closed else b""))
-    assert pair.link._pause_reasons == {"others have a turn"}
+    assert pair.link.pause_reasons == {"turn over"}
     pair.link.eof_received()  # As TLS does, whether or not reading is paused.
     assert [message.id for message in pair.owner.messages] == [str(number) for number in range(2000)]
     assert [code for code, _ in pair.owner.ends] == [1000 if is_closed else 1006]
@@ -617,10 +616,10 @@ async def test_connection_that_asks_for_much_during_one_write_is_held_until_that
             asked = b"".join(message(type="status", id=str(number)) for number in range(100))
             task = message(type="delegate", task_id="task", capability="work", wait=True)
             client.connection.transport.write(task + asked + message(type="heartbeat", id="alive"))
-            await until(lambda: "waits for the journal" in link._pause_reasons)
+            await until(lambda: "journal" in link.pause_reasons)
             assert len(hub._commit._held) < 50
             assert (await other.request(type="heartbeat"))["type"] == "heartbeat_ack"  # Others are not.
-            assert "waits for the journal" in link._pause_reasons
+            assert "journal" in link.pause_reasons
             if is_broken:  # And it stays so; what comes in is read on with each try.
                 monkeypatch.setattr(agenthub, "COST_PER_WRITE_MAX", 1000)
                 journal.is_broken = True
@@ -632,7 +631,7 @@ async def test_connection_that_asks_for_much_during_one_write_is_held_until_that
             journal.is_broken = False
         for number in range(100):
             assert (await client.until(functools.partial(is_reply_to, str(number))))["type"] == "status"
-        assert link._pause_reasons == set()
+        assert link.pause_reasons == set()
 
 
 def is_reply_to(message_id: str, reply: dict[str, Any]) -> bool:
@@ -655,7 +654,7 @@ async def test_what_costs_more_than_the_longest_hold_is_bounded_by_that(monkeypa
     rationed = Rationed(100)
     rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.CPU_COUNTED_BYTES) * 500)
     rationed.clock.pass_time(1000.0)
-    assert rationed.count <= 1000.0 / agenthub.HOLD_MAX_S + 2
+    assert rationed.count <= 1000.0 / agenthub.PAUSE_MAX_S + 2
 
 
 async def test_who_was_let_in_may_send_as_many_fragments_as_without_tokens() -> None:

@@ -703,7 +703,7 @@ async def test_answer_to_an_address_that_failed_too_often_is_held_back_and_other
             assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
             for one in (client, later):
                 await one.send(type="status", id="held", token=WRONG)
-            await until(lambda: sum(bool(link._pause_reasons) for link in hub._door._visitors) == 2)
+            await until(lambda: sum(bool(link.pause_reasons) for link in hub._door._visitors) == 2)
             assert not any(link._transport.is_reading() for link in hub._door._visitors)
             async with raw_client(hub.url, local_addr=("127.0.0.2", 0)) as other:
                 assert (await other.request(type="status", token=TOKEN))["hub"]["agents"] == 2

@@ -745,7 +745,7 @@ async def test_deaf_connection_is_closed_with_4002_at_the_backlog(
 async def test_connection_that_drains_nothing_is_closed_with_4002(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(agenthub, "STUCK_S", 0.1)
+    monkeypatch.setattr(agenthub, "STALLED_S", 0.1)
     async with a_scene(caplog) as scene, deaf_agent(scene.server.url, "deaf"):
         for _ in range(60):  # Less than the backlog, more than the socket holds.
             await scene.requester.request(type="broadcast", capability="deaf", message="x" * 100_000)
@@ -762,7 +762,7 @@ async def open_pair() -> Pair:
 
 
 async def test_peer_that_has_read_nothing_is_cut_by_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agenthub, "STUCK_S", 0.02)
+    monkeypatch.setattr(agenthub, "STALLED_S", 0.02)
     pair = await open_pair()
     pair.socket.backlog_bytes = 40_000
     pair.link.send(b"x" * 50_000)
@@ -781,7 +781,7 @@ async def test_peer_that_reads_a_byte_now_and_then_is_cut_at_the_bound_only(monk
     clock.run_soon()
     for _ in range(20):
         pair.socket.backlog_bytes -= 1
-        clock.pass_time(agenthub.STUCK_S)
+        clock.pass_time(agenthub.STALLED_S)
     assert pair.owner.ends == []
     pair.socket.backlog_bytes = 100_001
     pair.link.send(b"x")
@@ -801,7 +801,7 @@ async def test_peer_that_has_read_all_is_not_stuck() -> None:
         pair.link.send(b"x" * 50_000)
         clock.run_soon()
         pair.socket.backlog_bytes = 0
-        clock.pass_time(agenthub.STUCK_S)
+        clock.pass_time(agenthub.STALLED_S)
     assert pair.owner.ends == []
 
 
@@ -876,7 +876,7 @@ async def test_requests_of_who_does_not_read_the_answers_are_left_alone(scene: S
     async with large_answers(scene) as (deaf, link):
         requests = b"".join(message(type="discover", id=f"{number:05}") for number in range(65_536 // 44))
         deaf.connection.transport.write(requests)
-        await until(lambda: "does not read" in link._pause_reasons)
+        await until(lambda: "slow consumer" in link.pause_reasons)
         await scene.bystanders_go_on()
         assert link._transport.get_write_buffer_size() < agenthub.BACKLOG_BYTES_MAX
         assert link._unread  # The rest waits; it may still begin to read.
@@ -909,9 +909,9 @@ async def test_answers_that_waited_for_the_journal_do_not_go_beyond_the_backlog(
         deaf.connection.transport.write(b"".join(message(type="discover", id=str(number)) for number in range(100)))
         commit = scene.server._commit
         assert commit is not None
-        await until(lambda: len(commit._held) == 100 or link._pause_reasons)
+        await until(lambda: len(commit._held) == 100 or link.pause_reasons)
         journal.gate.set()
-        await until(lambda: scene.server.hub.summary()["closed"] or link._pause_reasons)
+        await until(lambda: scene.server.hub.summary()["closed"] or link.pause_reasons)
         await scene.bystanders_go_on()
 
 
@@ -963,7 +963,7 @@ class Rationed:
 
     def __init__(self, messages_per_s_max: float, effort: float = 1.0) -> None:
         self.owner = Owner()
-        self.owner.on_message = lambda link: link.spend(effort)
+        self.owner.on_message = lambda link: link.charge(effort)
         self.clock = Clock()
         self.link = agenthub.ServerLink(
             self.owner,
@@ -973,7 +973,6 @@ class Rationed:
             messages_per_s_max=messages_per_s_max,
         )
         self.link._loop = self.clock  # type: ignore[assignment]  # It has as much of a loop as a link needs.
-        self.link._allowed_at = self.clock.time()
         self.link.connection_made(Socket(self.link))
         self.link.data_received(UPGRADE + b"\r\n")
         assert self.owner.opened_count == 1
@@ -992,14 +991,14 @@ async def test_flood_is_read_at_the_rate_and_none_of_it_is_lost() -> None:
     rationed.clock.run_soon()  # The other connections have had their turns.
     burst = int(100 * agenthub.BURST_S)
     assert rationed.count == burst + 1
-    assert rationed.link._pause_reasons == {"sends too much"}
+    assert rationed.link.pause_reasons == {"rate limit"}
     assert rationed.link._transport.is_reading is False
     for second in range(1, 18):
         rationed.clock.pass_time(1.0)
         assert burst + 100 * second <= rationed.count <= burst + 100 * second + 2
     rationed.clock.pass_time(2.0)
     assert [message.id for message in rationed.owner.messages] == [str(number) for number in range(2000)]
-    assert rationed.link._pause_reasons == set()
+    assert rationed.link.pause_reasons == set()
     assert rationed.link._transport.is_reading is True
     assert rationed.owner.ends == []
 
@@ -1027,9 +1026,9 @@ async def test_pings_pongs_and_fragments_are_rationed_too(raw: bytes) -> None:
     rationed = Rationed(100)
     rationed.link.data_received(frame(b"", fin=False) + raw * 10_000 + frame(HEARTBEAT[:0], CONTINUATION))
     rationed.clock.run_soon()
-    assert rationed.link._pause_reasons == {"sends too much"}
+    assert rationed.link.pause_reasons == {"rate limit"}
     rationed.clock.pass_time(10_000 * agenthub.FRAME_COST / 100)
-    assert rationed.link._pause_reasons == set()
+    assert rationed.link.pause_reasons == set()
 
 
 async def test_rate_of_0_is_no_bound() -> None:
@@ -1038,7 +1037,7 @@ async def test_rate_of_0_is_no_bound() -> None:
         rationed.link.data_received(b"".join(map(frame, FLOOD)))
         rationed.clock.run_soon()
     assert rationed.count == 10_000
-    assert rationed.link._pause_reasons == set()
+    assert rationed.link.pause_reasons == set()
 
 
 def effort_of(world: World, request: Any) -> float:
@@ -1075,7 +1074,7 @@ async def test_bystanders_are_served_while_thousands_of_a_flooders_requests_wait
         replies = [await flooder.message() for _ in range(40)]
         await scene.nobody_noticed()
         assert [reply["reply_to"] for reply in replies] == [str(number) for number in range(40)]
-        (link,) = [one for one in scene.server._links if "sends too much" in one._pause_reasons]
+        (link,) = [one for one in scene.server._links if "rate limit" in one.pause_reasons]
         assert link._unread
         assert (await flooder.message())["reply_to"] == "40"  # It goes on, where it was.
 

@@ -180,7 +180,7 @@ async def test_who_asks_and_does_not_read_the_answers_is_closed_or_held_up() -> 
 
 async def test_requester_of_a_deaf_worker_still_learns_how_its_tasks_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for it is in the records anyway, so that it is no reason to cut it off; that it reads nothing is."""
-    monkeypatch.setattr(agenthub, "STUCK_S", 0.3)
+    monkeypatch.setattr(agenthub, "STALLED_S", 0.3)
     settings = HubSettings(grace_s=0.2)
     async with HubServer(settings, port=0, backlog_bytes_max=300_000) as hub:
         async with raw_client(hub.url) as requester, deaf_client(hub.url) as worker:

@@ -279,8 +279,8 @@ async def test_length_may_be_written_with_more_bytes_than_it_needs(pair: Pair, h
 
 async def test_link_that_is_held_and_released_within_a_message_goes_on_in_order(pair: Pair) -> None:
     def hold_for_a_moment(link: agenthub.Link) -> None:
-        link.hold("for a moment")
-        link.release("for a moment")
+        link.pause_reading("for a moment")
+        link.resume_reading("for a moment")
 
     pair.owner.on_message = hold_for_a_moment
     pair.link.data_received(b"".join(frame(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(5)))
@@ -289,14 +289,14 @@ async def test_link_that_is_held_and_released_within_a_message_goes_on_in_order(
 
 
 async def test_link_that_is_held_keeps_the_rest_and_goes_on_where_it_was(pair: Pair) -> None:
-    pair.owner.on_message = lambda link: link.hold("enough")
+    pair.owner.on_message = lambda link: link.pause_reading("enough")
     raw = mixed_frames()
     pair.link.data_received(raw[:-3])
     pair.link.data_received(raw[-3:])
     for number in range(6):
         assert len(pair.owner.messages) == number + 1
         assert pair.socket.is_reading is False
-        pair.link.release("enough")
+        pair.link.resume_reading("enough")
     assert pair.socket.is_reading is True
     assert await pair.heard() == [Pong(b"a"), Pong(b"b"), Pong(b"c")]
 
@@ -319,6 +319,32 @@ async def test_agent_masks_each_message_with_a_key_of_its_own() -> None:
     unmasked = [bytes(byte ^ key for byte, key in zip(frame[6:], frame[2:6], strict=True)) for frame in frames]
     assert unmasked == [b"same"] * messages
     link.abort()
+
+
+# The rate limit.
+
+
+def test_token_bucket_saves_up_one_burst_and_pays_debts_at_its_rate() -> None:
+    bucket = agenthub.TokenBucket(rate=100, now=50.0)
+    assert [bucket.take(100) for _ in range(3)] == [True, True, False]  # Two seconds' worth are there at first.
+    assert bucket.refill(50.0) == pytest.approx(agenthub.PAUSE_MIN_S + 1.0)
+    assert bucket.refill(50.4) == pytest.approx(agenthub.PAUSE_MIN_S + 0.6)
+    assert bucket.refill(51.0) == 0.0
+    assert not bucket.take(1)
+    assert bucket.refill(1e6) == 0.0  # However long it was idle, it has saved up no more than a burst.
+    assert [bucket.take(agenthub.BURST_S * 100), bucket.take(1)] == [True, False]
+
+
+def test_token_bucket_is_overdrawn_by_a_bounded_number_of_seconds() -> None:
+    bucket = agenthub.TokenBucket(rate=100, now=0.0)
+    assert not bucket.take(1e9)
+    assert bucket.refill(0.0) == agenthub.PAUSE_MAX_S + agenthub.PAUSE_MIN_S
+    assert bucket.refill(agenthub.PAUSE_MAX_S) == 0.0
+
+
+def test_token_bucket_without_a_rate_is_never_empty() -> None:
+    bucket = agenthub.TokenBucket(rate=float("inf"), now=0.0)
+    assert all(bucket.take(1e12) for _ in range(10))
 
 
 # Writing.
