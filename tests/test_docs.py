@@ -1,4 +1,4 @@
-"""What the pages say is what the code does: their examples are run, their tables compared."""
+"""Check the pages against the code: run their examples, compare their tables and diagrams."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,9 +97,9 @@ def test_the_diagram_in_the_readme_is_the_table_of_task_states() -> None:
 
 
 def test_the_readme_example_greets_ada(tmp_path: Any) -> None:
-    greeter, asker, *_ = blocks(README, "python")
+    greeter, caller, *_ = blocks(README, "python")
     (tmp_path / "greeter.py").write_text(greeter)
-    (tmp_path / "ask.py").write_text(asker)
+    (tmp_path / "caller.py").write_text(caller)
     with hub_process() as (url, _):
         environment = {"AGENTHUB_URL": url}
         with running(str(tmp_path / "greeter.py"), env=environment) as agent:
@@ -106,7 +107,7 @@ def test_the_readme_example_greets_ada(tmp_path: Any) -> None:
             wait_for_capability(url, "greet")
             call = ["-m", "agenthub", "call", "greet", '{"name": "Ada"}']
             assert output_of(*call, env=environment) == '"Hello, Ada!"\n'
-            assert output_of(str(tmp_path / "ask.py"), env=environment) == "Hello, ADA!\n"
+            assert output_of(str(tmp_path / "caller.py"), env=environment) == "Hello, ADA!\n"
 
 
 def output_of(*args: str, env: dict[str, str]) -> str:
@@ -117,7 +118,7 @@ def output_of(*args: str, env: dict[str, str]) -> str:
 
 
 def wait_for_capability(url: str, capability: str) -> None:
-    """Delegate with `wait` is the way to wait for an agent; here its mere presence is wanted."""
+    """Wait until an online agent offers a capability, without delegating to it."""
     program = (
         "import asyncio, agenthub\n"
         "async def main():\n"
@@ -161,13 +162,22 @@ def test_the_mcp_json_of_the_readme_is_that_of_the_example() -> None:
     assert [json.loads(block) for block in blocks(README, "json")] == [json.loads(example)]
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_within_the_project_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "docs" / "protocol.md", ROOT / "benchmarks" / "README.md"]
-    pages += (ROOT / "examples").rglob("README.md")
-    assert len(pages) == 5
+    pages = [ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")]
+    pages += [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("README.md")]
+    assert len(pages) == 7
     for page in pages:
-        for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
+        links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+        for target, anchor in links:
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(linked), f"{page.name}: {target}#{anchor}"
 
 
 def test_the_map_in_the_module_names_its_sections() -> None:
