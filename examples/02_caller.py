@@ -1,4 +1,4 @@
-"""A requester: it finds the agent of 02_greeter.py, in another process, and delegates to it.
+"""A requester that discovers the agent of 02_greeter.py, in another process, and delegates to it.
 
 $ python -m agenthub hub
 $ python examples/02_greeter.py
@@ -15,7 +15,7 @@ from agenthub import Agent
 
 async def main() -> None:
     async with Agent("caller") as me:
-        # With `wait`, it does not matter who starts first: the task waits for an agent that can do it.
+        # With `wait`, the caller may start first: the task waits until an agent offers the capability.
         print(await me.delegate("greet", {"name": "Ada"}, wait=True))
         print(await me.delegate("greet", {"name": "Grace", "language": "fr"}, ttl=10))
 

@@ -1,9 +1,9 @@
-"""An agent in a process of its own. It serves until Ctrl-C, and may be started before the hub.
+"""An agent in its own process. It runs until Ctrl-C, and may start before the hub.
 
 $ python -m agenthub hub
 $ python examples/02_greeter.py
 
-02_caller.py, in a third terminal, calls it.
+Run 02_caller.py in a third terminal to delegate tasks to it.
 """
 
 from agenthub import Agent
@@ -15,7 +15,7 @@ GREETINGS = {"en": "Hello", "fr": "Bonjour", "sv": "Hej"}
 
 @agent.capability("greet")
 async def greet(name: str, language: str = "en") -> str:
-    """Greet somebody by name, in English if nothing else is said."""
+    """Greet somebody by name, in English by default."""
     return f"{GREETINGS[language]}, {name}!"
 
 

@@ -1,4 +1,4 @@
-"""Agents as classes, with a state of their own; one takes what the other broadcasts.
+"""Agents as classes with their own state; one receives the broadcasts of the other.
 
 $ python -m agenthub hub --with examples/03_class_style.py
 $ python -m agenthub call publish '{"title": "Agents at work"}'
@@ -6,7 +6,7 @@ $ python -m agenthub call publish '{"title": "Agents at work"}'
 $ python -m agenthub call latest
 "Agents at work"
 
-Beside a hub that runs already: python -m agenthub agent examples/03_class_style.py
+If a hub runs already: python -m agenthub agent examples/03_class_style.py
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ class Editor(Agent):
 
     @capability
     async def publish(self, title: str) -> int:
-        """Announce an article to all who keep the latest, and return how many that are."""
+        """Announce an article to all agents that keep the latest one, and return their number."""
         return await self.broadcast({"title": title}, capability="latest")
 
 
 class Reader(Agent):
-    """Remembers what was published."""
+    """Remembers published articles."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__("reader", **options)

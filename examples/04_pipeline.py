@@ -1,4 +1,4 @@
-"""An agent that delegates the parts of its task to others. They share its deadline, and end when it ends.
+"""An agent that delegates subtasks to others. Subtasks share its deadline, and end when its task ends.
 
 $ python examples/04_pipeline.py
 A hub brings them together. (5 words)
@@ -17,7 +17,7 @@ class Splitter(Agent):
 
 class Counter(Agent):
     @capability("count-words")
-    def count_words(self, text: str) -> int:  # Not async: it runs in a thread.
+    def count_words(self, text: str) -> int:  # A plain function runs in a thread.
         return len(text.split())
 
 

@@ -1,4 +1,4 @@
-"""Progress while a task runs; then a task that is called off.
+"""Progress reports from a running task, then a cancelled task.
 
 $ python examples/05_progress_and_cancel.py
 50%
@@ -16,7 +16,7 @@ class Counter(Agent):
     @capability
     def count(self, to: int, task: Task) -> None:
         for number in range(1, to + 1):
-            if task.cancelled:  # A plain function has to look; an async one gets a CancelledError.
+            if task.cancelled:  # A plain function must check; an async one is cancelled.
                 break
             time.sleep(0.01)
             task.progress(number / to)

@@ -1,4 +1,4 @@
-"""Any program as an agent: a task's input is its stdin, as JSON, and what it prints is the output.
+"""Any program as an agent: it reads the task's input from stdin, as JSON, and prints the output.
 
 $ python examples/06_shell_agent.py
 {'a': [1, 2], 'b': None}

@@ -1,9 +1,9 @@
-"""Review the Python files of a folder: a hub, two agents of different styles, and a requester that asks both.
+"""Review the Python files of a folder with a hub, two agents in different styles, and a requester that uses both.
 
 $ python -m examples.review_folder FOLDER
 
-They speak over real sockets, so the agents could as well be on other machines: a task carries the text of its file.
-The progress goes to stderr, a table of what was found to stdout. Lines with `# noqa` are left alone.
+Each task contains the text of its file and is sent over real sockets, so the agents could run on other machines.
+Progress is printed to stderr, and a table of findings to stdout. Lines with `# noqa` are ignored.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from agenthub import Agent, AgentHubError, HubServer, HubSettings, capability
 
-FOLDERS_SKIPPED = {"__pycache__", "build", "dist", "node_modules", "venv"}  # And all that are hidden.
+SKIPPED_FOLDERS = {"__pycache__", "build", "dist", "node_modules", "venv"}  # And all hidden folders.
 FILE_BYTES_MAX = 500_000
-MESSAGE_BYTES_MAX = 4_000_000  # In JSON, a byte of a file may take six.
+MESSAGE_BYTES_MAX = 4_000_000  # One byte of a file may take up to six in JSON.
 FILES_AT_ONCE = 4
 
 
 class Finding(NamedTuple):
-    """What is wrong, and where; sorted as the table shows it."""
+    """A problem and its place. Findings sort in the order of the table."""
 
     path: str
     line: int
@@ -46,28 +46,28 @@ class Finding(NamedTuple):
 
 
 # ============================================================================================
-# The agents: one made with a decorator, the other a class. Each has its own group of checks.
+# The agents: one uses a decorator, the other is a class. Each has its own group of checks.
 # ============================================================================================
 
 
 def bug_hunter(url: str) -> Agent:
-    agent = Agent("bug-hunter", description="Finds what is probably wrong in Python files", url=url)
+    agent = Agent("bug-hunter", description="Finds likely bugs in Python files", url=url)
 
     @agent.capability("find-bugs")
     def find_bugs(path: str, source: str) -> list[dict[str, Any]]:
-        """Find what is probably wrong in a Python file."""
+        """Find likely bugs in a Python file."""
         return [finding._asdict() for finding in review(path, source, BUGS)]
 
     return agent
 
 
 class StyleChecker(Agent):
-    """Finds what is untidy in Python files."""
+    """Finds style problems in Python files."""
 
     @capability("check-style")
     def check_style(self, path: str, source: str) -> list[dict[str, Any]]:
-        """Find what is untidy in a Python file."""
-        # What a package imports is there for others.
+        """Find style problems in a Python file."""
+        # A package's imports are part of its interface.
         is_package = path.endswith("__init__.py")
         checks = {name: find for name, find in STYLE.items() if not (is_package and find is unused_import)}
         return [finding._asdict() for finding in review(path, source, checks)]
@@ -80,7 +80,7 @@ class StyleChecker(Agent):
 
 @dataclass
 class Review:
-    """What came of the files: each was reviewed, or there is a note that says why not."""
+    """The findings of all reviewed files, and for each other file a note with the reason."""
 
     files: int
     findings: list[Finding] = field(default_factory=list)
@@ -88,17 +88,17 @@ class Review:
 
 
 class NotReviewed(Exception):
-    """A file cannot be, or shall not be, reviewed; the text says why."""
+    """A file cannot be reviewed, or is skipped; the text is the reason."""
 
 
 async def review_files(paths: list[Path]) -> Review:
-    """Start the hub and the agents, and have all files reviewed, several at a time."""
+    """Start the hub and the agents, and delegate the review of all files, several at a time."""
     outcome = Review(len(paths))
-    room = asyncio.Semaphore(FILES_AT_ONCE)
+    slots = asyncio.Semaphore(FILES_AT_ONCE)
 
-    async def take(path: Path) -> None:
+    async def review_one(path: Path) -> None:
         name = escape_unprintable(path.as_posix())
-        async with room:
+        async with slots:
             try:
                 outcome.findings.extend(await review_file(me, path, name))
             except (NotReviewed, AgentHubError, ValueError) as error:
@@ -115,22 +115,22 @@ async def review_files(paths: list[Path]) -> Review:
         with ProgressLine(len(paths)) as progress:
             async with asyncio.TaskGroup() as group:
                 for path in paths:
-                    group.create_task(take(path))
+                    group.create_task(review_one(path))
     return Review(len(paths), sorted(outcome.findings), sorted(outcome.skipped))
 
 
 async def review_file(me: Agent, path: Path, name: str) -> set[Finding]:
-    """Have both agents look at a file at the same time. Raises NotReviewed, or what a task can end with."""
+    """Delegate a file to both agents at once. Raises NotReviewed, or the error of a task."""
     try:
         file = {"path": name, "source": read_source(path)}
     except (SyntaxError, UnicodeError, LookupError):
         return {Finding(name, 1, "encoding", "is not UTF-8, or not in the encoding that it declares")}
     answers = await asyncio.gather(me.delegate("find-bugs", file), me.delegate("check-style", file))
-    return {Finding(**found) for answer in answers for found in answer}  # A set: both see a syntax error.
+    return {Finding(**found) for answer in answers for found in answer}  # A set, because both report a syntax error.
 
 
 def read_source(path: Path) -> str:
-    """Return the text of a file. Raises NotReviewed, or what is wrong with its encoding."""
+    """Return the text of a file. Raises NotReviewed, or the error of its encoding."""
     try:
         if path.stat().st_size > FILE_BYTES_MAX:
             raise NotReviewed(f"has more than {FILE_BYTES_MAX} bytes")
@@ -147,11 +147,11 @@ def python_files(folder: Path) -> Iterator[Path]:
 
 
 def is_skipped(folder: Path) -> bool:
-    return folder.name.startswith(".") or folder.name in FOLDERS_SKIPPED or (folder / "pyvenv.cfg").exists()
+    return folder.name.startswith(".") or folder.name in SKIPPED_FOLDERS or (folder / "pyvenv.cfg").exists()
 
 
 # ============================================================================================
-# The checks. Each takes the syntax tree of a file, and yields lines with what is wrong there.
+# The checks. Each takes the syntax tree of a file, and yields a line and a message for each finding.
 # ============================================================================================
 
 Found = Iterator[tuple[int, str]]
@@ -168,33 +168,33 @@ NOQA_FILE = re.compile(r"#\s*(flake8|ruff):\s*noqa\b", re.IGNORECASE)
 
 
 def parse(source: str, mode: str = "exec") -> ast.AST:
-    """Return the syntax tree of a text, or raise one of UNPARSABLE."""
-    with PARSING:  # In Python 3.11 and 3.12, threads that parse at the same time may disturb each other.
+    """Return the syntax tree of some source. Raises one of UNPARSABLE."""
+    with PARSING:  # Python 3.11 and 3.12 cannot parse safely in several threads at once.
         return ast.parse(source, mode=mode)
 
 
 def review(path: str, source: str, checks: dict[str, Check]) -> list[Finding]:
-    """Apply checks to the text of a file. If it cannot be parsed, that is the one finding."""
+    """Apply checks to the text of a file. A file that cannot be parsed has one finding, its syntax error."""
     try:
         tree = parse(source)
     except UNPARSABLE as error:
         line, message = getattr(error, "lineno", None) or 1, getattr(error, "msg", str(error))
         return [Finding(path, line, "syntax-error", message)]
-    quiet = quiet_lines(tree, source)
+    ignored = ignored_lines(tree, source)
     found = ((line, name, message) for name, find in checks.items() for line, message in find(tree))
-    return [Finding(path, *one) for one in found if one[0] not in quiet]
+    return [Finding(path, *one) for one in found if one[0] not in ignored]
 
 
-def quiet_lines(tree: ast.AST, source: str) -> set[int]:
-    """Return the lines that are marked with `# noqa`, and those of an import that begins with such a line."""
+def ignored_lines(tree: ast.AST, source: str) -> set[int]:
+    """Return the lines marked with `# noqa`, and all lines of an import whose first line is marked."""
     lines = source.split("\n")
     if any(NOQA_FILE.match(line) for line in lines):
         return set(range(len(lines) + 1))
-    quiet = {number for number, line in enumerate(lines, 1) if NOQA.search(line)}
+    ignored = {number for number, line in enumerate(lines, 1) if NOQA.search(line)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.lineno in quiet:
-            quiet.update(range(node.lineno, (node.end_lineno or 0) + 1))
-    return quiet
+        if isinstance(node, ast.ImportFrom) and node.lineno in ignored:
+            ignored.update(range(node.lineno, (node.end_lineno or 0) + 1))
+    return ignored
 
 
 def check(group: dict[str, Check]) -> Callable[[Check], Check]:
@@ -234,7 +234,7 @@ def mutable_default(tree: ast.AST) -> Found:
 def unreachable_code(tree: ast.AST) -> Found:
     for block in blocks(tree):
         for statement, following in itertools.pairwise(block):
-            # A yield that is never reached is how a function becomes an empty generator.
+            # An unreachable yield makes a function an empty generator.
             if isinstance(statement, ast.Return | ast.Raise | ast.Break | ast.Continue) and not is_yield(following):
                 yield following.lineno, f"never runs, after the {type(statement).__name__.lower()} above it"
                 break
@@ -272,7 +272,7 @@ def unused_import(tree: ast.AST) -> Found:
     used = names_read(tree) | names_in_strings(tree)
     for alias in imports(tree):
         name = alias.asname or alias.name.partition(".")[0]
-        # `import x as x` says that the name is there for others.
+        # `import x as x` exports the name.
         if name not in used and name != "*" and alias.asname != alias.name:
             yield alias.lineno, f"{name} is imported and never used"
 
@@ -284,7 +284,7 @@ def unused_variable(tree: ast.AST) -> Found:
             yield handler.lineno, f"{handler.name} is never used"
     for scope, inside in scopes(tree):
         used = names_read(scope)
-        # Outside of functions, a variable is there for others. `locals` and its kind use all of them.
+        # Other modules may use variables outside functions. `locals` and similar functions use all names.
         if isinstance(scope, FUNCTIONS) and not used & {"dir", "eval", "exec", "locals", "vars"}:
             for name, line in first_lines(assignments(inside)):
                 if name not in used and not name.startswith("_"):
@@ -294,7 +294,7 @@ def unused_variable(tree: ast.AST) -> Found:
 @check(STYLE)
 def shadowed_builtin(tree: ast.AST) -> Found:
     for scope, inside in scopes(tree):
-        if not isinstance(scope, ast.ClassDef):  # What a class defines is reached through it, and shadows nothing.
+        if not isinstance(scope, ast.ClassDef):  # Attributes shadow nothing.
             for name, line in first_lines(bindings(scope, inside)):
                 if name in BUILTINS:
                     yield line, f"{name} is the name of a built-in"
@@ -309,13 +309,13 @@ def empty_f_string(tree: ast.AST) -> Found:
 
 
 # ============================================================================================
-# What the checks ask of a tree
+# Queries on a syntax tree
 # ============================================================================================
 
 PROMPT_ONLY = {"copyright", "credits", "exit", "help", "license", "quit"}
 BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - PROMPT_ONLY
 MUTABLE_TYPES = {"Counter", "OrderedDict", "bytearray", "defaultdict", "deque", "dict", "list", "set"}
-TAKES_TYPES = {"ForwardRef", "NewType", "TypeVar", "cast"}  # Their arguments may be types in quotes.
+TAKES_TYPES = {"ForwardRef", "NewType", "TypeVar", "cast"}  # Their arguments may be quoted types.
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SCOPES = (*FUNCTIONS, ast.Lambda, ast.ClassDef)
 
@@ -325,12 +325,12 @@ def nodes(tree: ast.AST, kind: type[Node]) -> Iterator[Node]:
 
 
 def scopes(tree: ast.AST) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
-    """Yield the module and each function and class, with the nodes inside that belong to no smaller scope."""
+    """Yield the module and each function and class, with the nodes that belong to it and to no inner scope."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         scope = waiting.pop()
         inside = list(ast.iter_child_nodes(scope))
-        for node in inside:  # It grows while it is looked at.
+        for node in inside:  # The list grows while the loop runs.
             if isinstance(node, SCOPES):
                 waiting.append(node)
             else:
@@ -346,7 +346,7 @@ def blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def imports(tree: ast.AST) -> Iterator[ast.alias]:
-    """Yield what is imported for use in the file itself, and needs no second look."""
+    """Yield the imports that only the file itself can use."""
     exempt = set(exempt_from_use(tree))
     for node in ast.walk(tree):
         is_future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
@@ -355,7 +355,7 @@ def imports(tree: ast.AST) -> Iterator[ast.alias]:
 
 
 def exempt_from_use(tree: ast.AST) -> Iterator[ast.stmt]:
-    """Yield the statements whose imports have a purpose even if unused: one of two ways, or an attribute of a class."""
+    """Yield statements whose imports may be unused: fallbacks for a missing module, and attributes of a class."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Try) and is_import_guard(node):
             yield from itertools.chain(node.body, node.orelse, *(handler.body for handler in node.handlers))
@@ -366,14 +366,14 @@ def exempt_from_use(tree: ast.AST) -> Iterator[ast.stmt]:
 
 
 def name_of(expression: ast.expr | None) -> str:
-    """Return `name` for name and for module.name, else nothing."""
+    """Return `name` for name and for module.name, else an empty string."""
     if isinstance(expression, ast.Attribute):
         return expression.attr
     return expression.id if isinstance(expression, ast.Name) else ""
 
 
 def names_read(tree: ast.AST) -> set[str]:
-    """Return the names that are used in some way other than to be assigned to."""
+    """Return the names that are used other than as the target of an assignment."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
@@ -386,10 +386,10 @@ def names_read(tree: ast.AST) -> set[str]:
 
 
 def names_in_strings(tree: ast.AST) -> set[str]:
-    """Return the names in strings that stand for code: types in quotes, and what `__all__` lists."""
+    """Return the names in strings that contain code: quoted types, and the entries of `__all__`."""
     names: set[str] = set()
-    for place in places_of_quoted_code(tree):
-        for constant in nodes(place, ast.Constant):
+    for node in nodes_with_quoted_code(tree):
+        for constant in nodes(node, ast.Constant):
             with contextlib.suppress(*UNPARSABLE):
                 if isinstance(constant.value, str):
                     quoted = parse(constant.value.strip(), "eval")
@@ -397,7 +397,7 @@ def names_in_strings(tree: ast.AST) -> set[str]:
     return names
 
 
-def places_of_quoted_code(tree: ast.AST) -> Iterator[ast.AST]:
+def nodes_with_quoted_code(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.annotation is not None:
             yield node.annotation
@@ -410,18 +410,18 @@ def places_of_quoted_code(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def bindings(scope: ast.AST, inside: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
-    """Yield the names that a scope defines, except arguments whose names are another's choice."""
+    """Yield the names that a scope defines, except parameters whose names an interface prescribes."""
     for node in inside:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node.lineno
-        elif isinstance(node, ast.arg) and not has_given_signature(scope):
+        elif isinstance(node, ast.arg) and not has_prescribed_signature(scope):
             yield node.arg, node.lineno
         elif isinstance(node, (*FUNCTIONS, ast.ClassDef)) or (isinstance(node, ast.ExceptHandler) and node.name):
             yield node.name or "", node.lineno
 
 
 def assignments(inside: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
-    """Yield the names that get a value alone: one of several, as in `a, b = pair`, may be there for the others."""
+    """Yield the names that are assigned alone: in `a, b = pair`, one may be unused because the other is needed."""
     for node in inside:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -430,7 +430,7 @@ def assignments(inside: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
 
 
 def first_lines(pairs: Iterable[tuple[str, int]]) -> Iterable[tuple[str, int]]:
-    """Return each name once, with the first of its lines."""
+    """Return each name once, with its first line."""
     return dict(sorted(pairs, reverse=True)).items()
 
 
@@ -444,7 +444,7 @@ def defaults(arguments: ast.arguments) -> Iterator[tuple[str, ast.expr]]:
 
 
 def exceptions(handler: ast.ExceptHandler) -> set[str]:
-    """Return the names of what an `except` catches; none if it is bare."""
+    """Return the names of the exceptions that an `except` catches; none if it is bare."""
     caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
     return {name_of(one) for one in caught if one is not None}
 
@@ -459,7 +459,7 @@ def is_about_all(node: ast.AST) -> bool:
 
 
 def is_import_guard(attempt: ast.Try) -> bool:
-    """Whether it tries to import what may not be there."""
+    """Return whether an attempt handles the failure of an import."""
     wanted = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
     return any(handler.type is None or exceptions(handler) & wanted for handler in attempt.handlers)
 
@@ -470,7 +470,7 @@ def is_mutable(default: ast.expr) -> bool:
     return isinstance(default, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp)
 
 
-def has_given_signature(scope: ast.AST) -> bool:
+def has_prescribed_signature(scope: ast.AST) -> bool:
     if not isinstance(scope, FUNCTIONS):
         return False
     return scope.name in ("__exit__", "__aexit__") or any(
@@ -479,7 +479,7 @@ def has_given_signature(scope: ast.AST) -> bool:
 
 
 def is_idle(statement: ast.stmt) -> bool:
-    """Whether it is `pass`, or dots or a text in its place."""
+    """Return whether a statement is `pass`, an ellipsis or a string."""
     is_constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return is_constant or isinstance(statement, ast.Pass)
 
@@ -493,12 +493,12 @@ def is_none(expression: ast.expr) -> bool:
 
 
 # ============================================================================================
-# What is shown, and the command line
+# Output and the command line
 # ============================================================================================
 
 
 class ProgressLine:
-    """Shows on stderr how far the review is: in a terminal a line that is drawn again and again, else four lines."""
+    """Shows progress on stderr: in a terminal as one line that is redrawn, else as four lines."""
 
     def __init__(self, files: int) -> None:
         self.files = files
@@ -526,7 +526,7 @@ class ProgressLine:
 
 
 def escape_unprintable(text: str) -> str:
-    """Return a file's name as it can be shown and sent: it may hold line breaks, or bytes that are no text."""
+    """Return a file name that is safe to print and send: names may contain line breaks, or bytes that are not text."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
@@ -570,7 +570,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         parser.error(f"no such folder: {args.folder}")
-    warnings.simplefilter("ignore", SyntaxWarning)  # What the compiler says of the files is not about this program.
+    warnings.simplefilter("ignore", SyntaxWarning)  # Warnings about the reviewed files would clutter the output.
     try:
         outcome = asyncio.run(review_files(sorted(python_files(args.folder))))
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""Two agents that Claude Code can ask, made of the standard library only: agenthub hub --with agents.py
+"""Two agents for Claude Code that use only the standard library: agenthub hub --with agents.py
 
-They run beside the hub, and read the folders that are there.
+They run in the hub's process, and read folders on its machine.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from typing import Any
 
 from agenthub import Agent, Task, TaskFailed, capability
 
-IGNORED = {"__pycache__", "build", "dist", "node_modules", "venv"}  # And all folders that are hidden.
-# Tests may do anything, so they run in a process of their own. It says first how many there are.
+IGNORED = {"__pycache__", "build", "dist", "node_modules", "venv"}  # And all hidden folders.
+# Tests may do anything, even exit, so they run in a separate process, which first prints their number.
 RUNNER = """import sys, unittest
 suite = unittest.defaultTestLoader.discover(".")
 print("tests:", suite.countTestCases(), file=sys.stderr, flush=True)
@@ -29,7 +29,7 @@ def existing(folder: str) -> Path:
 
 
 def lines_of(top: Path) -> Iterator[tuple[str, int, str]]:
-    """Yield path, number and text of each line in the files of a folder that are text and not hidden."""
+    """Yield path, number and text of each line in a folder's text files, without hidden ones."""
     for parent, folders, names in os.walk(top):
         folders[:] = sorted(name for name in folders if name not in IGNORED and not name.startswith("."))
         for path in sorted(Path(parent, name) for name in names if not name.startswith(".")):
@@ -46,7 +46,7 @@ class Reader(Agent):
 
     @capability
     def find_todos(self, folder: str, word: str = "") -> dict[str, Any]:
-        """Find TODO, FIXME and XXX, or another word, in a folder's text files; give file, line and text of each."""
+        """Find TODO, FIXME and XXX, or another word, in a folder's text files; return file, line and text of each."""
         wanted = re.compile(rf"\b({re.escape(word) or 'TODO|FIXME|XXX'})\b")
         found = [
             {"file": path, "line": number, "text": line.strip()[:200]}
@@ -61,7 +61,7 @@ class Tester(Agent):
 
     @capability
     async def run_tests(self, task: Task, folder: str) -> dict[str, Any]:
-        """Run the unittest tests of a folder, telling progress; give how many there are, which fail, and the report."""
+        """Run the unittest tests of a folder with progress; return their number, the failed ones and the report."""
         devnull, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", RUNNER, cwd=existing(folder), stdin=devnull, stdout=devnull, stderr=pipe, limit=2**24
@@ -76,7 +76,7 @@ class Tester(Agent):
                 elif count and re.search(r" \.\.\. (ok|FAIL|ERROR|skipped|expected|unexpected)", line):
                     done += 1
                     task.progress(min(done / count, 1.0), line.strip()[:200])
-        finally:  # Also when the task has been called off.
+        finally:  # Also after the task was cancelled.
             if process.returncode is None:
                 process.kill()
             await process.wait()

@@ -1,4 +1,4 @@
-"""An MCP server with two tools, which know nothing of a hub: agenthub bridge --serve 'python tools.py'."""
+"""An MCP server with two tools that do not depend on a hub: agenthub bridge --serve 'python tools.py'."""
 
 import datetime
 import statistics
@@ -18,7 +18,7 @@ def days_between(first: datetime.date, last: datetime.date) -> int:
 
 @server.tool()
 def summarize_numbers(numbers: Annotated[list[float], Field(min_length=1)]) -> dict[str, float]:
-    """Give the mean, the median, the smallest and the largest of some numbers."""
+    """Return the mean, the median, the smallest and the largest of some numbers."""
     mean, median = statistics.fmean(numbers), statistics.median(numbers)
     return {"mean": mean, "median": median, "smallest": min(numbers), "largest": max(numbers)}
 
