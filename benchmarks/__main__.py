@@ -1,6 +1,6 @@
-"""Measure AgentHub beside what else could be used: `python -m benchmarks [WORKLOAD ...]`, see --help.
+"""Compare AgentHub with its alternatives: `python -m benchmarks [WORKLOAD ...]`, see --help.
 
-Figures of one run may be compared with each other, not with those of another machine or day.
+Compare figures of the same run only, not of different machines or days.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ QUICK_SECONDS = 0.2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; return 0, 1 if something that was asked for by name could not be measured, or 130 after Ctrl-C."""
+    """Run the workloads; return 0, 1 if one that was named could not run, or 130 after Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in there()}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in available()}
     unknown = [name for name in args.workloads if name not in modules]
     if unknown:
         parser.error(f"there is no workload {unknown[0]}; there are {', '.join(modules)}")
@@ -49,21 +49,23 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition(":")[0] + ".")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="what to measure (default: everything)")
-    parser.add_argument("--list", action="store_true", help="say what there is to measure")
+    parser.add_argument("--list", action="store_true", help="list the workloads")
     parser.add_argument(
-        "--rounds", type=count, metavar="N", help="how often each is measured; the median counts (default: 5)"
+        "--rounds", type=count, metavar="N", help="rounds per comparison; the result is their median (default: 5)"
     )
     parser.add_argument("--seconds", type=seconds, metavar="S", help="how long each load lasts (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="a little of everything, to see whether it runs")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="default: bench.json")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw PNGs, with matplotlib")
-    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="where journals are made: the disk to measure")
+    parser.add_argument("--quick", action="store_true", help="check that the workloads run; the figures mean nothing")
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench.json"), metavar="FILE", help="write all figures (default: bench.json)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw PNGs (requires matplotlib)")
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="create journals here, on the disk to measure")
     return parser
 
 
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return int(text)
 
 
@@ -71,10 +73,10 @@ def seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
 
 
-def there() -> list[str]:
+def available() -> list[str]:
     return [name for name in WORKLOADS if importlib.util.find_spec(f"benchmarks.{name}") is not None]
 
 
@@ -83,9 +85,9 @@ def first_line(module: ModuleType) -> str:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Find out now what would go wrong after an hour. Raises OSError or Unavailable."""
+    """Check everything that would otherwise fail after an hour. Raises OSError or Unavailable."""
     if sys.platform != "linux":
-        raise Unavailable("what a process costs is read from /proc, which only Linux has")
+        raise Unavailable("the benchmarks read the costs of processes from /proc, which only Linux has")
     if args.plot is not None:
         require("matplotlib")
         args.plot.mkdir(parents=True, exist_ok=True)
@@ -93,12 +95,12 @@ def prepare(args: argparse.Namespace) -> None:
         raise NotADirectoryError(f"{args.folder} is not a folder")
     if not args.json.parent.is_dir() or args.json.is_dir():
         raise NotADirectoryError(f"{args.json} cannot be written")
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # So that what was started is ended.
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # Exit cleanly, which ends the started processes.
         signal.signal(ending, lambda number, _: sys.exit(128 + number))
 
 
 def measure(modules: dict[str, ModuleType], args: argparse.Namespace) -> int:
-    """Run workloads one after the other; print and write what each has found as soon as it has."""
+    """Run workloads in turn; print and write the figures of each as soon as it ends."""
     code = 0
     report: dict[str, Any] = {**describe(), "quick": args.quick, "workloads": {}}
     for name, module in modules.items():
@@ -109,7 +111,7 @@ def measure(modules: dict[str, ModuleType], args: argparse.Namespace) -> int:
         try:
             rows = module.run(options)
         except Unavailable as why:
-            options.note(f"{name} is left out: {why}")
+            options.note(f"{name} is skipped: {why}")
             code = 1 if args.workloads else code
         report["workloads"][name] = {
             "rounds": options.rounds,
@@ -127,7 +129,7 @@ def measure(modules: dict[str, ModuleType], args: argparse.Namespace) -> int:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Return how much to measure: what was asked for, else little with --quick, else enough."""
+    """Return the options of a run: those from the command line, else those of --quick, else the defaults."""
     rounds = args.rounds or (1 if args.quick else Options.rounds)
     seconds = args.seconds or (QUICK_SECONDS if args.quick else Options.seconds)
     return Options(rounds=rounds, seconds=seconds, quick=args.quick, folder=args.folder)

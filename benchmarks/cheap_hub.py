@@ -1,8 +1,8 @@
-"""Something that looks like a hub to one agent and costs next to nothing, so that the agent's own end is what is slow.
+"""A fake hub for one agent that needs very little CPU time, so that the agent is the bottleneck.
 
-A task that an agent delegates is acknowledged and has ended at once, with its input as the output. To an agent with
-capabilities it hands out tasks, `--open` of them all the time, and prints `measuring` and a line of figures as the
-requesters in benchmarks.ends do; the CPU in it is that of this process.
+It acknowledges a task from a requester and ends it at once, with its input as the output. It assigns tasks to a worker,
+so that `--open` of them are always open, and prints `measuring` and a line of figures like the requesters in
+benchmarks.ends; their CPU time is that of this process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REGISTERED: dict[str, Any] = {
 
 
 class Frames(asyncio.Protocol):
-    """The server's end of a WebSocket, for peers that behave: whole frames only, and written once per chunk read."""
+    """The server's end of a WebSocket for well-behaved clients: no fragments, and one write per chunk read."""
 
     def __init__(self) -> None:
         self._unread = b""
@@ -68,9 +68,9 @@ class Frames(asyncio.Protocol):
         self._is_open, self._unread = True, rest
 
     def _frame(self, at: int) -> int:
-        """Handle the frame that begins there; return where it ends, or 0 if it is not all there."""
+        """Handle the frame at this offset; return the offset of its end, or 0 if it is incomplete."""
         raw = self._unread
-        if len(raw) < at + 14:  # The longest header; a close has less, and then nothing follows it.
+        if len(raw) < at + 14:  # The longest header. A close is shorter, and the last frame.
             short = len(raw) >= at + 6 and raw[at] == CLOSE
             if short:
                 self._transport.close()
@@ -101,12 +101,12 @@ class Frames(asyncio.Protocol):
 
 
 class CheapHub(Frames):
-    """What is said on one connection."""
+    """The hub's end of one connection."""
 
     def __init__(self, load: Load, capability: str) -> None:
         super().__init__()
-        self.began: dict[str, float] = {}  # When each open task was handed out.
-        self.taken_s: list[float] = []
+        self.began: dict[str, float] = {}  # The start of each open task.
+        self.latencies_s: list[float] = []
         self.worker = asyncio.get_running_loop().create_future()
         task = {"type": "delegate", "task_id": "ID", "sender": "s", "agent_id": "a", "capability": capability}
         rest = {"ttl": TTL_S, "priority": 0, "max_retries": 0, "parent_id": None, "attempt": 1}
@@ -117,12 +117,19 @@ class CheapHub(Frames):
         kind = message["type"]
         if kind == "delegate":
             self.acknowledge(message, b"in_progress")
-            end = {"type": "result", "sender": "w", "success": True, "state": "completed", "error": None, "attempt": 1}
-            self.send(json.dumps({**end, "task_id": message["task_id"], "output": message["input"]}).encode())
+            outcome = {
+                "type": "result",
+                "sender": "w",
+                "success": True,
+                "state": "completed",
+                "error": None,
+                "attempt": 1,
+            }
+            self.send(json.dumps({**outcome, "task_id": message["task_id"], "output": message["input"]}).encode())
         elif kind == "result":
             self.acknowledge(message, b"completed")
-            self.taken_s.append(time.perf_counter() - self.began.pop(message["task_id"]))
-            self.hand_out()
+            self.latencies_s.append(time.perf_counter() - self.began.pop(message["task_id"]))
+            self.assign()
         else:
             self.answer(kind, message)
 
@@ -131,7 +138,7 @@ class CheapHub(Frames):
         self.send(b'{"type":"status","reply_to":"%s","task_id":"%s","state":"%s","attempt":1}' % ids)
 
     def answer(self, kind: str, message: dict[str, Any]) -> None:
-        """Reply to what comes seldom."""
+        """Reply to a rare message."""
         replies: dict[str, dict[str, Any]] = {
             "register": REGISTERED,
             "heartbeat": {"type": "heartbeat_ack"},
@@ -141,7 +148,7 @@ class CheapHub(Frames):
         if message.get("capabilities") and not self.worker.done():
             self.worker.set_result(None)
 
-    def hand_out(self) -> None:
+    def assign(self) -> None:
         task_id = f"t{next(self._numbers)}"
         self.began[task_id] = time.perf_counter()
         before, _, after = self._task
@@ -149,7 +156,7 @@ class CheapHub(Frames):
 
 
 async def serve(load: Load, capability: str) -> None:
-    """Print where it listens, and measure the first agent with capabilities; serve until it is told to end."""
+    """Print the URL, measure the first agent with capabilities, and serve until cancelled."""
     connections: asyncio.Queue[CheapHub] = asyncio.Queue()
 
     def connected() -> CheapHub:
@@ -162,14 +169,14 @@ async def serve(load: Load, capability: str) -> None:
     worker = await connections.get()
     await worker.worker
     for _ in range(load.tasks_open):
-        worker.hand_out()
+        worker.assign()
     worker.flush()
     await asyncio.sleep(load.warm_up_s)
     print("measuring", flush=True)
-    worker.taken_s.clear()
+    worker.latencies_s.clear()
     began, cpu_began = time.perf_counter(), time.process_time()
     await asyncio.sleep(load.seconds)
-    figures = figures_of(worker.taken_s, time.perf_counter() - began, time.process_time() - cpu_began)
+    figures = figures_of(worker.latencies_s, time.perf_counter() - began, time.process_time() - cpu_began)
     print(json.dumps(figures), flush=True)
     await asyncio.Event().wait()
 
@@ -178,7 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cheap_hub", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--capability", default="echo", help="what is asked of an agent")
+    parser.add_argument("--capability", default="echo", help="the capability of the tasks for a worker")
     add_load_options(parser)
     args = parser.parse_args()
     try:

@@ -1,8 +1,8 @@
-"""Whether the hub becomes slower when there is more of everything: agents, open tasks, recipients, deadlines.
+"""Cost of the hub's decisions with more agents, open tasks, recipients and deadlines.
 
-Decisions alone, without a socket: the Sans-I/O `Hub` is called with decoded messages, and what it says is encoded (but
-not decoded before, which does not depend on the hub). Each hub has a process of its own, so that the memory of one does
-not slow another one's garbage collector. Flat rows are the aim: `of_smallest` is the cost beside the smallest hub's.
+It calls the Sans-I/O `Hub` with decoded messages, without a socket, and encodes the hub's messages. The cost of
+decoding does not depend on the hub. Each hub has its own process, so that the memory of one does not slow down the
+garbage collector of another. The goal is a constant cost: `of_smallest` is the cost relative to the smallest hub.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from benchmarks.measure import Options, Row, Unavailable, alternate, medians, pr
 NAME = "growth"
 AGENTS = (10, 1_000, 10_000)
 OPEN_TASKS = 100_000
-# What the open tasks do: wait for a capability that nobody has, wait in the line of the one that is measured (all its
-# agents being busy with as many more), or run at the agents, as many at each.
-KINDS = ("none", "waiting elsewhere", "waiting in line", "running")
+# The state of the open tasks: they wait for a capability that no agent offers, wait in the queue of the measured
+# capability (and as many more keep its agents busy), or run at the agents, evenly distributed.
+KINDS = ("none", "waiting elsewhere", "waiting in queue", "running")
 RECIPIENTS = (10, 1_000, 5_000)
-FOUND = 5  # Agents that `discover` finds, whatever the number of others.
+FOUND = 5  # Agents that `discover` finds, independent of the number of others.
 PAYLOAD = "x" * 100
 FAR_S = 500_000.0
 Case = TypeVar("Case", bound=Hashable)
-BUDGET_S = 0.2  # CPU for one measurement, as a share of the seconds of a load.
+BUDGET_S = 0.2  # CPU time of one measurement, as a share of the duration of a load.
 
 
-class Filled:
-    """A hub with so many agents and open tasks, in this process. `now` stands still until a workload moves it."""
+class FilledHub:
+    """A hub in this process with a number of agents and open tasks. Only a workload advances `now`."""
 
     def __init__(self, agents: int, kind: str, open_tasks: int, retention_s: float = 0.0) -> None:
         self.now = 0.0
@@ -68,11 +68,11 @@ class Filled:
         )
         self.hub = Hub(settings, entropy=os.urandom, now=self.now)
         self.numbers = itertools.count()
-        self.in_line: list[tuple[str, str]] = []  # Who works on which task, where others wait in line for that.
+        self.in_queue: list[tuple[str, str]] = []  # The running tasks with their workers, if others wait in the queue.
         share = -(-open_tasks // agents)
         for number in range(agents):
             name, works = ("wanted", "rare-work") if number < FOUND else (f"agent-{number}", f"common-{number % 7}")
-            max_tasks = share if kind == "waiting in line" else share + 100
+            max_tasks = share if kind == "waiting in queue" else share + 100
             self.join(f"a{number}", name, [works, "work"], max_tasks)
         self.join("requester", "requester", [], 1)
         self._fill(agents, kind, open_tasks)
@@ -80,24 +80,24 @@ class Filled:
     def _fill(self, agents: int, kind: str, open_tasks: int) -> None:
         if kind == "none":
             return
-        busy = -(-open_tasks // agents) * agents if kind == "waiting in line" else 0
+        busy = -(-open_tasks // agents) * agents if kind == "waiting in queue" else 0
         for number in range(busy + open_tasks):
             wanted = "absent" if kind == "waiting elsewhere" else "work"
             task = Delegate(task_id=f"open-{number}", capability=wanted, input=PAYLOAD, ttl=FAR_S, wait=True)
-            given = handed_over(self.say("requester", task))
+            assigned = assignments(self.send("requester", task))
             if busy:
-                self.in_line += given
+                self.in_queue += assigned
 
     def join(self, connection: str, name: str, capabilities: list[Any], max_tasks: int) -> None:
         self.hub.connected(connection, self.now)
-        self.say(connection, Register(name=name, capabilities=capabilities, max_tasks=max_tasks))
+        self.send(connection, Register(name=name, capabilities=capabilities, max_tasks=max_tasks))
 
-    def say(self, connection: str, message: Any) -> list[Effect]:
-        """Tell the hub something, and encode what it answers, a message to many once."""
+    def send(self, connection: str, message: Any) -> list[Effect]:
+        """Send the hub a message, and encode its messages, each broadcast once."""
         return carry_out(self.hub.receive(connection, message, self.now, 200))
 
     def tick(self) -> None:
-        """Let the hub drop the records of what has ended, as its server does."""
+        """Let the hub purge the records of ended tasks, as its server does."""
         self.now += 1.0
         while self.hub.next_deadline() <= self.now:
             carry_out(self.hub.tick(self.now))
@@ -112,66 +112,66 @@ def carry_out(effects: list[Effect]) -> list[Effect]:
     return effects
 
 
-def handed_over(effects: list[Effect]) -> list[tuple[Any, str]]:
-    return [(connection, said.task_id) for connection, said in effects if isinstance(said, Delegated)]
+def assignments(effects: list[Effect]) -> list[tuple[Any, str]]:
+    return [(connection, action.task_id) for connection, action in effects if isinstance(action, Delegated)]
 
 
-# What is measured. Each is one operation on a filled hub.
+# The measured operations on a filled hub.
 
 
-def whole_life(filled: Filled) -> None:
-    """Delegate a task, hand it over, and end it with its result."""
-    if filled.in_line:
-        life_in_line(filled)
+def one_task(filled: FilledHub) -> None:
+    """Delegate a task, assign it, and end it with its result."""
+    if filled.in_queue:
+        task_from_queue(filled)
         return
     number = next(filled.numbers)
     task = Delegate(id="1", task_id=f"t{number}", capability="work", input=PAYLOAD, ttl=300.0)
-    for worker, task_id in handed_over(filled.say("requester", task)):
-        filled.say(worker, Result(id="2", task_id=task_id, success=True, output=PAYLOAD))
+    for worker, task_id in assignments(filled.send("requester", task)):
+        filled.send(worker, Result(id="2", task_id=task_id, success=True, output=PAYLOAD))
     if number % 1000 == 999:
         filled.tick()
 
 
-def life_in_line(filled: Filled) -> None:
-    """End the task that has run for longest, whose agent then gets the next in line; another one joins the line."""
+def task_from_queue(filled: FilledHub) -> None:
+    """End the task that has run longest, which assigns the next one from the queue; then delegate another."""
     number = next(filled.numbers)
-    worker, task_id = filled.in_line[number % len(filled.in_line)]
-    (given,) = handed_over(filled.say(worker, Result(id="2", task_id=task_id, success=True, output=PAYLOAD)))
-    filled.in_line[number % len(filled.in_line)] = given
-    filled.say("requester", Delegate(id="1", task_id=f"t{number}", capability="work", input=PAYLOAD, ttl=300.0))
+    worker, task_id = filled.in_queue[number % len(filled.in_queue)]
+    (assigned,) = assignments(filled.send(worker, Result(id="2", task_id=task_id, success=True, output=PAYLOAD)))
+    filled.in_queue[number % len(filled.in_queue)] = assigned
+    filled.send("requester", Delegate(id="1", task_id=f"t{number}", capability="work", input=PAYLOAD, ttl=300.0))
     if number % 1000 == 999:
         filled.tick()
 
 
-def discover_name(filled: Filled) -> None:
-    filled.say("requester", Discover(id="1", capability="rare-work"))
+def discover_name(filled: FilledHub) -> None:
+    filled.send("requester", Discover(id="1", capability="rare-work"))
 
 
-def discover_keyword(filled: Filled) -> None:
-    filled.say("requester", Discover(id="1", capability="rare"))
+def discover_keyword(filled: FilledHub) -> None:
+    filled.send("requester", Discover(id="1", capability="rare"))
 
 
-def broadcast(filled: Filled) -> None:
-    filled.say("requester", Broadcast(id="1", message=PAYLOAD))
+def broadcast(filled: FilledHub) -> None:
+    filled.send("requester", Broadcast(id="1", message=PAYLOAD))
 
 
 def expire(open_tasks: int) -> Row:
-    """Let running tasks expire, their deadlines spread over one second of real time; return what that took.
+    """Let running tasks time out, with deadlines spread over one second of real time; return the cost.
 
-    `last_late_ms` is how long after the last deadline the last requester's word was ready.
+    `last_late_ms` is the time from the last deadline until the last outcome was encoded.
     """
-    filled = Filled(1, "none", 0, retention_s=3600.0)
+    filled = FilledHub(1, "none", 0, retention_s=3600.0)
     for number in range(16):
         filled.join(f"w{number}", "worker", ["expiring"], 10_000)
     for number in range(open_tasks):
         ttl = 1.0 + number / open_tasks
-        filled.say("requester", Delegate(task_id=f"t{number}", capability="expiring", input=PAYLOAD, ttl=ttl))
+        filled.send("requester", Delegate(task_id=f"t{number}", capability="expiring", input=PAYLOAD, ttl=ttl))
     hub, ended, longest_s, last_deadline = filled.hub, 0, 0.0, ttl
     began, cpu_began = time.perf_counter() - 1.0, time.process_time()
     while ended < open_tasks:
         time.sleep(max(0.0, hub.next_deadline() - (time.perf_counter() - began)))
         now = time.perf_counter() - began
-        ended += sum(isinstance(said, TaskOutcome) for _, said in carry_out(hub.tick(now)))
+        ended += sum(isinstance(action, TaskOutcome) for _, action in carry_out(hub.tick(now)))
         longest_s = max(longest_s, time.perf_counter() - began - now)
     return {
         "last_late_ms": (time.perf_counter() - began - last_deadline) * 1e3,
@@ -180,25 +180,25 @@ def expire(open_tasks: int) -> Row:
     }
 
 
-OPERATIONS: dict[str, Callable[[Filled], None]] = {
-    "delegate and result": whole_life,
+OPERATIONS: dict[str, Callable[[FilledHub], None]] = {
+    "delegate and result": one_task,
     "discover by name": discover_name,
     "discover by keyword": discover_keyword,
     "broadcast": broadcast,
 }
 
 
-# The processes that the hubs are in: they are told as JSON, line by line, what to call.
+# The processes of the hubs, which read function calls from stdin, one JSON array per line.
 
-_filled: list[Filled] = []
+_filled: list[FilledHub] = []
 
 
 def fill(agents: int, kind: str, open_tasks: int) -> None:
-    _filled[:] = [Filled(agents, kind, open_tasks)]
+    _filled[:] = [FilledHub(agents, kind, open_tasks)]
 
 
 def cost_us(operation: str, budget_s: float) -> float:
-    """Return the microseconds of CPU of one operation on what was filled, done again and again for `budget_s`."""
+    """Return the CPU time of one operation on the filled hub in µs, repeated for `budget_s`."""
     (filled,), act = _filled, OPERATIONS[operation]
     act(filled)
     done, began = 0, time.process_time()
@@ -209,8 +209,8 @@ def cost_us(operation: str, budget_s: float) -> float:
     return passed_s / done * 1e6
 
 
-def obey() -> None:
-    """Do what standard input asks for until it ends, and print what comes of it. As rarely as a hub collect garbage."""
+def run_calls() -> None:
+    """Run the calls from stdin and print their results, with garbage collections as rare as in a hub."""
     gc.set_threshold(*GC_THRESHOLDS)
     known = {"fill": fill, "cost_us": cost_us, "expire": expire}
     for line in sys.stdin:
@@ -219,8 +219,8 @@ def obey() -> None:
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[Callable[..., Any]]:
-    """Yield what calls `fill`, `cost_us` and `expire` by name in a process of its own."""
+def hub_process() -> Iterator[Callable[..., Any]]:
+    """Yield a function that calls `fill`, `cost_us` and `expire` by name in a separate process."""
     with running(sys.executable, "-m", "benchmarks.growth", stdin=subprocess.PIPE) as process:
 
         def call(*request: Any) -> Any:
@@ -243,14 +243,14 @@ def run(options: Options) -> list[Row]:
     try:
         rows += _broadcast_by_socket(recipients, options)
     except Unavailable as why:
-        options.note(f"growth: broadcasts to connections are left out: {why}")
+        options.note(f"growth: broadcasts to connections are skipped: {why}")
     return rows
 
 
 def _by_open_tasks(agents: tuple[int, ...], open_tasks: int, options: Options) -> list[Row]:
     cases = list(itertools.product(agents, KINDS))
     with contextlib.ExitStack() as started:
-        hubs = {case: started.enter_context(apart()) for case in cases}
+        hubs = {case: started.enter_context(hub_process()) for case in cases}
         for (many, kind), call in hubs.items():
             progress(f"growth: filling a hub with {many} agents, open tasks: {kind}")
             call("fill", many, kind, open_tasks)
@@ -269,12 +269,12 @@ def _by_open_tasks(agents: tuple[int, ...], open_tasks: int, options: Options) -
         }
         for operation, costs in cost.items()
         for (many, kind), figure in costs.items()
-        if operation == "delegate and result" or kind != "waiting in line"
+        if operation == "delegate and result" or kind != "waiting in queue"
     ]
 
 
 def _costs(operation: str, hubs: Mapping[Case, Callable[..., Any]], options: Options) -> dict[Case, float]:
-    """Return the microseconds of one operation on each of some hubs."""
+    """Return the CPU time of one operation in µs, for each hub."""
     turns = {
         case: functools.partial(call, "cost_us", operation, options.seconds * BUDGET_S) for case, call in hubs.items()
     }
@@ -284,7 +284,7 @@ def _costs(operation: str, hubs: Mapping[Case, Callable[..., Any]], options: Opt
 def _by_recipients(recipients: tuple[int, ...], options: Options) -> list[Row]:
     progress("growth: broadcast")
     with contextlib.ExitStack() as started:
-        hubs = {many: started.enter_context(apart()) for many in recipients}
+        hubs = {many: started.enter_context(hub_process()) for many in recipients}
         for many, call in hubs.items():
             call("fill", many, "none", 0)
         each = {many: cost / many for many, cost in _costs("broadcast", hubs, options).items()}
@@ -302,21 +302,21 @@ def _by_recipients(recipients: tuple[int, ...], options: Options) -> list[Row]:
 def _expiry(open_tasks: int, options: Options) -> list[Row]:
     progress("growth: expiry")
     counts = (open_tasks // 100, open_tasks)
-    with apart() as call:
+    with hub_process() as call:
         measured = alternate(options.rounds, {many: functools.partial(call, "expire", many) for many in counts})
     return [{"operation": "expiry in one second", "tasks": many, **medians(measured[many])} for many in counts]
 
 
 def _broadcast_by_socket(recipients: tuple[int, ...], options: Options) -> list[Row]:
-    """Compare the hub's CPU for each recipient that is connected, on both event loops."""
+    """Compare the hub's CPU time per connected recipient on both event loops."""
     require("pydantic", "websockets", "picows", "uvloop", "orjson")
     from benchmarks.idle import SPARE_FILES, allow_files
     from benchmarks.load import broadcasts, contestants, drive, limit_of
 
     if not allow_files(max(recipients) + SPARE_FILES):
         raise Unavailable("the hard limit of `ulimit -n` is too low")
-    room = str(max(recipients) + 10)
-    starts = contestants("--max-connections", room, "--max-connections-per-address", room, "--rate", "0")
+    capacity = str(max(recipients) + 10)
+    starts = contestants("--max-connections", capacity, "--max-connections-per-address", capacity, "--rate", "0")
     rows = []
     for many in recipients:
         progress(f"growth: broadcast to {many} connections")
@@ -342,7 +342,7 @@ def _broadcast_by_socket(recipients: tuple[int, ...], options: Options) -> list[
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw the cost of each operation over the number of agents, a line for each kind of open tasks."""
+    """Draw the cost of each operation over the number of agents, with a line for each kind of open tasks."""
     from benchmarks.plots import LINE_COLORS, LINES, figure, save
 
     names = list(dict.fromkeys(row["operation"] for row in rows if "which" in row))
@@ -360,11 +360,11 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         panel.set_ylim(min(10, panel.get_ylim()[0]), max(1000, panel.get_ylim()[1]))
         panel.set_title(name)
         panel.set_xlabel("agents")
-    panels[0].set_ylabel("CPU of one (µs)")
+    panels[0].set_ylabel("CPU time per operation (µs)")
     open_tasks = max(row["open_tasks"] for row in rows if "which" in row)
     panels[0].legend(title=f"{open_tasks:,} open tasks:", fontsize=7)
-    return [save(canvas, folder / "growth.png", "What becomes dearer with more agents and open tasks")]
+    return [save(canvas, folder / "growth.png", "Costs with more agents and open tasks")]
 
 
 if __name__ == "__main__":
-    obey()
+    run_calls()

@@ -1,7 +1,7 @@
-"""A hub as it is often written first: FastAPI, a request per task that is answered with its result, and long polls.
+"""A simple hub with FastAPI: one request per task, which returns the result, and long polls for workers.
 
-It keeps its tasks in memory and knows no deadlines: something to compare with, not to use. Needs fastapi and uvicorn.
-`python -m benchmarks.http_hub` prints where it listens.
+It keeps tasks in memory and has no deadlines; it is for comparison, not for use. It requires fastapi and uvicorn.
+`python -m benchmarks.http_hub` prints its URL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 
-POLL_S = 10.0  # How long a worker's poll is held open without a task.
+POLL_S = 10.0  # Timeout of a worker's poll.
 
 app = FastAPI()
 numbers = itertools.count(1)
@@ -27,7 +27,7 @@ open_tasks: dict[int, asyncio.Future[bytes]] = {}
 
 @app.post("/tasks/{capability}")
 async def post_task(capability: str, request: Request) -> Response:
-    """Take a task, and answer with its output when a worker has posted that."""
+    """Accept a task, and return its output once a worker has posted it."""
     number, output = next(numbers), asyncio.get_running_loop().create_future()
     open_tasks[number] = output
     try:
@@ -39,7 +39,7 @@ async def post_task(capability: str, request: Request) -> Response:
 
 @app.get("/next/{capability}", response_model=None)
 async def get_work(capability: str) -> dict[str, Any] | Response:
-    """Give a worker the next task, or 204 if none comes for a while."""
+    """Return the next task, or 204 after a timeout."""
     try:
         async with asyncio.timeout(POLL_S):
             return await queues[capability].get()
@@ -49,10 +49,10 @@ async def get_work(capability: str) -> dict[str, Any] | Response:
 
 @app.post("/results/{number}", status_code=204)
 async def post_result(number: int, request: Request) -> None:
-    """Take a task's output."""
+    """Accept the output of a task."""
     output = open_tasks.get(number)
     if output is None or output.done():
-        raise HTTPException(404, "no open task has that number")
+        raise HTTPException(404, "no open task has this number")
     output.set_result(await request.body())
 
 
@@ -64,7 +64,9 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0, help="the port to listen on; 0 takes a free one")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="the event loop")
     args = parser.parse_args()
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # Only so is TCP_NODELAY set.
+    listener = socket.socket(
+        socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )  # asyncio sets TCP_NODELAY only with this protocol.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((args.host, args.port))
     address, port = listener.getsockname()

@@ -1,4 +1,4 @@
-"""What agents cost that do nothing: memory of the hub for each, and the CPU that joining and heartbeats take."""
+"""Cost of idle agents: the hub's memory for each, and its CPU time for registrations and heartbeats."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ NAME = "idle"
 AGENTS = (1_000, 10_000)
 HEARTBEAT_S = 30.0  # The hub's default.
 BEATS_PER_S = 10_000 / HEARTBEAT_S
-SECONDS_EACH = 5  # As many times the seconds that a load lasts: the kernel counts CPU in hundredths of a second.
+SECONDS_EACH = 5  # Times the duration of a load: the kernel counts CPU time in hundredths of a second.
 SPARE_FILES = 200
 
 
 def run(options: Options) -> list[Row]:
-    """Have a fresh server each time joined by so many agents, and let them send heartbeats in turn.
+    """Register the agents at a new server each time, and send heartbeats from each in turn.
 
-    They come at the pace of 10,000 agents with the default interval whatever the number of agents, because the CPU of
-    fewer is too little to count; `heartbeats_percent_of_core` is scaled to the default interval.
+    The rate of heartbeats is always that of 10,000 agents with the default interval, because the CPU time for fewer is
+    too short to be measured; `heartbeats_percent_of_core` is scaled to the default interval.
     """
     require("pydantic", "websockets", "picows", "uvloop", "orjson")
     options.note(
-        f"idle: heartbeats come {BEATS_PER_S:.0f} times a second, and are scaled to one each {HEARTBEAT_S:g} s"
+        f"idle: measured with {BEATS_PER_S:.0f} heartbeats per second, scaled to one per agent every {HEARTBEAT_S:g} s"
     )
     rows = []
     for agents in (100,) if options.quick else AGENTS:
         if not allow_files(agents + SPARE_FILES):
-            options.note(f"idle: {agents} agents are left out: the hard limit of `ulimit -n` is too low")
+            options.note(f"idle: {agents} agents are skipped: the hard limit of `ulimit -n` is too low")
             continue
         rows += _compare(agents, options)
     return rows
 
 
 def allow_files(needed: int) -> bool:
-    """Raise the limit on open files, for this process and those it starts; return whether there is enough."""
+    """Raise the limit on open files for this process and its children; return whether it suffices."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         return False
@@ -49,8 +49,16 @@ def allow_files(needed: int) -> bool:
 def _compare(agents: int, options: Options) -> list[Row]:
     from benchmarks.load import contestants
 
-    room = str(agents + 10)
-    starts = contestants("--max-connections", room, "--max-connections-per-address", room, "--max-agents", room)
+    capacity = str(agents + 10)
+    options_of_hub = (
+        "--max-connections",
+        capacity,
+        "--max-connections-per-address",
+        capacity,
+        "--max-agents",
+        capacity,
+    )
+    starts = contestants(*options_of_hub)
     turns = {name: _turn(name, start, agents, options) for name, start in starts.items()}
     measured = alternate(options.rounds, turns)
     rows = []
@@ -80,7 +88,7 @@ def _turn(name: str, start: Callable[[], Any], agents: int, options: Options) ->
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw memory per agent and the CPU of heartbeats, side by side."""
+    """Draw the memory per agent and the CPU time of heartbeats side by side."""
     from benchmarks.plots import SERVER_COLORS, bars, figure, save
 
     canvas, (panels,) = figure(1, 2)
@@ -94,4 +102,4 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         bars(panel, groups, heights)
         panel.set_title(title)
     panels[1].legend()
-    return [save(canvas, folder / "idle.png", "What idle agents cost the hub")]
+    return [save(canvas, folder / "idle.png", "Cost of idle agents for the hub")]

@@ -1,8 +1,8 @@
-"""What the journal costs, and how long a hub takes to come back to what it holds: in memory, and with both sync modes.
+"""Cost of the journal with both sync modes, compared with a hub in memory, and the time to load a full journal.
 
-Round trips (delegate, hand over, result, word of the end) go through a hub process of its own, with an agent of the SDK
-at each end. Then a hub is started whose journal holds many open tasks. The disk decides: the journals are made in a
-folder of their own under --folder, and removed.
+Round trips (delegate, assign, result, outcome) go through a separate hub process, with an agent of the SDK at each end.
+Then a hub starts with a journal that holds many open tasks. The results depend on the disk: the journals are created in
+a temporary folder under --folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.measure import Options, Row, Unavailable, alternate, cpu_s, hub,
 NAME = "journal"
 MODES = {"memory": [], "normal": ["--sync", "normal"], "full": ["--sync", "full"]}
 PAYLOAD = {"code": "print('hello')\n" * 8, "strict": True}
-TASKS_PER_S = 10_000  # In a load of as many seconds; a twentieth where only one is under way.
+TASKS_PER_S = 10_000  # Times the duration of a load; a twentieth of it with one task in flight.
 OPEN_TASKS = 100_000
 
 
@@ -36,30 +36,30 @@ def run(options: Options) -> list[Row]:
         return rows + _recover(folder, open_tasks, options)
 
 
-def _compare(folder: Path, under_way: int, tasks: int, options: Options) -> list[Row]:
-    """Return a row for each mode, with so many tasks under way at a time."""
-    progress(f"journal: {under_way} under way")
+def _compare(folder: Path, in_flight: int, tasks: int, options: Options) -> list[Row]:
+    """Return a row for each mode, with `in_flight` tasks at a time."""
+    progress(f"journal: {in_flight} in flight")
     numbers = itertools.count()
 
     def turn(mode: str) -> Row:
-        with_db = ["--db", str(folder / f"{under_way}-{next(numbers)}.db")] if MODES[mode] else []
+        with_db = ["--db", str(folder / f"{in_flight}-{next(numbers)}.db")] if MODES[mode] else []
         with hub(*MODES[mode], *with_db) as started:
             cpu_before_s = cpu_s(started.pid)
-            speed = asyncio.run(round_trips_per_s(started.url, tasks, under_way))
+            speed = asyncio.run(round_trips_per_s(started.url, tasks, in_flight))
             return {"tasks_per_s": speed, "hub_cpu_us_per_task": (cpu_s(started.pid) - cpu_before_s) / tasks * 1e6}
 
     measured = alternate(options.rounds, {mode: functools.partial(turn, mode) for mode in MODES})
     middles = {mode: medians(rows) for mode, rows in measured.items()}
     base = middles["memory"]["tasks_per_s"]
     return [
-        {"under_way": under_way, "tasks_are": mode, **middle, "of_memory": middle["tasks_per_s"] / base}
+        {"in_flight": in_flight, "tasks_are": mode, **middle, "of_memory": middle["tasks_per_s"] / base}
         for mode, middle in middles.items()
     ]
 
 
 def _recover(folder: Path, tasks: int, options: Options) -> list[Row]:
-    """Compare the time from a hub's start until it has answered, with an empty journal and with a full one."""
-    progress(f"journal: making one of {tasks} open tasks")
+    """Compare the time from a hub's start until its first reply, with an empty and a full journal."""
+    progress(f"journal: creating one with {tasks} open tasks")
     full = folder / "full.db"
     make_journal(full, tasks)
     numbers = itertools.count()
@@ -69,12 +69,12 @@ def _recover(folder: Path, tasks: int, options: Options) -> list[Row]:
         with hub("--db", str(path)) as started:
             found = asyncio.run(open_tasks(started.url))
             passed_s = time.perf_counter() - began
-            started.process.kill()  # So that it leaves the journal as it was.
+            started.process.kill()  # Killed, so that it does not change the journal.
         if found != expected:
-            raise Unavailable(f"{found} open tasks came back instead of {expected}")
+            raise Unavailable(f"the hub loaded {found} open tasks instead of {expected}")
         return {"start_s": passed_s}
 
-    progress("journal: coming back")
+    progress("journal: starting hubs")
     turns = {"empty": lambda: turn(folder / f"empty-{next(numbers)}.db", 0), "full": lambda: turn(full, tasks)}
     middles = {name: medians(rows) for name, rows in alternate(options.rounds, turns).items()}
     held = {"empty": 0, "full": tasks}
@@ -86,7 +86,7 @@ def _recover(folder: Path, tasks: int, options: Options) -> list[Row]:
 
 
 async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
-    """Return how many tasks a second go from a requester to a worker and back, with so many under way at a time."""
+    """Return the tasks per second from a requester to a worker and back, with `in_flight` tasks at a time."""
     connect = functools.partial(agenthub.connect_websocket, url)
     numbers = itertools.count()
     left = tasks
@@ -98,7 +98,7 @@ async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
                 Result(task_id=message.task_id, success=True, output=PAYLOAD, attempt=1), lambda _: None
             )
 
-    def go_on(message: Any) -> None:
+    def replace_ended(message: Any) -> None:
         nonlocal left
         if isinstance(message, TaskOutcome):
             left -= 1
@@ -112,7 +112,7 @@ async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
             task = Delegate(task_id=f"{in_flight}-{number}", capability="work", input=PAYLOAD)
             requester.send_request(task, lambda _: None)
 
-    worker, requester = await Session.open(connect, work), await Session.open(connect, go_on)
+    worker, requester = await Session.open(connect, work), await Session.open(connect, replace_ended)
     await worker.request(Register(name="worker", capabilities=["work"], max_tasks=1000), agenthub.Registered)
     await requester.request(Register(name="requester"), agenthub.Registered)
     started = time.perf_counter()
@@ -125,7 +125,7 @@ async def round_trips_per_s(url: str, tasks: int, in_flight: int) -> float:
 
 
 def make_journal(path: Path, tasks: int) -> None:
-    """Write a journal with that many open tasks, as a hub would have."""
+    """Write the journal of a hub with a number of open tasks."""
     journal = Journal(path, sync="normal")
     journal.open()
     settings = HubSettings(open_tasks_max=tasks, pending_tasks_max=tasks)
@@ -142,7 +142,7 @@ def make_journal(path: Path, tasks: int) -> None:
 
 
 async def open_tasks(url: str) -> int:
-    """Return how many tasks a hub says that it has open."""
+    """Return the number of open tasks in a hub's status."""
     session = await Session.open(functools.partial(agenthub.connect_websocket, url), lambda _: None)
     counts = ((await session.request(Status(), agenthub.StatusReply)).hub or {})["tasks"]
     await session.close()

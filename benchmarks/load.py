@@ -1,8 +1,8 @@
-"""What puts load on a hub: agents that cost little, on picows, uvloop and orjson.
+"""Load drivers: cheap agents on picows, uvloop and orjson.
 
-Closed loops keep a number of tasks open; open loops send on a schedule, whatever comes back, and count waiting from the
-moment that was planned. Everything runs in this process, so that its CPU can be compared with the hub's: `limit` says
-which of the two was busy all the time, and figures with `driver` there say little about the hub.
+Closed loops keep a number of tasks open. Open loops send on a schedule, independent of results, and measure latency
+from the scheduled start. All agents run in this process, so that its CPU time can be compared with the hub's: `limit`
+names the bottleneck. Figures limited by the `driver` say little about the hub.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_conn
 
 from benchmarks.measure import Options, Row, Server, Unavailable, cpu_s, hub, memory_bytes, queued_s, server
 
-WARM_UP_S = 20.0  # The longest before a closed loop is measured.
-REST_S = 20.0  # The longest for the hub to come to rest after a load.
-WAIT_S = 30.0  # The bound on each wait for the hub.
-CONNECTING_MAX = 64  # Handshakes under way at a time.
-READ_WHOLE_BYTES = 4096  # Of a longer message only the head is looked at.
+WARM_UP_S = 20.0  # Timeout of the warm-up of a closed loop.
+REST_S = 20.0  # Timeout for the hub to finish all tasks after a load.
+WAIT_S = 30.0  # Timeout of each other wait for the hub.
+CONNECTING_MAX = 64  # Concurrent handshakes.
+READ_WHOLE_BYTES = 4096  # Only the head of a longer message is parsed.
 HEAD = re.compile(rb'"type": ?"(\w+)".*?"task_id": ?"([^"]+)"')
-BUSY_HUB_CORES, BUSY_DRIVER_CORES = 0.85, 0.9  # From here on a process counts as having no more to give.
-QUEUED_MAX = 0.15  # Share of the time that a process may wait for a core before it is worth a note.
-OPEN_MAX = 20_000  # Open tasks in an open loop; with more of them the hub has not kept up.
+BUSY_HUB_CORES, BUSY_DRIVER_CORES = 0.85, 0.9  # Above these shares of a core, a process counts as saturated.
+QUEUED_MAX = 0.15  # Above this share of time spent waiting for a core, a note is added.
+OPEN_MAX = 20_000  # An open loop ends with more open tasks, because the hub has not kept up.
 
 
-logging.getLogger("picows").setLevel(logging.ERROR)  # It warns of each connection that is slow to take what is sent.
+logging.getLogger("picows").setLevel(logging.ERROR)  # It warns about each slow consumer.
 
 
 class LoadFailed(Unavailable):
-    """The hub refused something or closed a connection: there is no figure."""
+    """The hub rejected a message or closed a connection, so there are no figures."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is asked for: so many requesters with so many `open_each` tasks of `payload_bytes`, there and back.
+    """A load: each of some requesters keeps `open_each` tasks open, with inputs and outputs of `payload_bytes`.
 
-    `by` is how the worker is chosen: by `agent`, in turn, or by `capability`, which leaves it to the hub.
+    Tasks are assigned `by` agent, in turn, or by capability, where the hub chooses the agent.
     """
 
     requesters: int = 8
@@ -60,8 +60,9 @@ class Shape:
 
 
 def contestants(*options: str) -> dict[str, Callable[[], contextlib.AbstractContextManager[Server]]]:
-    """Return what is compared, ready to be started: the relay, and the hub with these options on each event loop and on
-    asyncio with nothing but what is built in.
+    """Return functions that start the compared servers.
+
+    These are the relay, the hub with these options on each event loop, and the hub on asyncio without packages.
     """
     return {
         "asyncio": lambda: hub(*options, loop="asyncio"),
@@ -72,7 +73,7 @@ def contestants(*options: str) -> dict[str, Callable[[], contextlib.AbstractCont
 
 
 def drive(coroutine: Coroutine[Any, Any, Row]) -> Row:
-    """Run a load to its end on an event loop of its own, without the pauses of the garbage collector."""
+    """Run a load to its end on a new event loop, without pauses for garbage collections."""
     gc.collect()
     gc.disable()
     try:
@@ -83,10 +84,10 @@ def drive(coroutine: Coroutine[Any, Any, Row]) -> Row:
 
 
 class Client(WSListener):
-    """One connection. What comes in goes to `on_message(client, type, fields)`, replies to register aside."""
+    """One connection. It passes messages to `on_message(client, type, fields)`, except replies to `register`."""
 
-    def __init__(self, crowd: Crowd, on_message: Callable[[Client, str, Any], None]) -> None:
-        self.crowd = crowd
+    def __init__(self, owner: Clients, on_message: Callable[[Client, str, Any], None]) -> None:
+        self.owner = owner
         self.on_message = on_message
         self.agent_id = ""
         self.registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -95,11 +96,11 @@ class Client(WSListener):
         self.transport = transport
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
-        self.crowd.fail("the hub closed a connection")
+        self.owner.fail("the hub closed a connection")
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type == WSMsgType.CLOSE:
-            self.crowd.fail(f"the hub closed a connection: {frame.get_close_code()} {frame.get_close_message()!r}")
+            self.owner.fail(f"the hub closed a connection: {frame.get_close_code()} {frame.get_close_message()!r}")
             transport.disconnect()
         elif frame.msg_type == WSMsgType.TEXT:
             message = read(frame.get_payload_as_memoryview())
@@ -107,7 +108,7 @@ class Client(WSListener):
                 self.agent_id = message["agent_id"]
                 self.registered.set_result(None)
             elif message["type"] == "error":
-                self.crowd.fail(f"the hub refused a message: {message}")
+                self.owner.fail(f"the hub rejected a message: {message}")
             else:
                 self.on_message(self, message["type"], message)
 
@@ -116,18 +117,18 @@ class Client(WSListener):
 
 
 def read(raw: memoryview) -> dict[str, Any]:
-    """Return a message; of a long one only its type and its task, which stand before the payload."""
+    """Parse a message; of a long one only `type` and `task_id`, which precede the payload."""
     if len(raw) <= READ_WHOLE_BYTES:
         message: dict[str, Any] = orjson.loads(raw)
         return message
     found = HEAD.search(bytes(raw[:512]))
     if found is None:
-        raise LoadFailed("a long message has no type and task at its beginning")
+        raise LoadFailed("a long message does not begin with type and task_id")
     return {"type": found[1].decode(), "task_id": found[2].decode()}
 
 
-class Crowd:
-    """The connections of one load, closed when its block ends. `wait` raises their first failure."""
+class Clients:
+    """The connections of one load, which close when its block ends. `wait` raises their first failure."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -135,11 +136,11 @@ class Crowd:
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._slots = asyncio.Semaphore(CONNECTING_MAX)
 
-    async def __aenter__(self) -> Crowd:
+    async def __aenter__(self) -> Clients:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Take leave, so that the hub is as it was: it would keep the place of who is just gone."""
+        """Deregister all agents, so that the hub does not keep their sessions for the grace period."""
         self.failure.cancel()
         for client in self.clients:
             client.send(b'{"type":"deregister","id":"bye"}')
@@ -149,27 +150,27 @@ class Crowd:
             client.transport.disconnect()
         await asyncio.wait(left)
 
-    def fail(self, why: str) -> None:
+    def fail(self, reason: str) -> None:
         if not self.failure.done():
-            self.failure.set_exception(LoadFailed(why))
+            self.failure.set_exception(LoadFailed(reason))
 
     async def wait(self, seconds: float) -> None:
-        """Let so much time pass, and raise LoadFailed if something has failed meanwhile."""
+        """Wait for some seconds, or raise LoadFailed at the first failure."""
         await asyncio.wait([self.failure], timeout=seconds)
         if self.failure.done():
             self.failure.result()
 
     async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until a condition holds, but no longer than that; return whether it does."""
-        over = time.monotonic() + seconds
-        while not condition() and time.monotonic() < over:
+        """Wait at most some seconds for a condition; return whether it holds."""
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
             await self.wait(0.01)
         return condition()
 
     async def join(
         self, count: int, on_message: Callable[[Client, str, Any], None], capabilities: tuple[str, ...] = ()
     ) -> list[Client]:
-        """Connect and register so many agents."""
+        """Connect and register `count` agents."""
         joining = [self._join(f"agent-{number}", on_message, capabilities) for number in range(count)]
         joined = await asyncio.gather(*joining)
         await self.wait(0)
@@ -182,7 +183,7 @@ class Crowd:
                     lambda: Client(self, on_message), self.url, max_frame_size=2**24, read_buffer_init_size=2048
                 )
             except (OSError, WSError) as error:
-                raise LoadFailed(f"the hub did not take a connection: {error}") from error
+                raise LoadFailed(f"the hub did not accept a connection: {error}") from error
             self.clients.append(client)
             register = {"type": "register", "id": "r", "name": name, "capabilities": capabilities, "max_tasks": 1000}
             client.send(orjson.dumps(register))
@@ -191,21 +192,21 @@ class Crowd:
 
 
 class Traffic:
-    """Requesters and workers, and the tasks between them. `on_end(requester, began)` is called at the end of each."""
+    """Requesters, workers and their tasks. It calls `on_end(requester, began)` at the end of each task."""
 
-    def __init__(self, crowd: Crowd, shape: Shape) -> None:
-        self.crowd = crowd
+    def __init__(self, clients: Clients, shape: Shape) -> None:
+        self.clients = clients
         self.shape = shape
         self.payload = orjson.dumps("x" * shape.payload_bytes)
-        self.open: dict[str, float] = {}  # When each open task began, or should have.
+        self.open: dict[str, float] = {}  # The (scheduled) start of each open task.
         self.ended = 0
         self.on_end: Callable[[Client, float], None] = lambda requester, began: None
         self._numbers = itertools.count()
-        self._run = os.urandom(4).hex()  # A hub remembers the tasks of earlier loads.
+        self._run = os.urandom(4).hex()  # Makes task ids unique, because a hub remembers the tasks of earlier loads.
 
     async def join(self) -> None:
-        workers = await self.crowd.join(self.shape.workers, self._work, ("work",))
-        self.requesters = await self.crowd.join(self.shape.requesters, self._take)
+        workers = await self.clients.join(self.shape.workers, self._work, ("work",))
+        self.requesters = await self.clients.join(self.shape.requesters, self._take)
         self._targets = itertools.cycle(
             [b'"capability":"work"']
             if self.shape.by == "capability"
@@ -213,7 +214,7 @@ class Traffic:
         )
 
     def begin(self, requester: Client, at: float) -> None:
-        """Delegate one task that counts from then on."""
+        """Delegate one task, whose latency is measured from `at`."""
         task_id = f"{self._run}-{next(self._numbers)}"
         self.open[task_id] = at
         task = task_id.encode()
@@ -236,7 +237,7 @@ class Traffic:
 
 
 class Meter:
-    """What the hub, a process, and this one use from its making on. Seconds of CPU, and cores: those per second."""
+    """Measures the CPU time of the hub's process and of this one, from its creation until `stop`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -250,7 +251,7 @@ class Meter:
         self.passed_s, self.hub_cpu_s, self.driver_cpu_s, self._hub_queued_s, self._driver_queued_s = passed
 
     def cores(self) -> Row:
-        """Return the share of a core that each had, and had to wait for because the machine was busy."""
+        """Return the share of time that each process ran on a core, and waited for one because the machine was busy."""
         return {
             "hub_cores": self.hub_cpu_s / self.passed_s,
             "driver_cores": self.driver_cpu_s / self.passed_s,
@@ -259,16 +260,18 @@ class Meter:
         }
 
 
-def note_crowding(cores: Row, options: Options) -> None:
-    """Say so if the hub or the driver had to wait for a core, because other processes had them."""
+def note_contention(cores: Row, options: Options) -> None:
+    """Add a note if the hub or the driver waited for a core, because other processes used them."""
     if max(cores["hub_queued"], cores["driver_queued"]) > QUEUED_MAX:
-        options.note("other processes took a part of this machine: trust CPU per task, not tasks per second or times")
+        options.note(
+            "other processes used this machine: trust the CPU time per task, not tasks per second or latencies"
+        )
 
 
 def limit_of(cores: Row) -> str:
-    """Return who had no more to give: the hub, or the driver of the load, which is then what was measured.
+    """Return the bottleneck: the hub, or the driver, whose speed is then the result of the measurement.
 
-    Who waits for a core is as busy as who has one.
+    Waiting for a core counts as being busy.
     """
     if cores["hub_cores"] + cores["hub_queued"] >= BUSY_HUB_CORES:
         return "hub"
@@ -276,25 +279,25 @@ def limit_of(cores: Row) -> str:
 
 
 async def closed_loop(url: str, pid: int, shape: Shape, seconds: float) -> Row:
-    """Keep `shape.open_each` tasks of each requester open; return what went through in that time, and its cost."""
-    async with Crowd(url) as crowd:
-        traffic = Traffic(crowd, shape)
+    """Keep `shape.open_each` tasks of each requester open; return the throughput and its cost."""
+    async with Clients(url) as clients:
+        traffic = Traffic(clients, shape)
         await traffic.join()
         traffic.on_end = lambda requester, began: traffic.begin(requester, 0.0)
         for requester in traffic.requesters:
             for _ in range(shape.open_each):
                 traffic.begin(requester, 0.0)
-        # Every requester is served at its own pace only when all first tasks have gone through.
-        await crowd.until(lambda: traffic.ended >= shape.requesters * shape.open_each, WARM_UP_S)
-        await crowd.wait(min(0.3, seconds))
+        # The load is steady only after all first tasks have ended.
+        await clients.until(lambda: traffic.ended >= shape.requesters * shape.open_each, WARM_UP_S)
+        await clients.wait(min(0.3, seconds))
         meter, before = Meter(pid), traffic.ended
-        await crowd.wait(seconds)
+        await clients.wait(seconds)
         meter.stop()
         ended = traffic.ended - before
         traffic.on_end = lambda requester, began: None
-        await crowd.until(lambda: not traffic.open, REST_S)
+        await clients.until(lambda: not traffic.open, REST_S)
         if not ended:
-            raise LoadFailed("no task came to its end")
+            raise LoadFailed("no task ended")
         return {
             "tasks_per_s": ended / meter.passed_s,
             "hub_cpu_us_per_task": meter.hub_cpu_s / ended * 1e6,
@@ -303,39 +306,39 @@ async def closed_loop(url: str, pid: int, shape: Shape, seconds: float) -> Row:
 
 
 async def open_loop(url: str, pid: int, shape: Shape, tasks_per_s: float, seconds: float) -> Row:
-    """Begin tasks at an even pace; return how many came back, their `waits_s` from the planned moment, and the cost."""
-    async with Crowd(url) as crowd:
-        traffic = Traffic(crowd, shape)
+    """Start tasks at a constant rate; return the share of completed ones, their `latencies_s`, and the cost."""
+    async with Clients(url) as clients:
+        traffic = Traffic(clients, shape)
         await traffic.join()
-        waits: list[float] = []
-        traffic.on_end = lambda requester, began: waits.append(time.monotonic() - began)
+        latencies: list[float] = []
+        traffic.on_end = lambda requester, began: latencies.append(time.monotonic() - began)
         turns, late_s = itertools.cycle(traffic.requesters), 0.0
 
-        def send(planned: float) -> None:
+        def send(scheduled: float) -> None:
             nonlocal late_s
-            late_s = max(late_s, time.monotonic() - planned)
-            traffic.begin(next(turns), planned)
+            late_s = max(late_s, time.monotonic() - scheduled)
+            traffic.begin(next(turns), scheduled)
 
         meter = Meter(pid)
         with Pace(tasks_per_s, send):
-            over = time.monotonic() + seconds
-            while time.monotonic() < over and len(traffic.open) < OPEN_MAX:
-                await crowd.wait(0.01)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and len(traffic.open) < OPEN_MAX:
+                await clients.wait(0.01)
         meter.stop()
-        came_back = traffic.ended
-        if not await crowd.until(lambda: not traffic.open, WAIT_S):
-            raise LoadFailed(f"{len(traffic.open)} tasks did not come back")
+        completed = traffic.ended
+        if not await clients.until(lambda: not traffic.open, WAIT_S):
+            raise LoadFailed(f"{len(traffic.open)} tasks did not end")
         return {
-            "waits_s": sorted(waits),
-            "came_back": came_back / (meter.passed_s * tasks_per_s),
+            "latencies_s": sorted(latencies),
+            "completed_share": completed / (meter.passed_s * tasks_per_s),
             "sent_late_s": late_s,
             **meter.cores(),
         }
 
 
 async def idle(url: str, pid: int, agents: int, heartbeats_per_s: float, seconds: float) -> Row:
-    """Let agents join and be silent but for their heartbeats, in turn; return what each of the two costs the hub."""
-    async with Crowd(url) as crowd:
+    """Register agents that only send heartbeats, in turn; return the cost of registrations and heartbeats."""
+    async with Clients(url) as clients:
         answered = 0
 
         def count(client: Client, kind: str, message: Any) -> None:
@@ -343,12 +346,12 @@ async def idle(url: str, pid: int, agents: int, heartbeats_per_s: float, seconds
             answered += 1
 
         before_bytes, joining = memory_bytes(pid), Meter(pid)
-        turns = itertools.cycle(await crowd.join(agents, count, ("work",)))
+        turns = itertools.cycle(await clients.join(agents, count, ("work",)))
         joining.stop()
-        await crowd.wait(min(1.0, seconds))
+        await clients.wait(min(1.0, seconds))
         after_bytes, beating = memory_bytes(pid), Meter(pid)
-        with Pace(heartbeats_per_s, lambda planned: next(turns).send(b'{"type":"heartbeat","id":"h"}')):
-            await crowd.wait(seconds)
+        with Pace(heartbeats_per_s, lambda scheduled: next(turns).send(b'{"type":"heartbeat","id":"h"}')):
+            await clients.wait(seconds)
         beating.stop()
         if not answered:
             raise LoadFailed("no heartbeat was answered")
@@ -360,8 +363,8 @@ async def idle(url: str, pid: int, agents: int, heartbeats_per_s: float, seconds
 
 
 async def broadcasts(url: str, pid: int, recipients: int, seconds: float) -> Row:
-    """Send one broadcast after the other, each when everybody has the last one; return what a recipient costs."""
-    async with Crowd(url) as crowd:
+    """Send broadcasts, each after all agents have received the previous one; return the cost per recipient."""
+    async with Clients(url) as clients:
         received = rounds = 0
         message = b'{"type":"broadcast","message":"%s"}' % (b"x" * 100)
 
@@ -372,13 +375,13 @@ async def broadcasts(url: str, pid: int, recipients: int, seconds: float) -> Row
                 rounds += 1
                 sender.send(message)
 
-        await crowd.join(recipients, count)
-        (sender,) = await crowd.join(1, count)
+        await clients.join(recipients, count)
+        (sender,) = await clients.join(1, count)
         sender.send(message)
-        await crowd.until(lambda: rounds > 1, WAIT_S)
+        await clients.until(lambda: rounds > 1, WAIT_S)
         before, meter = received, Meter(pid)
-        await crowd.wait(seconds)
-        await crowd.until(lambda: received > before, WAIT_S)
+        await clients.wait(seconds)
+        await clients.until(lambda: received > before, WAIT_S)
         meter.stop()
         reached = received - before
         return {
@@ -395,10 +398,10 @@ class TimerSpec(ctypes.Structure):
 
 
 class Pace:
-    """Calls `send(planned)` so often a second while its block runs, `planned` being the moment by time.monotonic().
+    """Calls `send(scheduled)` at a constant rate while its block runs; `scheduled` is a time of time.monotonic().
 
-    On Linux's timerfd, because the timers of the event loop are no finer than a millisecond. What could not be sent in
-    time is sent as soon as possible, each with the moment that was planned for it.
+    It uses Linux's timerfd, because the timers of the event loop have a resolution of a millisecond. Late calls follow
+    as soon as possible, with their scheduled times.
     """
 
     def __init__(self, per_s: float, send: Callable[[float], None]) -> None:

@@ -1,15 +1,15 @@
-"""What the workloads share: processes and what they cost, fair comparisons, statistics, tables, where it was measured.
+"""Shared by all workloads: processes and their costs, fair comparisons, statistics, tables, the environment.
 
 A workload is a module of this package:
 
-    NAME = "throughput"                          what it is called on the command line
-    def run(options: Options) -> list[Row]       measures; the first line of the module's docstring says what
-    def plot(rows: list[Row], folder: Path) -> list[Path]      optional: draws what `run` has returned
+    NAME = "throughput"                          its name on the command line
+    def run(options: Options) -> list[Row]       measures; the first line of the module's docstring describes it
+    def plot(rows: list[Row], folder: Path) -> list[Path]      optional: draws the rows of `run`
 
 A `Row` is a flat mapping of column to text or number, with the unit last in the column's name (`hub_cpu_us_per_task`).
-Rows with the same columns that follow each other are printed as one table. Figures are medians of `options.rounds`
-rounds in which the things compared take turns (`alternate`). A workload that cannot run here raises `Unavailable`; what
-it leaves out, and what a reader has to know, it says with `options.note`.
+Consecutive rows with the same columns are printed as one table. Figures are medians of `options.rounds` rounds, in
+which the compared variants take turns (`alternate`). A workload that cannot run on this machine raises `Unavailable`.
+It calls `options.note` for everything that it skips, and for explanations of its figures.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ Result = TypeVar("Result")
 Name = TypeVar("Name", bound=Hashable)
 
 ROOT = Path(agenthub.__file__).parent
-START_S = 20.0  # The bound on the start of a server, and on its end before it is killed.
+START_S = 20.0  # Timeout for the start of a server, and for its end before it is killed.
 PACKAGES = ("pydantic", "websockets", "picows", "uvloop", "orjson", "matplotlib")
 
 
 class Unavailable(Exception):
-    """A workload, or a part of one, cannot run here. The text says why, and what would help."""
+    """A workload, or a part of one, cannot run on this machine. The text gives the reason and the fix."""
 
 
 @dataclasses.dataclass
 class Options:
-    """How much to measure: `rounds` of each comparison, `seconds` of each load, and in which `folder` files are made.
+    """The options of a run: `rounds` per comparison, `seconds` per load, and a `folder` for temporary files.
 
-    `quick` asks for so little that a test can wait for it; its figures mean nothing. `notes` are kept with the figures.
+    `quick` runs are short enough for tests; their figures mean nothing. `notes` are reported with the figures.
     """
 
     rounds: int = 5
@@ -61,7 +61,7 @@ class Options:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Say something that belongs to the figures, once."""
+        """Add a note to the figures, once."""
         if text not in self.notes:
             self.notes.append(text)
             progress(text)
@@ -72,7 +72,7 @@ def progress(text: str) -> None:
 
 
 def require(*packages: str) -> None:
-    """Raise Unavailable, with what to install, unless all these packages are there."""
+    """Raise Unavailable, with the command that installs them, if any of these packages is missing."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise Unavailable(f"it needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -95,10 +95,10 @@ class Server:
 
 @contextlib.contextmanager
 def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Run a command with its stdout piped; end it when the block ends, however that comes.
+    """Run a command with its stdout piped, and terminate it when the block ends.
 
-    It has a session of its own, because Ctrl-C is for this process, which then ends it. What Python compiles it may
-    keep, as it does by default.
+    It runs in a new session, so that only this process receives Ctrl-C and then terminates the other. Python may write
+    its bytecode cache, as it does by default.
     """
     python = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **python, **options.pop("env", {})}
@@ -116,7 +116,7 @@ def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 @contextlib.contextmanager
 def server(*command: str, **options: Any) -> Iterator[Server]:
-    """Run a command that prints `listening on URL`, as a hub does, once it is there."""
+    """Run a server that prints `listening on URL` once it accepts connections, as a hub does."""
     with running(*command, **options) as process:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], START_S)
@@ -128,9 +128,9 @@ def server(*command: str, **options: Any) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def hub(*options: str, loop: str = "asyncio", is_bare: bool = False) -> Iterator[Server]:
-    """Run a hub with these options on a free port of 127.0.0.1, on this kind of event loop.
+    """Run a hub with these options on a free port of 127.0.0.1, on this event loop.
 
-    A bare one uses neither `pydantic` nor `websockets`, but what is built in.
+    A bare hub uses the built-in validator and WebSocket protocol instead of `pydantic` and `websockets`.
     """
     command = [sys.executable, "-m", "agenthub", "hub", "--loop", loop]
     environment = {"AGENTHUB_BUILTIN": str(int(is_bare))}
@@ -139,18 +139,18 @@ def hub(*options: str, loop: str = "asyncio", is_bare: bool = False) -> Iterator
 
 
 def cpu_s(pid: int) -> float:
-    """Return the seconds of CPU, user and system, that a process and its threads have used so far."""
+    """Return the CPU time (user and system) that a process and its threads have used so far, in seconds."""
     return parse_cpu_s(Path(f"/proc/{pid}/stat").read_text(), os.sysconf("SC_CLK_TCK"))
 
 
 def parse_cpu_s(stat: str, ticks_per_s: int) -> float:
-    """Return utime + stime of a line of /proc/PID/stat; the name of the process in it may hold anything."""
+    """Return utime + stime from /proc/PID/stat, in which the process name may contain any characters."""
     fields = stat.rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / ticks_per_s
 
 
 def queued_s(pid: int) -> float:
-    """Return the seconds that a process's main thread has waited for a core so far; 0 if this kernel does not say."""
+    """Return how long a process's main thread has waited for a core, in seconds; 0 if the kernel does not report it."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):
@@ -158,7 +158,7 @@ def queued_s(pid: int) -> float:
 
 
 def memory_bytes(pid: int) -> int:
-    """Return what a process has to itself (Private_* of /proc/PID/smaps_rollup): what would be free without it."""
+    """Return the private memory of a process (Private_* in /proc/PID/smaps_rollup), which its end would free."""
     return parse_private_bytes(Path(f"/proc/{pid}/smaps_rollup").read_text())
 
 
@@ -170,7 +170,7 @@ def parse_private_bytes(rollup: str) -> int:
 
 
 def alternate(rounds: int, contestants: Mapping[Name, Callable[[], Result]]) -> dict[Name, list[Result]]:
-    """Call each contestant once a round, each round beginning with the next one; return what each returned."""
+    """Call each contestant once per round, and start each round with the next one; return their results."""
     results: dict[Name, list[Result]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(rounds):
@@ -186,30 +186,30 @@ def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return the smallest of these ascending values that so many per cent of them do not exceed (nearest rank)."""
+    """Return the nearest-rank percentile of ascending values."""
     if not ordered:
-        raise ValueError("there is no percentile of nothing")
+        raise ValueError("nothing has no percentile")
     return ordered[max(1, math.ceil(round(len(ordered) * percent / 100, 9))) - 1]
 
 
 def spread(values: Sequence[float]) -> float:
-    """Return (largest - smallest) / median: how far apart the rounds were."""
+    """Return (largest - smallest) / median, a measure of the variation between rounds."""
     middle = statistics.median(values)
     return (max(values) - min(values)) / middle if middle else 0.0
 
 
-# What is printed and written
+# Output
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Return rows as aligned text: one table for each run of rows with the same columns, an empty line between."""
+    """Return rows as aligned text: one table for consecutive rows with the same columns, with empty lines between."""
     tables = [list(group) for _, group in itertools.groupby(rows, key=tuple)]
     return "\n\n".join(_one_table(table) for table in tables)
 
 
 def _one_table(rows: Sequence[Row]) -> str:
     columns = list(rows[0])
-    cells = [[shown(row[column]) for column in columns] for row in rows]
+    cells = [[to_text(row[column]) for column in columns] for row in rows]
     widths = [max(len(line[at]) for line in (columns, *cells)) for at in range(len(columns))]
     is_number = [all(isinstance(row[column], int | float | None) for row in rows) for column in columns]
     return "\n".join(
@@ -221,8 +221,8 @@ def _one_table(rows: Sequence[Row]) -> str:
     )
 
 
-def shown(value: Any) -> str:
-    """Return a number with three digits that count, all else as it is; nothing for what there is not."""
+def to_text(value: Any) -> str:
+    """Return a float with three significant digits, a dash for None, and other values as text."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -231,7 +231,7 @@ def shown(value: Any) -> str:
 
 
 def describe() -> Row:
-    """Return where and with what is measured: machine, Python, versions of packages, and the commit."""
+    """Return the environment: machine, Python, versions of packages, and the commit."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -261,7 +261,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit, with a + when files that are under version control differ from it; None if it is unknown."""
+    """Return the commit, with a + if tracked files differ from it, or None if it is unknown."""
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,7 +1,7 @@
-"""One task through this hub and through what else could carry it, with each system's usual Python client at both ends.
+"""The same task through this hub and its alternatives, with each system's usual Python client at both ends.
 
-Server, worker and requester are processes of their own. The task is a JSON object with one text, and comes back as it
-went; as many as `open` says are under way all the time. The systems promise different things, see `guarantees`.
+Server, worker and requester are separate processes. The task is a JSON object with one text, which the worker returns
+unchanged; the requester keeps `open` tasks open. The systems have different guarantees, see `guarantees`.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from benchmarks.measure import Options, Row, Server, Unavailable
 NAME = "peers"
 HUB_OPTIONS = ("--rate", "0")  # By default a connection may send 2,000 messages per second.
 LOOPS = ("asyncio", "uvloop")
-RUN_S = 60.0  # The bound on what a requester takes over what it was told to.
-POLL_S = 0.02  # Between two looks whether a server listens.
-PROGRAM_FOLDERS = ("/usr/local/sbin", "/usr/sbin")  # Where servers are that a user's PATH does not show.
+RUN_S = 60.0  # Timeout of a requester beyond the duration of its load.
+POLL_S = 0.02  # Interval between attempts to connect to a starting server.
+PROGRAM_FOLDERS = ("/usr/local/sbin", "/usr/sbin")  # Often missing from a user's PATH.
 Figures = dict[str, float]
-Starter = Callable[[str, Path], AbstractContextManager[Server]]  # Of a server, for a loop and a folder of its own.
+Starter = Callable[[str, Path], AbstractContextManager[Server]]  # Starts a server, with a loop and a temporary folder.
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Something that carries tasks: `end` is the module of its ends in benchmarks.ends, `start` runs its server."""
+    """A system that can carry tasks: `end` is the module of its ends in benchmarks.ends, `start` runs its server."""
 
     name: str
     end: str
     start: Starter
     guarantees: str
-    packages: tuple[str, ...] = ()  # As they are imported.
+    packages: tuple[str, ...] = ()  # By import name.
     program: str | None = None
 
     def missing(self) -> str | None:
-        """Say what it would need here; None if all is there."""
+        """Return what is missing on this machine, or None."""
         if self.program is not None and find_program(self.program) is None:
-            return f"{self.name} is left out: there is no program {self.program}"
+            return f"{self.name} is skipped: program {self.program} not found"
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
-        return f"{self.name} is left out: there is no package {', '.join(missing)}" if missing else None
+        return f"{self.name} is skipped: package {', '.join(missing)} not found" if missing else None
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of a program: beside this Python, on PATH, or where servers are."""
+    """Return the path of a program: next to this Python, on PATH, or in PROGRAM_FOLDERS."""
     folders = (str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), *PROGRAM_FOLDERS)
     return shutil.which(name, path=os.pathsep.join(folders))
 
@@ -106,7 +106,7 @@ def start_wamp(loop: str, folder: Path) -> Iterator[Server]:
 
 
 def router_config(port: int) -> dict[str, Any]:
-    """Return the configuration of a Crossbar node with one router that lets everybody call and register."""
+    """Return the configuration of a Crossbar node with one router on which every client may call and register."""
     permissions = [{"uri": "bench.", "match": "prefix", "allow": {"call": True, "register": True}}]
     realm = {"name": "bench", "roles": [{"name": "anonymous", "permissions": permissions}]}
     transport = {"type": "websocket", "endpoint": {"type": "tcp", "interface": "127.0.0.1", "port": port}}
@@ -115,7 +115,7 @@ def router_config(port: int) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago, for a server that cannot take one by itself and say which."""
+    """Return a port that was free a moment ago, for servers that cannot choose and report one."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -124,9 +124,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def listening(command: Sequence[str], port: int, scheme: str) -> Iterator[Server]:
-    """Run a server until it can be connected to; end it, with what it has started, when the block ends.
+    """Run a server that listens on a port; end it and its descendants when the block ends.
 
-    Raises Unavailable if it ends before, or does not listen within measure.START_S seconds.
+    Raises Unavailable if it exits, or does not listen within measure.START_S seconds.
     """
     program = find_program(command[0]) or command[0]
     with measure.running(program, *command[1:], stderr=subprocess.DEVNULL) as process, ending_family(process):
@@ -136,15 +136,15 @@ def listening(command: Sequence[str], port: int, scheme: str) -> Iterator[Server
 
 @contextlib.contextmanager
 def ending_family(process: subprocess.Popen[str]) -> Iterator[None]:
-    """When the block ends, end a process, and kill what it had started and leaves behind."""
+    """When the block ends, terminate a process, and kill descendants that it leaves behind."""
     try:
         yield
     finally:
-        # By a descriptor each, because the number alone may be another's by then.
+        # Pidfds, because a pid may be reused by then.
         family = [os.pidfd_open(child) for child in descendants_of(process.pid)]
         process.terminate()
         for child in family:
-            select.select([child], [], [], measure.START_S)  # A server ends its own; the time is for all of it.
+            select.select([child], [], [], measure.START_S)  # A server ends its descendants itself.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(child, signal.SIGKILL)
             os.close(child)
@@ -163,7 +163,7 @@ AGENTHUB = System(
     "agenthub",
     "agenthub",
     start_agenthub,
-    "agents found by capability, one deadline and one end per task, cancelling, retries, a dead worker is noticed",
+    "discovery by capability, one deadline and one outcome per task, cancellation, retries, detection of dead workers",
     packages=("pydantic", "websockets"),
 )
 SYSTEMS = (
@@ -172,7 +172,7 @@ SYSTEMS = (
         "nats",
         "nats",
         start_nats,
-        "NATS core: at most once, nothing is kept; a dead worker shows as the requester's own time-out",
+        "NATS core: at most once, nothing is stored; after a worker's death the requester's own timeout passes",
         packages=("nats",),
         program="nats-server",
     ),
@@ -180,7 +180,7 @@ SYSTEMS = (
         "redis",
         "redis",
         start_redis,
-        "lists wait for workers; what a dead worker had popped is lost, and nobody is told; no deadlines",
+        "tasks wait in lists; a task popped by a worker that dies is lost silently; no deadlines",
         packages=("redis",),
         program="redis-server",
     ),
@@ -188,14 +188,14 @@ SYSTEMS = (
         "http",
         "http",
         start_http,
-        "FastAPI and long polls: tasks wait in memory; a dead worker's task and its requester wait for ever",
+        "FastAPI and long polls: tasks wait in memory; a dead worker's task never ends, and its requester waits",
         packages=("fastapi", "uvicorn", "aiohttp"),
     ),
     System(
         "wamp",
         "wamp",
         start_wamp,
-        "Crossbar: nothing waits; a call fails at once if there is no worker, or if its worker goes; cancelling",
+        "Crossbar: no queue; a call fails at once if no worker is online or its worker disconnects; cancellation",
         packages=("autobahn",),
         program="crossbar",
     ),
@@ -207,7 +207,7 @@ DISTRIBUTIONS = ("nats-py", "redis", "hiredis", "fastapi", "uvicorn", "httptools
 
 
 def run(options: Options, systems: Sequence[System] = SYSTEMS) -> list[Row]:
-    """Return a row for each system, event loop and load: tasks per second, and what a task costs each process."""
+    """Return a row for each system, event loop and load: tasks per second, and the CPU time of each process."""
     loops = LOOPS if importlib.util.find_spec("uvloop") is not None else LOOPS[:1]
     if len(loops) == 1:
         options.note("uvloop is not installed: everything runs on asyncio's own loop")
@@ -242,7 +242,7 @@ def loads_of(options: Options) -> list[Load]:
 
 @dataclasses.dataclass
 class Contest:
-    """Runs each entry once per round, and leaves out for good what has failed."""
+    """Runs each entry once per round, and skips an entry after its first failure."""
 
     options: Options
     loads: list[Load]
@@ -250,7 +250,7 @@ class Contest:
     runs: int = 0
 
     def entry(self, system: System, loop: str) -> Callable[[], list[Figures]]:
-        """Return the function that measures a system with each load; its result is empty if that failed."""
+        """Return a function that measures a system with each load; its result is empty after a failure."""
         name = f"{system.name} on {loop}"
 
         def run_once() -> list[Figures]:
@@ -262,14 +262,14 @@ class Contest:
                 return run_system(system, loop, self.loads)
             except Unavailable as error:
                 self.failed.add(name)
-                self.options.note(f"{name} is left out: {error}")
+                self.options.note(f"{name} is skipped: {error}")
                 return []
 
         return run_once
 
 
 def run_system(system: System, loop: str, loads: Sequence[Load]) -> list[Figures]:
-    """Return the figures of each load, with one server and one worker for all. Raises Unavailable if one fails."""
+    """Return the figures of each load, all with the same server and worker. Raises Unavailable if one fails."""
     with (
         tempfile.TemporaryDirectory() as folder,
         system.start(loop, Path(folder)) as server,
@@ -284,26 +284,26 @@ def run_system(system: System, loop: str, loads: Sequence[Load]) -> list[Figures
 def running_end(
     end: str, role: str, url: str, loop: str, *options: str, is_bare: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run one end of a system in a process of its own. An AgentHub that `is_bare` uses no packages there."""
+    """Run one end of a system in a separate process; a bare AgentHub uses no packages."""
     command = (sys.executable, "-m", f"benchmarks.ends.{end}", role, "--url", url, "--loop", loop, *options)
     with measure.running(*command, env={"AGENTHUB_BUILTIN": str(int(is_bare))}) as process:
         yield process
 
 
 def run_load(end: str, loop: str, server: Server, worker: subprocess.Popen[str], load: Load) -> Figures:
-    """Return what one requester measures, and what it costs the server and the worker meanwhile."""
+    """Return the figures of one requester, and the CPU time of the server and the worker."""
     with running_end(end, "requester", server.url, loop, *load_options(load)) as requester:
         return figures_from(requester, load, {"server_cpu_us": server.pid, "worker_cpu_us": worker.pid})
 
 
 def load_options(load: Load) -> list[str]:
-    """Return what tells a process of benchmarks.ends about a load."""
-    told = {"open": load.tasks_open, "bytes": load.text_bytes, "seconds": load.seconds, "warm-up": load.warm_up_s}
-    return [f"--{name}={value}" for name, value in told.items()]
+    """Return the command-line options of a load, for benchmarks.ends."""
+    named = {"open": load.tasks_open, "bytes": load.text_bytes, "seconds": load.seconds, "warm-up": load.warm_up_s}
+    return [f"--{name}={value}" for name, value in named.items()]
 
 
 def figures_from(requester: subprocess.Popen[str], load: Load, others: Mapping[str, int]) -> Figures:
-    """Return what a process measures that prints `measuring` and figures, and the CPU per task of `others` by pid."""
+    """Return the figures that a process prints after `measuring`, and the CPU time per task of `others` (by pid)."""
     if read_line(requester, measure.START_S + load.warm_up_s) != "measuring":
         raise Unavailable("its requester did not start")
     before = {name: family_cpu_s(pid) for name, pid in others.items()}
@@ -323,19 +323,19 @@ def figures_from(requester: subprocess.Popen[str], load: Load, others: Mapping[s
 
 
 def read_line(process: subprocess.Popen[str], within_s: float) -> str:
-    """Return the next line that a process prints, without its end; "" if it ends before, or prints none in time."""
+    """Return the next line of a process's stdout, or "" if it exits or the time is over."""
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], within_s)
     return process.stdout.readline().rstrip("\n") if ready else ""
 
 
 def family_cpu_s(pid: int) -> float:
-    """Return the seconds of CPU that a process and its living descendants have used so far."""
+    """Return the CPU time that a process and its living descendants have used so far, in seconds."""
     return sum(map(measure.cpu_s, [pid, *descendants_of(pid)]))
 
 
 def descendants_of(pid: int) -> list[int]:
-    """Return the processes that a process has started, and those that they have; none if it is gone."""
+    """Return the descendants of a process; none if it has exited."""
     children: list[int] = []
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # That thread has just ended.
@@ -347,7 +347,7 @@ def descendants_of(pid: int) -> list[int]:
 
 
 def rows_of(load: Load, loop: str, rounds: Mapping[str, Sequence[Figures]]) -> list[Row]:
-    """Return a row for each system that has figures, with the medians of its rounds; `of_agenthub` compares speeds."""
+    """Return a row for each system with figures, the medians of its rounds; `of_agenthub` compares throughput."""
     middle = {name: measure.medians(figures) for name, figures in rounds.items() if figures}
     own = middle.get(AGENTHUB.name)
     return [
@@ -369,7 +369,7 @@ def rows_of(load: Load, loop: str, rounds: Mapping[str, Sequence[Figures]]) -> l
 
 
 def explain(options: Options, systems: Sequence[System]) -> None:
-    """Note what a reader of the table has to know."""
+    """Add the notes that explain the table."""
     options.note("the hub runs with --rate 0 (by default a connection may send 2,000 messages per second)")
     for system in systems:
         options.note(f"{system.name}: {system.guarantees}")

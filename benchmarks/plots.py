@@ -1,16 +1,16 @@
-"""How the pictures look: one palette, one size for each panel, no window."""
+"""The style of all plots: one palette, one size per panel, no window."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# Told apart by the color-blind too.
+# Distinguishable with color blindness.
 SERVER_COLORS = {"asyncio": "#4477aa", "uvloop": "#66ccee", "built in": "#ee6677", "relay": "#ccbb44"}
 SERVER_LABELS = {
     "asyncio": "hub on asyncio",
     "uvloop": "hub on uvloop",
-    "built in": "hub on asyncio, built-in parts",
+    "built in": "hub on asyncio, built in",
     "relay": "relay",
 }
 LINES = ("-", "--", ":", "-.")
@@ -19,7 +19,7 @@ PANEL_INCHES = (4.6, 3.2)
 
 
 def figure(lines: int, columns: int) -> tuple[Any, list[list[Any]]]:
-    """Return a figure, and its panels line by line."""
+    """Return a figure, and its panels by row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +35,7 @@ def figure(lines: int, columns: int) -> tuple[Any, list[list[Any]]]:
 
 
 def bars(panel: Any, groups: list[str], heights: dict[str, list[float | None]]) -> None:
-    """Draw a bar for each server in each group; one that there is no figure for is missing."""
+    """Draw a bar for each server in each group, without bars for missing figures."""
     for number, (server, of_server) in enumerate(heights.items()):
         places = [place + (number - (len(heights) - 1) / 2) * 0.2 for place in range(len(groups))]
         color, label = SERVER_COLORS[server], SERVER_LABELS[server]

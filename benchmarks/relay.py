@@ -1,8 +1,8 @@
-"""What is compared with the hub: a relay on the asyncio API of `websockets` that decides as little as it can.
+"""The baseline of comparisons: a relay on the asyncio API of `websockets` with as little logic as possible.
 
-It speaks just enough of the wire for `benchmarks.load`, with the same messages for each task, and leaves out what a hub
-is for: nothing is checked, no task has a state, a deadline or a second try, and the tasks of who leaves are lost.
-`python -m benchmarks.relay` prints where it listens.
+It implements just enough of the protocol for `benchmarks.load`, with the same messages per task, and nothing else of
+a hub: it validates nothing, tasks have no state, deadline or retries, and a task is lost when its worker disconnects.
+`python -m benchmarks.relay` prints its URL.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""What the SDK can do: tasks per second of one agent that works, and of one that asks, each in a process of its own.
+"""Throughput of the SDK: tasks per second of one worker, and of one requester, each in its own process.
 
-At the other end is benchmarks/cheap_hub.py, which costs so little that the agent is what is slow: `agent_cores` says
-so when it is close to 1. The round trip in memory has hub, worker and requester in one process.
+The other end is benchmarks/cheap_hub.py, which is so cheap that the agent is the bottleneck: `agent_cores` is then
+close to 1. The round trip in memory has hub, worker and requester in one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.peers import LOOPS, Figures, figures_from, load_options, read_li
 
 NAME = "sdk"
 OPEN = (1, 64)
-BUILT_IN = "asyncio, built in"  # Instead of a loop: that of asyncio, and an agent that uses no packages.
+BUILT_IN = "asyncio, built in"  # In place of a loop: asyncio, and an agent without packages.
 HANDLERS = {"worker, async handler": "echo", "worker, plain handler": "echo-in-thread"}
 
 
@@ -35,7 +35,7 @@ def run(options: Options) -> list[Row]:
     parts = [(part, loop, load) for load in loads for loop in loops for part in (*HANDLERS, *REQUESTERS)]
     contestants = {key_of(*one): entry(*one) for one in parts}
     results = measure.alternate(options.rounds, contestants)
-    options.note("a plain handler runs in a thread of its own for each task")
+    options.note("a plain handler runs in a separate thread for each task")
     return [row_of(*one, measure.medians(results[key_of(*one)])) for one in parts]
 
 
@@ -44,7 +44,7 @@ def key_of(part: str, loop: str, load: Load) -> str:
 
 
 def entry(part: str, loop: str, load: Load) -> Callable[[], Figures]:
-    """Return the function that measures a part of the SDK once."""
+    """Return a function that measures a part of the SDK once."""
 
     def run_once() -> Figures:
         measure.progress(f"sdk: {key_of(part, loop, load)}")
@@ -56,7 +56,7 @@ def entry(part: str, loop: str, load: Load) -> Callable[[], Figures]:
 
 
 def run_worker(capability: str, loop: str, load: Load) -> Figures:
-    """Return the figures of an agent that works, loaded by the cheap hub."""
+    """Return the figures of a worker with tasks from the cheap hub."""
     with (
         cheap_hub(loop, "--capability", capability, *load_options(load)) as driver,
         agent("agenthub", "worker", driver.url, loop) as worker,
@@ -67,7 +67,7 @@ def run_worker(capability: str, loop: str, load: Load) -> Figures:
 
 
 def run_requester(loop: str, load: Load) -> Figures:
-    """Return the figures of an agent that asks, answered by the cheap hub."""
+    """Return the figures of a requester with results from the cheap hub."""
     with (
         cheap_hub(loop) as driver,
         agent("agenthub", "requester", driver.url, loop, *load_options(load)) as requester,
@@ -76,7 +76,7 @@ def run_requester(loop: str, load: Load) -> Figures:
 
 
 def run_local(loop: str, load: Load) -> Figures:
-    """Return the figures of a process with hub, worker and requester in it."""
+    """Return the figures of a process that contains hub, worker and requester."""
     with agent("local", "requester", "memory", loop, *load_options(load)) as process:
         return as_agent(figures_from(process, load, {}))
 

@@ -1,4 +1,4 @@
-"""What a start takes: `import agenthub`, `agenthub --help`, and a hub until it listens, beside a bare interpreter."""
+"""Start times of `import agenthub`, `agenthub --help`, and a hub until it listens, and of a bare interpreter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from benchmarks.measure import Options, Row, Unavailable, alternate, hub, medians, progress, running
 
 NAME = "start"
-TIMES_EACH = 5  # In each round: one start is short.
+TIMES_EACH = 5  # Per round, because one start is short.
 
 
 def run(options: Options) -> list[Row]:
-    """Time whole processes, the first of each aside, which writes and reads what is not in the cache yet."""
+    """Time whole processes, except the first of each, which fills caches."""
     starts: dict[str, Callable[[], None]] = {
         "python -c pass": lambda: finish("-c", "pass"),
         "import agenthub": lambda: finish("-c", "import agenthub"),
@@ -27,7 +27,7 @@ def run(options: Options) -> list[Row]:
     if importlib.util.find_spec("uvloop") is not None:
         starts["hub listens, uvloop"] = lambda: listen("uvloop")
     else:
-        options.note("start: the hub on uvloop is left out: pip install uvloop")
+        options.note("start: the hub on uvloop is skipped: pip install uvloop")
     for name, start in starts.items():
         progress(f"start: {name}")
         start()
@@ -59,13 +59,13 @@ def finish(*args: str) -> None:
 
 
 def listen(loop: str, is_bare: bool = False) -> None:
-    """Run a hub until it has said where it listens, and no longer."""
+    """Run a hub until it listens, then kill it."""
     with hub(loop=loop, is_bare=is_bare) as started:
         started.process.kill()
 
 
 def timed(start: Callable[[], None], times: int) -> Row:
-    """Return the milliseconds that a start takes, passed and of the CPU of the processes that it runs."""
+    """Return the wall-clock time of a start, and the CPU time of its processes, in milliseconds."""
     began, cpu_began = time.perf_counter(), children_cpu_s()
     for _ in range(times):
         start()
@@ -90,4 +90,4 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
     panel.grid(axis="x", color="#dddddd", linewidth=0.6)
     panel.grid(visible=False, axis="y")
     panel.set_xlabel("ms")
-    return [save(canvas, folder / "start.png", "Until it is done, or listens")]
+    return [save(canvas, folder / "start.png", "Time until exit, or until the hub listens")]

@@ -1,4 +1,4 @@
-"""Tasks per second there and back through a hub process, and what each costs it, beside a relay without any logic."""
+"""Tasks per second through a hub process and its CPU time per task, compared with a relay without any logic."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 NAME = "throughput"
 
-# The rate allows one connection 2,000 messages a second, which is what a single requester would measure. A record that
-# is kept for an hour would make each round begin with more memory than the last.
-OPEN_DOORS = ("--rate", "0", "--retention", "1")
+# With the default rate limit, a single requester would only measure the limit of 2,000 messages per second. With the
+# default retention of an hour, each round would start with more memory than the last.
+UNLIMITED = ("--rate", "0", "--retention", "1")
 FIGURES = ("tasks_per_s", "hub_cpu_us_per_task", "hub_cores", "driver_cores")
 
 
@@ -24,11 +24,11 @@ def run(options: Options) -> list[Row]:
     require("pydantic", "websockets", "picows", "uvloop", "orjson")
     from benchmarks.load import Shape
 
-    options.note(f"throughput: `options` is the defaults, or `open` for {' '.join(OPEN_DOORS)}; the relay has none")
+    options.note(f"throughput: `options` is the defaults, or `open` for {' '.join(UNLIMITED)}; the relay has none")
     options.note(
-        "throughput: with the defaults each connection may send 2,000 messages a second, so 8 requesters 16,000"
+        "throughput: with the defaults each connection may send 2,000 messages per second, so 8 requesters 16,000"
     )
-    options.note("throughput: `limit` says who had no more to give; with `driver` there it is not the hub's figure")
+    options.note("throughput: `limit` names the bottleneck; figures limited by the `driver` say little about the hub")
     rows = _compare(Shape(), "defaults", options)
     for shape in _shapes(options.quick):
         rows += _compare(shape, "open", options)
@@ -45,7 +45,7 @@ def _shapes(is_quick: bool) -> list[Shape]:
 
 
 def _compare(shape: Shape, which: str, options: Options) -> list[Row]:
-    """Return a row for each contestant, measured in turn; those of one case are started together."""
+    """Return a row for each server; the servers of a case start together and are measured in turn."""
     from benchmarks.load import contestants, limit_of
 
     case = {
@@ -57,7 +57,7 @@ def _compare(shape: Shape, which: str, options: Options) -> list[Row]:
     }
     progress(f"throughput: {' '.join(f'{name}={value}' for name, value in case.items())}")
     with contextlib.ExitStack() as running:
-        starts = contestants(*(OPEN_DOORS if which == "open" else ()))
+        starts = contestants(*(UNLIMITED if which == "open" else ()))
         servers = {name: running.enter_context(start()) for name, start in starts.items()}
         turns = {name: _turn(name, server, shape, options) for name, server in servers.items()}
         measured = alternate(options.rounds, turns)
@@ -77,8 +77,8 @@ def _compare(shape: Shape, which: str, options: Options) -> list[Row]:
 
 
 def _turn(name: str, server: Server, shape: Shape, options: Options) -> Any:
-    """Return what measures one server once. It returns None if the load failed, and says so."""
-    from benchmarks.load import LoadFailed, closed_loop, drive, note_crowding
+    """Return a function that measures one server once; it returns None, and adds a note, if the load fails."""
+    from benchmarks.load import LoadFailed, closed_loop, drive, note_contention
 
     def turn() -> Row | None:
         try:
@@ -86,7 +86,7 @@ def _turn(name: str, server: Server, shape: Shape, options: Options) -> Any:
         except LoadFailed as failure:
             options.note(f"throughput: {name}, {shape}: {failure}")
             return None
-        note_crowding(row, options)
+        note_contention(row, options)
         return row
 
     return turn
@@ -97,7 +97,7 @@ def _ratio(one: Row, other: Row, column: str) -> float | None:
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw tasks per second and CPU per task: a panel for each payload, a group of bars for each shape."""
+    """Draw tasks per second and CPU time per task, with a panel per payload and a group of bars per shape."""
     from benchmarks.plots import SERVER_COLORS, bars, figure, save
 
     drawn = []
@@ -118,7 +118,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
             panel.set_title(f"{size:,} bytes" if line == 0 else "")
             panel.set_xlabel("requesters x open tasks" if line else "")
         panels[0][0].set_ylabel("tasks per second")
-        panels[1][0].set_ylabel("CPU of the server per task (µs)")
+        panels[1][0].set_ylabel("CPU time of the server per task (µs)")
         panels[1][0].legend()
-        drawn.append(save(canvas, folder / f"throughput-by-{by}.png", f"Tasks there and back, worker chosen by {by}"))
+        drawn.append(save(canvas, folder / f"throughput-by-{by}.png", f"Throughput, worker chosen by {by}"))
     return drawn

@@ -1,4 +1,4 @@
-"""The benchmarks run, say what they cannot do, and reckon rightly. Nothing here asks how fast anything is."""
+"""Check that the benchmarks run, report what they skip, and compute correctly. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import measure
 from tests.support import ROOT, WAIT_S
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what a process costs is read from /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read the costs of processes from /proc")
 
 WITHOUT = """
 import importlib.util, sys
@@ -78,7 +78,7 @@ def test_missing_package_is_told_with_what_to_install(workload: str, tmp_path: P
     missing = ("pydantic", "websockets", "picows", "uvloop", "orjson")
     done = benchmarks(workload, "--quick", "--json", str(tmp_path / "x.json"), without=missing)
     assert done.returncode == 1
-    assert f"{workload} is left out: it needs {', '.join(missing)}: pip install {' '.join(missing)}" in done.stdout
+    assert f"{workload} is skipped: it needs {', '.join(missing)}: pip install {' '.join(missing)}" in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -96,7 +96,7 @@ def test_missing_matplotlib_is_told_before_anything_is_measured(tmp_path: Path) 
 
 def test_each_workload_is_listed_with_what_it_measures() -> None:
     listed = benchmarks("--list").stdout.splitlines()
-    assert [line.split()[0] for line in listed] == command.there()
+    assert [line.split()[0] for line in listed] == command.available()
     assert all(len(line.split()) > 3 for line in listed)
 
 

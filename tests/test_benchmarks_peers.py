@@ -1,4 +1,4 @@
-"""The comparison with other systems and the load on the SDK run, and say what they leave out. Nothing here is timed."""
+"""Check that the comparisons with other systems and the load on the SDK run, and report what they skip."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_system_without_its_program_or_package_is_left_out_with_one_line() -> No
         dataclasses.replace(peers.AGENTHUB, name="no-package", packages=("json", "no_such_package")),
     ]
     assert peers.run(options, systems=missing) == []
-    assert "no-program is left out: there is no program no-such-program" in options.notes
-    assert "no-package is left out: there is no package no_such_package" in options.notes
+    assert "no-program is skipped: program no-such-program not found" in options.notes
+    assert "no-package is skipped: package no_such_package not found" in options.notes
 
 
 def test_server_that_does_not_start_is_left_out_after_the_first_round(capfd: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +63,7 @@ def test_server_that_does_not_start_is_left_out_after_the_first_round(capfd: pyt
     options = dataclasses.replace(quick(), rounds=2)
     broken = dataclasses.replace(peers.AGENTHUB, name="broken", start=start, packages=())
     assert peers.run(options, systems=[broken]) == []
-    lines = [note for note in options.notes if note.startswith("broken on asyncio is left out: ")]
+    lines = [note for note in options.notes if note.startswith("broken on asyncio is skipped: ")]
     assert len(lines) == 1
     assert lines[0].endswith("did not start")
     assert capfd.readouterr().err.count("broken on asyncio\n") == 1
@@ -107,27 +107,27 @@ def test_what_a_worker_prints_that_never_is_ready_is_not_waited_for() -> None:
 
 async def test_wrong_answer_and_failing_task_fail_the_measurement() -> None:
     @contextlib.asynccontextmanager
-    async def asking(answers: list[Any]) -> Any:
-        async def ask(payload: ends.JsonLimit) -> Any:
+    async def requester(outputs: list[Any]) -> Any:
+        async def delegate(payload: ends.Payload) -> Any:
             await asyncio.sleep(0)
-            answer = answers.pop(0) if len(answers) > 1 else answers[0]
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            output = outputs.pop(0) if len(outputs) > 1 else outputs[0]
+            if isinstance(output, Exception):
+                raise output
+            return output
 
-        yield ask
+        yield delegate
 
     load = Load(2, 1, seconds=0.01, warm_up_s=0.01)
-    with pytest.raises(RuntimeError, match="not what was sent"):
-        await ends.measure(asking([{"text": "y"}]), load)
+    with pytest.raises(RuntimeError, match="not the input"):
+        await ends.measure(requester([{"text": "y"}]), load)
     with pytest.raises(KeyError):
-        await ends.measure(asking([{"text": "x"}, KeyError("gone")]), load)
-    figures = await ends.measure(asking([{"text": "x"}]), load)
+        await ends.measure(requester([{"text": "x"}, KeyError("gone")]), load)
+    figures = await ends.measure(requester([{"text": "x"}]), load)
     assert set(figures) == {"tasks", "seconds", "cpu_s", "p50_ms", "p99_ms"}
 
 
 def test_nothing_that_came_back_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="no task came back"):
+    with pytest.raises(RuntimeError, match="no task ended"):
         ends.figures_of([], 1.0, 0.5)
 
 

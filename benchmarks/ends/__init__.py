@@ -1,9 +1,9 @@
-"""One end of a benchmark as a process of its own: `python -m benchmarks.ends.NAME worker|requester --url URL`.
+"""One end of a benchmark in its own process: `python -m benchmarks.ends.NAME worker|requester --url URL`.
 
-The worker prints `ready` and serves until it is told to end. The requester keeps as many tasks open as it is told
-to, prints `measuring` after the warm-up, and in the end one line of JSON: `tasks` done in `seconds`, `cpu_s` of this
-process in that time, and how long a task took in the middle (`p50_ms`) and of the slow ones (`p99_ms`). A task is
-a JSON object that comes back as it went; each end turns it into bytes and back as its users would.
+The worker prints `ready` and serves until SIGTERM. The requester keeps a number of tasks open, prints `measuring` after
+its warm-up, and at the end one line of JSON: the number of `tasks` that ended within `seconds`, the `cpu_s` of its
+process in that time, and two percentiles of the latency (`p50_ms`, `p99_ms`). A task is a JSON object that the worker
+returns unchanged; both ends serialize and parse it as their users would.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from agenthub import run_loop
 from benchmarks.measure import percentile
 
 WARM_UP_S = 0.5
-END_S = 2.0  # For the last tasks to come back.
-TASK_S = 30.0  # For one task to come back, before the run counts as failed.
-PARALLEL = 16  # Tasks that a worker has in hand at once, where its client takes one task per call.
+END_S = 2.0  # Timeout for the last tasks.
+TASK_S = 30.0  # Timeout for one task, after which the run has failed.
+PARALLEL = 16  # Concurrent tasks of a worker whose client takes one task per call.
 
 Payload = dict[str, str]
 Figures = dict[str, float]
-Ask = Callable[[Payload], Awaitable[Any]]
-Working = Callable[[str], AbstractAsyncContextManager[None]]  # Serves the hub at a URL while it is entered.
-Asking = Callable[[str], AbstractAsyncContextManager[Ask]]  # Gives a function that has one task done.
+DelegateOne = Callable[[Payload], Awaitable[Any]]
+Worker = Callable[[str], AbstractAsyncContextManager[None]]  # Works for the hub at a URL while it is entered.
+Requester = Callable[[str], AbstractAsyncContextManager[DelegateOne]]  # Yields a function that delegates one task.
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What a requester does: `tasks_open` all the time, each with a text of so many bytes."""
+    """The load of a requester: it keeps `tasks_open` tasks open, each with a text of `text_bytes`."""
 
     tasks_open: int = 1
     text_bytes: int = 100
@@ -48,14 +48,14 @@ class Load:
         return {"text": "x" * self.text_bytes}
 
 
-def run_end(working: Working, asking: Asking, argv: Sequence[str] | None = None) -> int:
-    """Run one end, as the command line says. Returns the exit status."""
+def run_end(worker: Worker, requester: Requester, argv: Sequence[str] | None = None) -> int:
+    """Run the end that the command line names. Returns the exit status."""
     args = _parser().parse_args(argv)
     try:
         if args.role == "worker":
-            run_loop(serve(working(args.url)), args.loop)
+            run_loop(serve(worker(args.url)), args.loop)
         else:
-            print(json.dumps(run_loop(measure(asking(args.url), load_of(args)), args.loop)), flush=True)
+            print(json.dumps(run_loop(measure(requester(args.url), load_of(args)), args.loop)), flush=True)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -64,17 +64,17 @@ def run_end(working: Working, asking: Asking, argv: Sequence[str] | None = None)
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("role", choices=("worker", "requester"))
-    parser.add_argument("--url", required=True, help="where the hub, server or broker is")
+    parser.add_argument("--url", required=True, help="the URL of the hub, server or broker")
     add_load_options(parser)
     return parser
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="the event loop")
-    parser.add_argument("--open", type=int, default=1, metavar="N", help="tasks that a requester has open all the time")
+    parser.add_argument("--open", type=int, default=1, metavar="N", help="tasks that a requester keeps open")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="how long a requester measures")
     parser.add_argument(
-        "--warm-up", type=float, default=WARM_UP_S, metavar="S", help="how long it only asks before that"
+        "--warm-up", type=float, default=WARM_UP_S, metavar="S", help="how long it delegates before it measures"
     )
     parser.add_argument("--bytes", type=int, default=100, metavar="N", help="length of the text in each task")
 
@@ -83,66 +83,71 @@ def load_of(args: argparse.Namespace) -> Load:
     return Load(args.open, args.bytes, args.seconds, args.warm_up)
 
 
-async def serve(working: AbstractAsyncContextManager[None]) -> None:
-    """Work until SIGTERM or SIGINT, having printed `ready` when the server knows of this worker."""
+async def serve(worker: AbstractAsyncContextManager[None]) -> None:
+    """Print `ready` once the server knows this worker, and work until SIGTERM or SIGINT."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with working:
+    async with worker:
         print("ready", flush=True)
         await stopped.wait()
 
 
-async def measure(asking: AbstractAsyncContextManager[Ask], load: Load) -> Figures:
-    """Return the figures of one requester; raise what a task raises, and RuntimeError for a wrong answer."""
-    taken_s: list[float] = []
+async def measure(requester: AbstractAsyncContextManager[DelegateOne], load: Load) -> Figures:
+    """Return the figures of one requester. Raises the error of a task, and RuntimeError for a wrong output."""
+    latencies_s: list[float] = []
     stopped = asyncio.Event()
-    async with asking as ask:
-        await _once(ask, load.payload)
-        askers = [asyncio.create_task(_ask_on(ask, load.payload, taken_s, stopped)) for _ in range(load.tasks_open)]
+    async with requester as delegate:
+        await _once(delegate, load.payload)
+        loops = [
+            asyncio.create_task(_delegate_on(delegate, load.payload, latencies_s, stopped))
+            for _ in range(load.tasks_open)
+        ]
         try:
-            await _pause(load.warm_up_s, askers)
+            await _pause(load.warm_up_s, loops)
             print("measuring", flush=True)
-            taken_s.clear()
+            latencies_s.clear()
             began, cpu_began = time.perf_counter(), time.process_time()
-            await _pause(load.seconds, askers)
+            await _pause(load.seconds, loops)
             passed_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
-            figures = figures_of(taken_s, passed_s, cpu_s)
+            figures = figures_of(latencies_s, passed_s, cpu_s)
         finally:
             stopped.set()
-            await asyncio.wait(askers, timeout=END_S)
-            for asker in askers:
-                asker.cancel()
-            await asyncio.gather(*askers, return_exceptions=True)
+            await asyncio.wait(loops, timeout=END_S)
+            for loop in loops:
+                loop.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
     return figures
 
 
-async def _once(ask: Ask, payload: Payload) -> None:
+async def _once(delegate: DelegateOne, payload: Payload) -> None:
     async with asyncio.timeout(TASK_S):
-        answer = await ask(payload)
-    if answer != payload:
-        raise RuntimeError(f"the answer is not what was sent, but a {type(answer).__name__}")
+        output = await delegate(payload)
+    if output != payload:
+        raise RuntimeError(f"the output is not the input, but a {type(output).__name__}")
 
 
-async def _ask_on(ask: Ask, payload: Payload, taken_s: list[float], stopped: asyncio.Event) -> None:
-    while not stopped.is_set():  # A client on `asyncio.wait_for` may swallow being cancelled, before Python 3.12.
+async def _delegate_on(
+    delegate: DelegateOne, payload: Payload, latencies_s: list[float], stopped: asyncio.Event
+) -> None:
+    while not stopped.is_set():  # Before Python 3.12, `asyncio.wait_for` may swallow a cancellation.
         began = time.perf_counter()
-        await ask(payload)
-        taken_s.append(time.perf_counter() - began)
+        await delegate(payload)
+        latencies_s.append(time.perf_counter() - began)
 
 
-async def _pause(seconds: float, askers: Sequence[asyncio.Task[None]]) -> None:
-    """Wait; raise at once what one of those who ask has raised."""
-    done, _ = await asyncio.wait(askers, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    for asker in done:
-        await asker
+async def _pause(seconds: float, loops: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for some seconds, or raise the error of a loop at once."""
+    done, _ = await asyncio.wait(loops, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for loop in done:
+        await loop
 
 
-def figures_of(taken_s: list[float], passed_s: float, cpu_s: float) -> Figures:
-    """Return a requester's figures; raise RuntimeError if nothing came back, so that a mean of nothing has no place."""
-    if not taken_s:
-        raise RuntimeError(f"no task came back within {passed_s:.1f} s")
-    ordered = sorted(taken_s)
+def figures_of(latencies_s: list[float], passed_s: float, cpu_s: float) -> Figures:
+    """Return a requester's figures. Raises RuntimeError if no task ended, because then there is no percentile."""
+    if not latencies_s:
+        raise RuntimeError(f"no task ended within {passed_s:.1f} s")
+    ordered = sorted(latencies_s)
     return {
         "tasks": len(ordered),
         "seconds": round(passed_s, 4),
@@ -153,18 +158,18 @@ def figures_of(taken_s: list[float], passed_s: float, cpu_s: float) -> Figures:
 
 
 @contextlib.asynccontextmanager
-async def side_by_side(work: Callable[[], Awaitable[Any]], count: int = PARALLEL) -> AsyncIterator[None]:
-    """Run `work` again and again, `count` times side by side, while this is entered. What it raises ends the process.
+async def run_concurrently(work: Callable[[], Awaitable[Any]], count: int = PARALLEL) -> AsyncIterator[None]:
+    """Repeat `work` in `count` concurrent loops while this is entered. Its errors end the process.
 
     For clients that take one task per call.
     """
 
-    async def go_on() -> None:
+    async def repeat() -> None:
         while True:
             await work()
 
     async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(go_on()) for _ in range(count)]
+        loops = [group.create_task(repeat()) for _ in range(count)]
         try:
             yield
         finally:
@@ -172,8 +177,8 @@ async def side_by_side(work: Callable[[], Awaitable[Any]], count: int = PARALLEL
                 loop.cancel()
 
 
-class Replies:
-    """Answers on their way, by the number of the task, for clients whose answers come on a list of the requester's."""
+class PendingOutputs:
+    """Expected outputs by task number, for clients that get all outputs from one list."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
@@ -181,17 +186,17 @@ class Replies:
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[tuple[int, asyncio.Future[Any]]]:
-        """Give the number of a new task, and what its answer is set in."""
+        """Yield the number of a new task and the future of its output."""
         self._count += 1
         number = self._count
-        self._waiting[number] = answer = asyncio.get_running_loop().create_future()
+        self._waiting[number] = output = asyncio.get_running_loop().create_future()
         try:
-            yield number, answer
+            yield number, output
         finally:
             del self._waiting[number]
 
-    def settle(self, number: int, answer: Any) -> None:
-        """Pass on an answer; one that nobody waits for any more is dropped."""
+    def deliver(self, number: int, output: Any) -> None:
+        """Set the output of a task; ignore it if nobody waits for it."""
         waiting = self._waiting.get(number)
         if waiting is not None and not waiting.done():
-            waiting.set_result(answer)
+            waiting.set_result(output)

@@ -1,4 +1,4 @@
-"""Both ends with AgentHub's own SDK: `await agent.delegate(...)`, and handlers, one async and one plain."""
+"""Both ends with AgentHub's SDK: `await agent.delegate(...)`, an async handler and a plain handler."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import sys
 from collections.abc import AsyncIterator
 
 from agenthub import Agent
-from benchmarks.ends import Ask, Payload, run_end
+from benchmarks.ends import DelegateOne, Payload, run_end
 
 MAX_TASKS = 1000
 
 
 async def echo(text: str) -> Payload:
-    """Give back what came."""
+    """Return the input."""
     return {"text": text}
 
 
 def echo_in_thread(text: str) -> Payload:
-    """Give back what came, from a thread."""
+    """Return the input from a thread."""
     return {"text": text}
 
 
 def make_worker(url: str | None = None) -> Agent:
-    """Return an agent with both handlers: the capabilities `echo` and `echo-in-thread`."""
+    """Return an agent with both handlers, for the capabilities `echo` and `echo-in-thread`."""
     agent = Agent("echo-worker", url=url, max_tasks=MAX_TASKS)
     agent.capability("echo")(echo)
     agent.capability("echo-in-thread")(echo_in_thread)
@@ -31,24 +31,24 @@ def make_worker(url: str | None = None) -> Agent:
 
 
 @contextlib.asynccontextmanager
-async def working(url: str) -> AsyncIterator[None]:
+async def worker(url: str) -> AsyncIterator[None]:
     async with make_worker(url):
         yield
 
 
 @contextlib.asynccontextmanager
-async def asking(url: str) -> AsyncIterator[Ask]:
+async def requester(url: str) -> AsyncIterator[DelegateOne]:
     async with Agent("echo-requester", url=url) as agent:
-        yield asker(agent)
+        yield delegate_one(agent)
 
 
-def asker(agent: Agent) -> Ask:
-    async def ask(payload: Payload) -> Payload:
+def delegate_one(agent: Agent) -> DelegateOne:
+    async def delegate(payload: Payload) -> Payload:
         answer: Payload = await agent.delegate("echo", payload)
         return answer
 
-    return ask
+    return delegate
 
 
 if __name__ == "__main__":
-    sys.exit(run_end(working, asking))
+    sys.exit(run_end(worker, requester))

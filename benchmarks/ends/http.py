@@ -9,11 +9,11 @@ from typing import Any
 
 from aiohttp import ClientSession, TCPConnector
 
-from benchmarks.ends import Ask, Payload, run_end, side_by_side
+from benchmarks.ends import DelegateOne, Payload, run_concurrently, run_end
 
 
 @contextlib.asynccontextmanager
-async def working(url: str) -> AsyncIterator[None]:
+async def worker(url: str) -> AsyncIterator[None]:
     async with ClientSession(url, connector=TCPConnector(limit=0), raise_for_status=True) as client:
 
         async def work() -> None:
@@ -24,20 +24,20 @@ async def working(url: str) -> AsyncIterator[None]:
                 async with client.post(f"/results/{task['id']}", json=output) as response:
                     await response.read()
 
-        async with side_by_side(work):
+        async with run_concurrently(work):
             yield
 
 
 @contextlib.asynccontextmanager
-async def asking(url: str) -> AsyncIterator[Ask]:
+async def requester(url: str) -> AsyncIterator[DelegateOne]:
     async with ClientSession(url, connector=TCPConnector(limit=0), raise_for_status=True) as client:
 
-        async def ask(payload: Payload) -> Any:
+        async def delegate(payload: Payload) -> Any:
             async with client.post("/tasks/echo", json=payload) as response:
                 return await response.json()
 
-        yield ask
+        yield delegate
 
 
 if __name__ == "__main__":
-    sys.exit(run_end(working, asking))
+    sys.exit(run_end(worker, requester))

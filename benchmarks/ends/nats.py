@@ -1,4 +1,4 @@
-"""Both ends with nats-py: request and reply of NATS core, the workers in a queue group."""
+"""Both ends with nats-py: request and reply of NATS core, with the workers in a queue group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from nats import connect
 
-from benchmarks.ends import TASK_S, Ask, Payload, run_end
+from benchmarks.ends import TASK_S, DelegateOne, Payload, run_end
 
 SUBJECT, GROUP = "echo", "workers"
 
@@ -21,7 +21,7 @@ async def echo(message: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def working(url: str) -> AsyncIterator[None]:
+async def worker(url: str) -> AsyncIterator[None]:
     connection = await connect(url)
     try:
         await connection.subscribe(SUBJECT, queue=GROUP, cb=echo)
@@ -32,18 +32,18 @@ async def working(url: str) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def asking(url: str) -> AsyncIterator[Ask]:
+async def requester(url: str) -> AsyncIterator[DelegateOne]:
     connection = await connect(url)
 
-    async def ask(payload: Payload) -> Any:
+    async def delegate(payload: Payload) -> Any:
         reply = await connection.request(SUBJECT, json.dumps(payload).encode(), timeout=TASK_S)
         return json.loads(reply.data)
 
     try:
-        yield ask
+        yield delegate
     finally:
         await connection.close()
 
 
 if __name__ == "__main__":
-    sys.exit(run_end(working, asking))
+    sys.exit(run_end(worker, requester))

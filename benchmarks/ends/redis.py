@@ -1,4 +1,4 @@
-"""Both ends with redis-py: a list of tasks for all workers (RPUSH, BLPOP), and a list of answers for each requester."""
+"""Both ends with redis-py: one list of tasks for all workers (RPUSH, BLPOP), one list of outputs per requester."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from benchmarks.ends import Ask, Payload, Replies, run_end, side_by_side
+from benchmarks.ends import DelegateOne, Payload, PendingOutputs, run_concurrently, run_end
 
 QUEUE = "tasks:echo"
-POLL_S = 10  # How long one BLPOP waits; then it is sent again.
-READERS = 4  # Of the list of answers: one alone would be waiting for its own round trips.
+POLL_S = 10  # Timeout of one BLPOP, which is then repeated.
+READERS = 4  # Concurrent readers of the outputs: a single one would spend its time in round trips.
 
 
 async def _pop(client: Redis, key: str) -> Any:
-    """Return the next entry of a list, as JSON; None if none came for POLL_S seconds."""
+    """Return the next entry of a list, parsed as JSON, or None after POLL_S seconds."""
     popped = await client.blpop([key], timeout=POLL_S)
     return None if popped is None else json.loads(popped[1])
 
 
 @contextlib.asynccontextmanager
-async def working(url: str) -> AsyncIterator[None]:
+async def worker(url: str) -> AsyncIterator[None]:
     async with Redis.from_url(url, socket_timeout=None) as client:
 
         async def work() -> None:
             task = await _pop(client, QUEUE)
             if task is not None:
-                answer = {"id": task["id"], "output": {"text": task["input"]["text"]}}
-                await client.rpush(task["reply_to"], json.dumps(answer))
+                result = {"id": task["id"], "output": {"text": task["input"]["text"]}}
+                await client.rpush(task["reply_to"], json.dumps(result))
 
         await client.ping()
-        async with side_by_side(work):
+        async with run_concurrently(work):
             yield
 
 
 @contextlib.asynccontextmanager
-async def asking(url: str) -> AsyncIterator[Ask]:
-    replies, own_list = Replies(), f"answers:{os.getpid()}"
+async def requester(url: str) -> AsyncIterator[DelegateOne]:
+    outputs, own_list = PendingOutputs(), f"outputs:{os.getpid()}"
     async with Redis.from_url(url, socket_timeout=None) as client:
 
         async def read() -> None:
-            answer = await _pop(client, own_list)
-            if answer is not None:
-                replies.settle(answer["id"], answer["output"])
+            result = await _pop(client, own_list)
+            if result is not None:
+                outputs.deliver(result["id"], result["output"])
 
-        async def ask(payload: Payload) -> Any:
-            with replies.expected() as (number, output):
+        async def delegate(payload: Payload) -> Any:
+            with outputs.expected() as (number, output):
                 await client.rpush(QUEUE, json.dumps({"id": number, "reply_to": own_list, "input": payload}))
                 return await output
 
-        async with side_by_side(read, READERS):
-            yield ask
+        async with run_concurrently(read, READERS):
+            yield delegate
 
 
 if __name__ == "__main__":
-    sys.exit(run_end(working, asking))
+    sys.exit(run_end(worker, requester))

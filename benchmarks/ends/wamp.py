@@ -1,4 +1,4 @@
-"""Both ends with autobahn on asyncio: a call and a registered procedure of WAMP, by way of a Crossbar router."""
+"""Both ends with autobahn on asyncio: a WAMP call and a registered procedure, through a Crossbar router."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from autobahn.asyncio.wamp import ApplicationRunner, ApplicationSession
 from autobahn.wamp.types import RegisterOptions
 
-from benchmarks.ends import Ask, Payload, run_end
+from benchmarks.ends import DelegateOne, Payload, run_end
 
 REALM, PROCEDURE = "bench", "bench.echo"
 
@@ -22,7 +22,7 @@ async def echo(payload: Payload) -> Payload:
 
 @contextlib.asynccontextmanager
 async def _session(url: str) -> AsyncIterator[Any]:
-    """Give a session that has joined the realm; the runner's way, without its own loop."""
+    """Yield a session that has joined the realm. The runner cannot be used as usual, because it starts its own loop."""
     joined: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     class Session(ApplicationSession):
@@ -40,21 +40,21 @@ async def _session(url: str) -> AsyncIterator[Any]:
 
 
 @contextlib.asynccontextmanager
-async def working(url: str) -> AsyncIterator[None]:
+async def worker(url: str) -> AsyncIterator[None]:
     async with _session(url) as session:
         await session.register(echo, PROCEDURE, options=RegisterOptions(invoke="roundrobin"))
         yield
 
 
 @contextlib.asynccontextmanager
-async def asking(url: str) -> AsyncIterator[Ask]:
+async def requester(url: str) -> AsyncIterator[DelegateOne]:
     async with _session(url) as session:
 
-        async def ask(payload: Payload) -> Any:
+        async def delegate(payload: Payload) -> Any:
             return await session.call(PROCEDURE, payload)
 
-        yield ask
+        yield delegate
 
 
 if __name__ == "__main__":
-    sys.exit(run_end(working, asking))
+    sys.exit(run_end(worker, requester))
