@@ -94,13 +94,13 @@ class FilledHub:
 
     def send(self, connection: str, message: Any) -> list[Effect]:
         """Send the hub a message, and encode its messages, each broadcast once."""
-        return carry_out(self.hub.receive(connection, message, self.now, 200))
+        return carry_out(self.hub.receive(connection, message, self.now, 200).effects)
 
     def tick(self) -> None:
         """Let the hub purge the records of ended tasks, as its server does."""
         self.now += 1.0
         while self.hub.next_deadline() <= self.now:
-            carry_out(self.hub.tick(self.now))
+            carry_out(self.hub.tick(self.now).effects)
 
 
 def carry_out(effects: list[Effect]) -> list[Effect]:
@@ -171,7 +171,7 @@ def expire(open_tasks: int) -> Row:
     while ended < open_tasks:
         time.sleep(max(0.0, hub.next_deadline() - (time.perf_counter() - began)))
         now = time.perf_counter() - began
-        ended += sum(isinstance(action, TaskOutcome) for _, action in carry_out(hub.tick(now)))
+        ended += sum(isinstance(action, TaskOutcome) for _, action in carry_out(hub.tick(now).effects))
         longest_s = max(longest_s, time.perf_counter() - began - now)
     return {
         "last_late_ms": (time.perf_counter() - began - last_deadline) * 1e3,

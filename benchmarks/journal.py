@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import agenthub
-from agenthub import Delegate, Delegated, Hub, HubSettings, Journal, Register, Result, Session, Status, TaskOutcome
+from agenthub import (
+    Changes,
+    Delegate,
+    Delegated,
+    Hub,
+    HubSettings,
+    Journal,
+    Register,
+    Result,
+    Session,
+    Status,
+    TaskOutcome,
+)
 from benchmarks.measure import Options, Row, Unavailable, alternate, cpu_s, hub, medians, progress
 
 NAME = "journal"
@@ -130,14 +142,17 @@ def make_journal(path: Path, tasks: int) -> None:
     journal.open()
     settings = HubSettings(open_tasks_max=tasks, pending_tasks_max=tasks)
     hub = Hub(settings, entropy=os.urandom, now=0.0, is_journaled=True)
+    changes = Changes()
     for connection, register in (("w", Register(name="w", capabilities=["work"])), ("r", Register(name="r"))):
         hub.connected(connection, 0.0)
-        hub.receive(connection, register, 0.0)
+        changes.merge(hub.receive(connection, register, 0.0).changes or Changes())
     for number in range(tasks):
-        hub.receive("r", Delegate(task_id=f"t{number}", capability="work", input=PAYLOAD, ttl=80_000.0), 0.0, 200)
+        task = Delegate(task_id=f"t{number}", capability="work", input=PAYLOAD, ttl=80_000.0)
+        changes.merge(hub.receive("r", task, 0.0, 200).changes or Changes())
         if number % 1000 == 999:
-            journal.write(hub.take_changes(), time.time())
-    journal.write(hub.take_changes(), time.time())
+            journal.write(changes, time.time())
+            changes = Changes()
+    journal.write(changes, time.time())
     journal.close()
 
 
