@@ -3,8 +3,12 @@
 One thread and virtual time. The real `Hub` and the real `Journal` run between model agents that speak through the
 real codec; the server in between is modelled after GroupCommit: effects wait until the changes that they follow from
 are written. Connections are cut, agents die, hang and lie, clocks jump, and the hub is killed between any two steps
-and restarted from what the disk has kept. What the hub says, and what the agents know, is entered in books (`Ledger`),
-which raise `Violation` at the first word that breaks a promise.
+and restarted from what the disk has kept. Everything that the hub decides and sends is entered in a `Ledger`, which
+raises `Violation` at the first effect that breaks a promise.
+
+Three seeds in ten run a hub without a journal. Its death forgets everything, and nothing else may: within one life it
+keeps every promise. Its agents then behave like the SDK: they get a new identity, delegate a task again if that was
+not acknowledged or has retries left, and give up the others (`hub_lost`).
 
     python -m tests.simulation --seed 7 --verbose      replays one history
     python -m tests.simulation --seeds 100000          runs many, and stops at the first that fails
@@ -12,8 +16,8 @@ which raise `Violation` at the first word that breaks a promise.
 The disk: the journal is in memory, and its serialized image is what survives. The end of the process keeps what was
 committed. A loss of power keeps what was synced: with sync "full" that is the last commit, so that everything is
 promised; with sync "normal" it is the last checkpoint, and by contract the hub may forget what came after. Tasks and
-agents with a row written after that checkpoint are then `tainted`, and nothing is asked of them any more but that
-their memory is given back at the end; all others keep every promise. Which of the two the disk does is read from the
+agents with a row written after that checkpoint are then `tainted`: nothing is checked about them any more, but that
+the hub forgets them in the end. All others keep every promise. Which of the two the disk does is read from the
 connection's own `PRAGMA synchronous`, so a journal that only claims to sync is found out.
 """
 
@@ -35,8 +39,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from agenthub import (
-    CLOCK_STEP_S,
-    FINAL_STATES,
     AgentMessage,
     Changes,
     Close,
@@ -47,7 +49,6 @@ from agenthub import (
     Deregister,
     Deregistered,
     Discover,
-    Discovered,
     Effect,
     Error,
     ErrorInfo,
@@ -63,29 +64,21 @@ from agenthub import (
     Status,
     StatusReply,
     Step,
-    TaskAck,
     TaskOutcome,
-    TaskState,
     decoder_from_agent,
     decoder_from_hub,
     encode,
 )
+from tests.ledger import FINAL, TIMER_LATE_S, Connection, Entry, Ledger, Violation
 
 EVENTS = 500  # Before a run is let come to rest.
 HEARTBEAT_S = 2.0
 RETENTION_S = 5000.0  # Longer than a run and all the jumps of its clock forwards.
 TTLS_S = (0.3, 1.0, 3.0, 6.0, 12.0)
 CAPABILITIES = ("a", "b")
-TIMER_LATE_S = 0.05  # The server's timer fires this late at the most.
-EPSILON_S = 1e-5  # Times of about 1e9 seconds are stored as floats.
 TRIES_TO_REST = 20_000  # Events; more without coming to rest is a violation.
-FINAL = frozenset(state.value for state in FINAL_STATES)
 
-OPENED, ENDED = "opened", "ended"  # What a link carries beside messages: its beginning and its end.
-
-
-class Violation(AssertionError):
-    """The hub broke a promise. The text names the seed and the command that replays it."""
+OPENED, ENDED = "opened", "ended"  # What a link carries next to messages: its beginning and its end.
 
 
 # What goes wrong in a run: how likely each action of an agent is, relative to the others. Each run does without some.
@@ -94,13 +87,14 @@ FAULTS = {
     "contradict": 0.3,  # Sends another delegate under the id of one.
     "cancel": 0.8,
     "progress": 0.5,
-    "forge": 1.0,  # Answers for somebody else's task, or for an attempt of any number.
-    "answer_again": 0.8,  # Answers once more what it has answered before.
-    "lie_lost": 0.8,  # Says that it does not have a task that it works on.
+    "forge": 1.0,  # Sends a result of another agent's task, or of any attempt.
+    "answer_again": 0.8,  # Sends another result of a task that it has finished.
+    "lie_lost": 0.8,  # Reports a task that it works on as lost.
     "garbage": 0.3,
     "ask": 0.5,
-    "register_again": 0.3,
-    "replace": 0.3,  # Opens a second connection under the same identity.
+    "register_again": 0.5,  # Perhaps with another `max_tasks`.
+    "replace": 0.3,  # Resumes its session on a second connection.
+    "impersonate": 0.4,  # Tries to resume another agent's session with a wrong secret.
     "hang": 0.5,
     "cut": 1.2,
     "die": 0.6,
@@ -113,6 +107,7 @@ class Plan:
     """What a seed decides before anything happens."""
 
     def __init__(self, random: random.Random) -> None:
+        self.is_journaled = random.random() < 0.7
         self.sync = random.choice(("full", "full", "normal"))
         self.settings = HubSettings(
             heartbeat_s=HEARTBEAT_S,
@@ -129,6 +124,7 @@ class Plan:
         self.pause_s = random.choice((0.1, 0.3, 0.6))  # Between two actions of an agent, on average.
         self.work_s = random.choice((0.05, 0.5, 2.0))
         self.kill = random.choice((0.0, 0.005, 0.015, 0.03))  # Per event.
+        self.kill_soon = random.choice((0.0, 0.3, 0.6))  # Per start: the hub dies again before all agents are back.
         self.kill_between_effects = random.choice((0.0, 0.02, 0.1))
         self.power_loss = random.choice((0.0, 0.5, 1.0))  # Of the deaths of the hub.
         self.cut_in_message = random.choice((0.0, 0.01, 0.03))
@@ -187,297 +183,23 @@ class DiskJournal(Journal):
         return int(count)
 
 
-# The books.
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Book:
-    """What is known of one task: what was asked for, what the hub has said of it, and what it may say."""
-
-    request: Delegate
-    requester: str  # Its agent_id.
-    parent: Book | None
-    is_acknowledged: bool = False  # By the hub; its requester need not have heard it.
-    is_reachable: bool = True  # Its requester remembers it, and has not left.
-    is_tainted: bool = False  # A loss of power may have taken something of it, by contract.
-    is_sent: bool = False  # Its end was sent to its requester, who need not have received it.
-    due: float | None = None  # Its deadline in virtual time; None while no hub has accepted it.
-    due_wall: float | None = None  # The same as the journal has it, by the wall clock; None until it is written.
-    attempt: int = 0  # The highest that the hub has spoken of.
-    delivered: int = 0  # The last attempt that was handed out.
-    deliveries: int = 0
-    holder: Link | None = None  # Where the last attempt is worked on, as far as the hub was told.
-    is_over: bool = False  # The journal has its end.
-    final: str | None = None  # The same as the hub has told to anybody.
-    outcome: tuple[Any, ...] | None = None  # Success, output, error code and text, once told.
-    accepted: tuple[Any, ...] | None = None  # The same, of the result that its worker was told is accepted.
-    answers: set[Any] = dataclasses.field(default_factory=set)  # The outputs that any agent has sent.
-
-
-class Ledger:
-    """The books of all tasks. Every word that the server sends passes through `said`."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self._simulation = simulation
-        self.books: dict[str, Book] = {}
-        self.away_since: dict[str, float | None] = {}  # By agent_id; None while it is online.
-        self.journal_skew_s = simulation.skew_s  # Of the wall clock by which the times in the journal are.
-        self.tainted_agents: set[str] = set()
-
-    def fail(self, text: str) -> NoReturn:
-        self._simulation.fail(text)
-
-    def said(self, link: Link, action: Any, at: float) -> None:
-        """Enter what the hub said, decided at `at`, at the moment it is sent."""
-        if isinstance(action, TaskAck):
-            self._on_acknowledged(action, at)
-        elif isinstance(action, Delegated):
-            self._on_delivery(link, action, at)
-        elif isinstance(action, TaskOutcome):
-            self._on_settled(link, action, at)
-        elif isinstance(action, Registered):
-            self._on_registered(link, action)
-        elif isinstance(action, StatusReply):
-            self._on_reported(action, at)
-        elif isinstance(action, Error):
-            self._on_error(action)
-
-    def accept(self, message: Delegate, at: float) -> None:
-        """Take note that a hub has taken a task in: from here on its time counts."""
-        book = self.books[message.task_id]
-        if book.due is None:
-            book.due = at + message.ttl
-            if book.parent is not None and book.parent.due is not None:
-                book.due = min(book.due, book.parent.due)
-
-    def see(self, task_id: str, state: str, attempt: int, at: float) -> Book:
-        """Take the hub's word for the state of a task."""
-        book = self.books[task_id]
-        if book.is_tainted:
-            return book
-        if book.final is not None and state != book.final:
-            self.fail(f"{task_id} was {book.final}, which is final, and now is {state}")
-        if attempt < book.attempt:
-            self.fail(f"{task_id} was on attempt {book.attempt}, and now is on {attempt}")
-        if attempt > 1 + book.request.max_retries:
-            self.fail(f"{task_id} is on attempt {attempt} with {book.request.max_retries} retries")
-        book.attempt = attempt
-        if state in FINAL and book.final is None:
-            book.final = state
-            if state == TaskState.TIMEOUT and book.due is not None and at < book.due - EPSILON_S:
-                self.fail(f"{task_id} ran out of time {book.due - at:g} s early")
-        return book
-
-    def tell(self, book: Book, outcome: tuple[Any, ...]) -> None:
-        """Take the hub's word for how a task ended."""
-        if book.is_tainted:
-            return
-        task_id = book.request.task_id
-        if book.outcome is not None and outcome != book.outcome:
-            self.fail(f"{task_id} ended as {book.outcome}, and now it ended as {outcome}")
-        if book.accepted is not None and outcome != book.accepted:
-            self.fail(f"{task_id} was answered, and that accepted, with {book.accepted}; but it ended as {outcome}")
-        book.outcome = outcome
-        success, output, code, _ = outcome
-        if success is not (book.final == TaskState.COMPLETED):
-            self.fail(f"{task_id} is {book.final} with success {success}")
-        if success and output not in book.answers:
-            self.fail(f"{task_id} has an output that nobody sent: {output}")
-        retries = book.request.max_retries
-        if code == Code.AGENT_LOST and retries and book.attempt <= retries:
-            self.fail(f"{task_id} was given up after attempt {book.attempt} with {retries} retries")
-
-    def _on_acknowledged(self, reply: TaskAck, at: float) -> None:
-        book = self.see(reply.task_id, reply.state, reply.attempt, at)
-        asked = self._simulation.asked.get(reply.reply_to or "")
-        if asked is None:
-            return
-        agent_id, message = asked
-        if isinstance(message, Delegate):
-            book.is_acknowledged = True
-        elif isinstance(message, Result) and reply.state in FINAL and not book.is_tainted:
-            if agent_id == book.requester and not message.success:
-                return  # It may have called it off.
-            if message.attempt not in (None, reply.attempt):
-                self.fail(f"{reply.task_id}: a result of attempt {message.attempt} was accepted for {reply.attempt}")
-            if book.due is not None and at >= book.due + EPSILON_S:
-                self.fail(f"{reply.task_id}: a result was accepted {at - book.due:g} s after its deadline")
-            outcome = outcome_of(message)
-            if outcome[2] != Code.AGENT_LOST:
-                book.accepted = outcome
-                if book.outcome is not None and book.outcome != outcome:
-                    self.fail(f"{reply.task_id} ended as {book.outcome}, and then {outcome} was accepted")
-
-    def _on_delivery(self, link: Link, delivery: Delegated, at: float) -> None:
-        task_id = delivery.task_id
-        book = self.see(task_id, TaskState.IN_PROGRESS, delivery.attempt, at)
-        if book.is_tainted:
-            return
-        if delivery.attempt <= book.delivered:
-            self.fail(f"{task_id}: attempt {delivery.attempt} was handed out after {book.delivered}")
-        book.deliveries += 1
-        if book.deliveries > 1 + book.request.max_retries:
-            self.fail(f"{task_id} was handed out {book.deliveries} times with {book.request.max_retries} retries")
-        if book.due is not None and at >= book.due:
-            self.fail(f"{task_id} was handed out {at - book.due:g} s after its deadline")
-        if book.holder is not None and book.holder.is_attended and task_id not in book.holder.released:
-            self.fail(f"{task_id}: attempt {delivery.attempt} began while {book.delivered} was being worked on")
-        if link.agent_id not in (None, delivery.agent_id):
-            self.fail(f"{task_id} was handed to {link.agent_id} instead of {delivery.agent_id}")
-        book.delivered, book.holder = delivery.attempt, link
-
-    def _on_settled(self, link: Link, settled: TaskOutcome, at: float) -> None:
-        book = self.see(settled.task_id, settled.state, settled.attempt, at)
-        if not book.is_tainted and link.agent_id not in (None, book.requester):
-            self.fail(f"the end of {settled.task_id} was told to {link.agent_id} instead of {book.requester}")
-        book.is_sent = True
-        self.tell(book, outcome_of(settled))
-
-    def _on_registered(self, link: Link, reply: Registered) -> None:
-        link.agent_id = reply.agent_id
-        for ref in reply.tasks:
-            book = self.see(ref.task_id, TaskState.IN_PROGRESS, ref.attempt, self._simulation.now)
-            if ref.attempt >= book.delivered:
-                book.holder = link
-
-    def _on_reported(self, report: StatusReply, at: float) -> None:
-        for one in report.tasks or ():
-            self.see(one.task_id, one.state, one.attempt, at)
-        if report.task_id is not None:
-            book = self.see(report.task_id, report.state or "", report.attempt or 0, at)
-            # Those who did not ask for the task are told its state and no more.
-            if report.state in FINAL and (report.error is not None or report.output is not None):
-                self.tell(book, outcome_of(report))
-
-    def _on_error(self, error: Error) -> None:
-        book = self.books.get(error.task_id or "")
-        if error.code == Code.INTERNAL:
-            self.fail(f"the hub failed: {error.message}")
-        if error.code == Code.UNKNOWN_TASK and book is not None and book.is_acknowledged and not book.is_tainted:
-            self.fail(f"{error.task_id} was acknowledged, and now it is not known")
-        agent_id, asked = self._simulation.asked.get(error.reply_to or "", ("", None))
-        if not isinstance(asked, Delegate) or book is None or book.is_tainted:
-            return
-        if book.is_acknowledged and agent_id == book.requester:
-            self.fail(f"{error.task_id} was acknowledged, and then refused with {error.code}")
-
-    # What a restart means.
-
-    def wrote(self, changes: Changes, skew_s: float) -> list[str]:
-        """Take note of what is on disk from now on; return the tasks that were set with the clock."""
-        moved = []
-        if abs(skew_s - self.journal_skew_s) > CLOCK_STEP_S:
-            for task_id, book in self.books.items():
-                if book.due_wall is not None:
-                    book.due_wall += skew_s - self.journal_skew_s
-                    moved.append(task_id)
-            self.journal_skew_s = skew_s
-        for row in changes.inserted.values():
-            book = self.books[row.request.task_id]
-            book.due_wall = None if book.due is None else book.due + self.journal_skew_s
-        for row in (*changes.inserted.values(), *changes.updated.values()):
-            if row.end is not None:
-                self.books[row.request.task_id].is_over = True
-        return moved
-
-    def died(self) -> None:
-        """Forget with the hub what it had not written: nothing was said of it."""
-        for book in self.books.values():
-            if book.due_wall is None:
-                book.due = None
-            book.holder = None
-
-    def restarted(self, now: float, skew_s: float) -> None:
-        """Count time on by the wall clock; but nothing lives longer than its ttl from here on."""
-        self.journal_skew_s = skew_s
-        for book in self.books.values():
-            if book.due_wall is not None and not book.is_over:
-                book.due = min(book.due_wall - skew_s, now + book.request.ttl)
-        for agent_id in self.away_since:
-            self.away_since[agent_id] = now
-
-    def taint(self, task_ids: dict[str, None], agent_ids: dict[str, None]) -> None:
-        self.tainted_agents.update(agent_ids)
-        for task_id, book in self.books.items():
-            if task_id in task_ids or book.requester in agent_ids or (book.parent and book.parent.is_tainted):
-                book.is_tainted = True
-
-    # What an observer sees.
-
-    def audit(self, tasks: StatusReply, agents: Discovered, now: float, life: Life) -> None:
-        """Look at what the hub lists at one moment: nothing may be overdue, left lying, or at an agent that is lost."""
-        listed = {one.task_id: one for one in tasks.tasks or ()}
-        is_due = any(one.state == TaskState.PENDING and one.ttl <= 0.001 for one in listed.values())
-        running: collections.Counter[str | None] = collections.Counter()
-        for one in listed.values():
-            if one.state in FINAL:
-                continue
-            book = self.books[one.task_id]
-            late_s = now - max(book.due if book.due is not None else now, life.started)
-            if late_s > TIMER_LATE_S + EPSILON_S and not book.is_tainted:
-                self.fail(f"{one.task_id} is {one.state} {late_s:g} s after its deadline")
-            parent = listed.get(one.parent_id or "")
-            if one.parent_id is not None and (parent is None or parent.state != TaskState.IN_PROGRESS):
-                self.fail(f"{one.task_id} goes on, and {one.parent_id}, of which it is a part, does not")
-            if one.state == TaskState.IN_PROGRESS:
-                running[one.agent_id] += 1
-                away_since = self.away_since.get(one.agent_id or "")
-                grace_s = life.hub.settings.grace_s
-                if away_since is not None and now - away_since > grace_s + TIMER_LATE_S + EPSILON_S:
-                    self.fail(f"{one.task_id} is still with {one.agent_id}, away for {now - away_since:g} s")
-            elif not is_due:  # An agent whose next task is due waits for the tick that ends that one.
-                for agent in agents.agents:
-                    is_able = one.capability in (None, *(each.name for each in agent.capabilities))
-                    is_meant = agent.agent_id == one.agent_id if one.agent_id else agent.agent_id != one.requester
-                    if is_able and is_meant and agent.running < agent.max_tasks:
-                        self.fail(f"{one.task_id} waits, and {agent.agent_id}, which could take it, is free")
-        for agent in agents.agents:
-            if running[agent.agent_id] != agent.running or agent.running > agent.max_tasks:
-                self.fail(f"{agent.agent_id} has {agent.running} tasks, and {running[agent.agent_id]} are listed")
-
-
-def outcome_of(message: Result | TaskOutcome | StatusReply) -> tuple[Any, ...]:
-    """Return what a task's requester is told of its end, in a form that can be compared."""
-    error = message.error
-    if isinstance(error, str):
-        error = ErrorInfo(Code.FAILED, error)
-    success = message.state == TaskState.COMPLETED if isinstance(message, StatusReply) else message.success
-    return success, message.output, error.code if error else None, error.message if error else None
-
-
 # The network.
 
 
-class Link:
-    """One connection, with what is under way on it in both directions."""
-
-    __slots__ = (
-        "agent",
-        "agent_id",
-        "down",
-        "down_due",
-        "is_attended",
-        "is_broken",
-        "is_open",
-        "life",
-        "number",
-        "released",
-        "up",
-        "up_due",
-    )
+class Link(Connection):
+    """One connection, with the messages on their way in both directions."""
 
     def __init__(self, number: int, agent: ModelAgent | None, life: Life) -> None:
+        super().__init__()
         self.number = number
-        self.agent = agent  # None: an observer.
-        self.agent_id: str | None = None  # Once the hub has said so.
+        self.agent = agent  # None: an observer, or an impostor.
         self.life = life
         self.up: collections.deque[Any] = collections.deque()
         self.down: collections.deque[Any] = collections.deque()
         self.up_due = self.down_due = 0.0
-        self.is_attended = True  # The hub does not know that it has ended.
         self.is_open = True  # The agent does not know that it has ended.
+        self.is_lost = False  # The server cannot send on it any more.
         self.is_broken = False  # Nothing gets through any more.
-        self.released: set[str] = set()  # Tasks that the agent has said it does not have; all when it leaves.
 
 
 # The server.
@@ -495,19 +217,23 @@ class Life:
         self.started = simulation.now
         self._clock_start = simulation.random.uniform(0.0, 100_000.0)
         plan = simulation.plan
-        self.journal = simulation.journal_class(image, sync=plan.sync)
-        self.journal.open()
+        self.journal: DiskJournal | None = None
+        restored = Step([])
         self.hub = simulation.hub_class(
-            plan.settings, entropy=simulation.random.randbytes, now=self.clock(), is_journaled=True
+            plan.settings, entropy=simulation.random.randbytes, now=self.clock(), is_journaled=plan.is_journaled
         )
-        agents, tasks, last = self.journal.load(self._offset())
+        if plan.is_journaled:
+            self.journal = simulation.journal_class(image, sync=plan.sync)
+            self.journal.open()
+            agents, tasks, last = self.journal.load(self._offset())
+            restored = self.hub.restore(agents, tasks, last - plan.settings.grace_s)
         self.is_dead = False
-        self.observer: Link | None = None
+        self._observer: Link | None = None
         self._changes: Changes | None = None
         self._held: list[tuple[Effect, float]] = []
         self._is_busy = False
         self._armed_for: float | None = None
-        self._apply(self.hub.restore(agents, tasks, last - plan.settings.grace_s))
+        self._apply(restored)
 
     def clock(self) -> float:
         """Return the monotonic clock of this life, which starts anywhere."""
@@ -522,8 +248,9 @@ class Life:
         self._apply(self.hub.connected(link, self.clock()))
 
     def disconnected(self, link: Link) -> None:
-        self._note_away(link)
-        self._apply(self.hub.disconnected(link, self.clock()))
+        link.is_lost = True
+        self._note_disconnected(link)
+        self._decided(None, None, self.hub.disconnected(link, self.clock()))
 
     def received(self, link: Link, raw: bytes) -> None:
         message: AgentMessage | InvalidMessage
@@ -531,25 +258,37 @@ class Life:
             message = decoder_from_agent()(raw)
         except InvalidMessage as error:
             message = error
-        step = self.hub.receive(link, message, self.clock(), len(raw))
-        if isinstance(message, Delegate):
-            for _, action in step.effects:
-                if isinstance(action, TaskAck) and action.reply_to == message.id:
-                    self.simulation.ledger.accept(message, self.simulation.now)
-        elif isinstance(message, Register):
-            for whom, action in step.effects:
-                if isinstance(action, Registered) and whom is link:
-                    link.agent_id = action.agent_id
-                    self.simulation.ledger.away_since[action.agent_id] = None
+        self._decided(link, message, self.hub.receive(link, message, self.clock(), len(raw)))
+
+    def _decided(self, link: Link | None, message: Any, step: Step) -> None:
+        """Enter what the hub decided in the ledger, and apply it."""
+        for to, action in step.effects:
+            if isinstance(action, Close):
+                self._note_disconnected(to)
+        self.simulation.ledger.decided(link, message, step.effects, self.simulation.now, self._state_of)
         self._apply(step)
 
-    def _note_away(self, link: Link) -> None:
-        """Take note that the hub has lost sight of an agent, unless that is there by another link."""
-        ledger, agent_id = self.simulation.ledger, link.agent_id
+    def _state_of(self, task_id: str) -> tuple[str, int] | None:
+        """Return the state and the attempt of a task as the hub states them at this moment."""
+        reply = self._observe(Status(id="state", task_id=task_id))
+        return None if isinstance(reply, Error) else (reply.state, reply.attempt)
+
+    def _observe(self, question: AgentMessage) -> Any:
+        """Return the reply to the question of an observer, who changes nothing."""
+        if self._observer is None or not self._observer.is_attended:
+            self._observer = self.simulation.link(None)
+            self._apply(self.hub.connected(self._observer, self.clock()))
+        message = decoder_from_agent()(encode(question))
+        ((_, reply),) = self.hub.receive(self._observer, message, self.clock(), 50).effects
+        return decoder_from_hub()(encode(reply))
+
+    def _note_disconnected(self, link: Link) -> None:
+        """Enter that an agent is disconnected, unless it is online on another link."""
+        agent_id = link.agent_id
         if link.is_attended and agent_id is not None:
             others = (one for one in self.simulation.links if one.is_attended and one is not link)
             if not any(one.agent_id == agent_id for one in others):
-                ledger.away_since[agent_id] = self.simulation.now
+                self.simulation.ledger.disconnected(agent_id, self.simulation.now)
         link.is_attended = False
 
     # Effects.
@@ -569,9 +308,6 @@ class Life:
             if not self._is_busy and not self.is_dead:
                 self._is_busy = True
                 self.simulation.after(self.simulation.latency_s() / 4, self._write)
-        for link, action in effects:
-            if isinstance(action, Close):
-                self._note_away(link)
         self._arm()
 
     def _write(self) -> None:
@@ -590,7 +326,7 @@ class Life:
         self.simulation.after(duration_s, self._commit, changes, held, self._offset(), skew_s)
 
     def _commit(self, changes: Changes, held: list[tuple[Effect, float]], offset: float, skew_s: float) -> None:
-        if self.is_dead:
+        if self.is_dead or self.journal is None:
             return
         simulation = self.simulation
         if not simulation.is_calm and simulation.random.random() < simulation.plan.failed_write:
@@ -602,14 +338,14 @@ class Life:
                 simulation.after(0.0 if not self.hub.is_full else 1.0, self._try, changes, held)
                 if not self.hub.is_full:
                     self.hub.is_full = True
-                    simulation.after(5.0, self._look_for_room)
+                    simulation.after(5.0, self._on_space_freed)
                 return
         else:
             self.journal.write(changes, offset)
         simulation.wrote(changes, skew_s)
         simulation.after(simulation.random.uniform(0.0, 0.005), self._on_written, held)
 
-    def _look_for_room(self) -> None:
+    def _on_space_freed(self) -> None:
         self.hub.is_full = False
 
     def _on_written(self, held: list[tuple[Effect, float]]) -> None:
@@ -622,14 +358,23 @@ class Life:
             self._is_busy = False
 
     def _carry_out(self, effects: list[tuple[Effect, float]]) -> None:
+        """Carry out effects; the hub redelivers an outcome whose connection was lost while it was held back."""
         simulation = self.simulation
+        undelivered: list[str] = []
         for (link, action), at in effects:
             if self.is_dead:
                 return
             if simulation.may_fail(simulation.plan.kill_between_effects):
                 simulation.kill("between two effects")
                 return
-            simulation.carry_out(link, action, at)
+            if isinstance(action, TaskOutcome) and link.is_lost:
+                undelivered.append(action.task_id)
+            else:
+                simulation.carry_out(link, action, at)
+        for task_id in undelivered:
+            simulation.ledger.redelivered(task_id)
+            simulation.seen["redelivered"] += 1
+            self._decided(None, None, self.hub.redeliver(task_id, self.clock()))
 
     @property
     def is_idle(self) -> bool:
@@ -649,29 +394,17 @@ class Life:
         if self.is_dead or self._armed_for != deadline:
             return
         self._armed_for = None
-        self._apply(self.hub.tick(max(self.clock(), deadline)))
+        self._decided(None, None, self.hub.tick(max(self.clock(), deadline)))
 
     def audit(self) -> None:
-        """Ask as an observer what there is, and see whether it may be so."""
-        if self.observer is None or not self.observer.is_attended:
-            self.observer = self.simulation.link(None)
-            self.connected(self.observer)
-        if self.is_dead:
-            return
-        replies: list[Any] = []
-        for question in (Status(id="audit", tasks=True), Discover(id="audit", limit=1000)):
-            message = decoder_from_agent()(encode(question))
-            step = self.hub.receive(self.observer, message, self.clock(), 50)
-            replies += [decoder_from_hub()(encode(one)) for _, one in step.effects if not isinstance(one, Close)]
-            self._apply(step)
-            if self.is_dead:
-                return
-        tasks, agents = replies
-        self.simulation.ledger.audit(tasks, agents, self.simulation.now, self)
+        """Check all that the hub lists at this moment."""
+        tasks = self._observe(Status(id="audit", tasks=True))
+        agents = self._observe(Discover(id="audit", limit=1000))
+        self.simulation.ledger.audit(tasks, agents, self.simulation.now, self.started)
 
 
 def may_overtake(action: Any) -> bool:
-    """Tell what need not wait for the journal, as GroupCommit does."""
+    """Return whether an effect need not wait for the journal, as GroupCommit does."""
     return isinstance(action, HeartbeatAck) or (isinstance(action, Error) and action.code == Code.OVERLOADED)
 
 
@@ -679,7 +412,7 @@ def may_overtake(action: Any) -> bool:
 
 
 class ModelAgent:
-    """An agent that requests, works, or both. What it keeps until when is as in the SDK; `act` does the rest."""
+    """An agent that requests, works, or both. It keeps its state as the SDK does; `act` does the rest."""
 
     def __init__(self, simulation: Simulation, name: str, capabilities: list[str], max_tasks: int) -> None:
         self.simulation = simulation
@@ -693,12 +426,12 @@ class ModelAgent:
         self.has_left = False  # For good.
         self.hung_until = 0.0
         self.last_received = 0.0
-        self.memory = 0  # Counts its memories: what an earlier one has started is not known to a later one.
+        self.memory = 0  # How often it lost its memory: timers of an earlier one have no effect.
         self.running: dict[str, int] = {}  # The attempt, by task_id.
         self.results: dict[str, Result] = {}  # Of tasks done here, until the hub has them.
         self.answered: list[Result] = []
         self.open: dict[str, bool] = {}  # Whether it was acknowledged, by task_id.
-        self.mine: dict[str, None] = {}  # All tasks that it ever asked for under this identity.
+        self.mine: dict[str, None] = {}  # All tasks that it delegated under this identity.
 
     # Its connection.
 
@@ -728,7 +461,7 @@ class ModelAgent:
         )
 
     def _beat(self, link: Link) -> None:
-        """Keep a link alive; have done with one on which the hub has been silent for too long."""
+        """Send heartbeats on a link; drop one on which the hub has been silent for too long."""
         if self.link is not link:
             return
         simulation = self.simulation
@@ -742,7 +475,7 @@ class ModelAgent:
             simulation.after(HEARTBEAT_S, self._beat, link)
 
     def closed(self, link: Link, code: int) -> None:
-        """Take note that a link has ended, and try to get another."""
+        """Reconnect after a link has ended."""
         link.is_open = False
         if self.link is not link:
             return
@@ -750,33 +483,34 @@ class ModelAgent:
         if self.is_leaving and (code == CloseCode.DONE or self.simulation.random.random() < 0.5):
             self.forget()
         self.is_leaving = False
-        self.simulation.after(self.simulation.random.uniform(0.0, 0.5), self.connect)
+        longest_s = 3.0 if self.simulation.may_fail(0.4) else 0.5
+        self.simulation.after(self.simulation.random.uniform(0.0, longest_s), self.connect)
 
     def forget(self, *, identity: bool = True) -> None:
-        """Lose the memory; all of it, or all but the identity."""
+        """Lose the memory, with or without the identity."""
         self.memory += 1
         self.running.clear()
         self.results.clear()
         self.answered.clear()
         self.open.clear()
         for task_id in self.mine:
-            self.simulation.ledger.books[task_id].is_reachable = False
+            self.simulation.ledger.entries[task_id].is_reachable = False
         if identity:
             self.identity = None
             self.mine.clear()
 
-    # What it says.
+    # What it sends.
 
     def ask(self, message: AgentMessage) -> None:
         simulation = self.simulation
         if self.link is None:
             return
         message.id = f"m{next(simulation.serial)}"
-        simulation.asked[message.id] = (self.identity[0] if self.identity else "", message)
-        if isinstance(message, Result) and isinstance(message.error, ErrorInfo):  # It says that it lost the task.
+        simulation.ledger.requests[message.id] = (self.identity[0] if self.identity else "", message)
+        if isinstance(message, Result) and isinstance(message.error, ErrorInfo):  # It reports the task as lost.
             self.link.released.add(message.task_id)
         if isinstance(message, Delegate) and self.identity is not None:
-            simulation.ledger.books[message.task_id].requester = self.identity[0]
+            simulation.ledger.entries[message.task_id].requester = self.identity[0]
         simulation.send(self.link, encode(message))
 
     def act(self) -> None:
@@ -795,38 +529,61 @@ class ModelAgent:
         named = random.choice(self.simulation.agents).identity if target < 0.35 else None
         parent_id = random.choice([*self.running]) if self.running and random.random() < 0.4 else None
         request = Delegate(
-            task_id=f"t{len(ledger.books) + 1}",
+            task_id=f"t{len(ledger.entries) + 1}",
             agent_id=named[0] if named else None,
             capability=random.choice(CAPABILITIES) if named is None or target < 0.15 else None,
-            input={"n": len(ledger.books)},
+            input={"n": len(ledger.entries)},
             ttl=random.choice(TTLS_S),
             priority=random.choice((0, 0, 5)),
-            max_retries=random.randint(0, 3),
+            max_retries=random.choice((0, 1, 2, 3, 3)),
             parent_id=parent_id,
             wait=random.random() < 0.7,
         )
-        parent = ledger.books.get(parent_id or "")
-        book = ledger.books[request.task_id] = Book(request, self.identity[0], parent)
-        book.is_tainted = parent is not None and parent.is_tainted
+        parent = ledger.entries.get(parent_id or "")
+        entry = ledger.entries[request.task_id] = Entry(request, self.identity[0], parent)
+        entry.is_tainted = parent is not None and parent.is_tainted
         self.open[request.task_id] = False
         self.mine[request.task_id] = None
         self.ask(dataclasses.replace(request))
 
-    def _resubmit(self, task_id: str) -> None:
+    def _send_again(self, task_id: str) -> None:
+        """Send the delegate of a task again; to a hub that has forgotten the task, as a new one."""
         if task_id in self.mine:
-            self.ask(dataclasses.replace(self.simulation.ledger.books[task_id].request))
+            ledger = self.simulation.ledger
+            entry = ledger.entries[task_id]
+            if entry.is_forgotten:
+                ledger.renew(task_id, entry.requester, entry.request)
+            self.ask(dataclasses.replace(entry.request))
+
+    def _resubmit(self, task_id: str) -> None:
+        """Delegate an acknowledged task again that the hub has forgotten, if it has retries left; or give it up."""
+        simulation = self.simulation
+        entry = simulation.ledger.entries[task_id]
+        ttl = (entry.due or 0.0) - simulation.now
+        if not entry.is_forgotten or entry.request.max_retries == 0 or entry.request.parent_id is not None or ttl <= 0:
+            simulation.seen["hub_lost"] += 1
+            del self.open[task_id]
+            self.mine.pop(task_id, None)
+            return
+        simulation.seen["resubmitted"] += 1
+        request = dataclasses.replace(entry.request, ttl=ttl, max_retries=entry.request.max_retries - 1)
+        simulation.ledger.renew(task_id, entry.requester, request)
+        self.open[task_id] = False
+        self._send_again(task_id)
 
     def _do_repeat(self) -> None:
-        # Not one that was refused: that would be a new one.
-        task_ids = [one for one in self.mine if one in self.open or self.simulation.ledger.books[one].is_acknowledged]
+        # Not one that was refused or forgotten: that would be a new one.
+        entries = self.simulation.ledger.entries
+        known = [one for one in self.mine if not entries[one].is_forgotten]
+        task_ids = [one for one in known if one in self.open or entries[one].is_acknowledged]
         if task_ids:
-            self._resubmit(self.simulation.random.choice(task_ids))
+            self._send_again(self.simulation.random.choice(task_ids))
 
     def _do_contradict(self) -> None:
-        known = self.simulation.ledger.books.values()
-        books = [book for book in known if book.is_acknowledged and not book.is_tainted]
-        if books:
-            request = self.simulation.random.choice(books).request
+        known = self.simulation.ledger.entries.values()
+        entries = [entry for entry in known if entry.is_acknowledged and not entry.is_unpromised]
+        if entries:
+            request = self.simulation.random.choice(entries).request
             message = dataclasses.replace(request, input="another", id=f"x{next(self.simulation.serial)}")
             assert self.link is not None
             self.simulation.send(self.link, encode(message))
@@ -840,12 +597,12 @@ class ModelAgent:
             self.ask(Status(task_id=self.simulation.random.choice([*self.running]), progress=0.5, detail="half"))
 
     def _do_forge(self) -> None:
-        random, books = self.simulation.random, self.simulation.ledger.books
-        others = [task_id for task_id, book in books.items() if self.identity and book.requester != self.identity[0]]
-        retried = [task_id for task_id in others if books[task_id].attempt > 1 and books[task_id].final is None]
+        random, entries = self.simulation.random, self.simulation.ledger.entries
+        others = [task_id for task_id, one in entries.items() if self.identity and one.requester != self.identity[0]]
+        retried = [task_id for task_id in others if entries[task_id].attempt > 1 and entries[task_id].final is None]
         if retried and random.random() < 0.5:
             task_id = random.choice(retried)
-            self._answer(task_id, random.randint(1, books[task_id].attempt), is_kept=False)
+            self._answer(task_id, random.randint(1, entries[task_id].attempt), is_kept=False)
         elif others:
             self._answer(random.choice(others[-8:]), random.choice((None, 1, 1, 2, 3)), is_kept=False)
 
@@ -853,7 +610,7 @@ class ModelAgent:
         if self.answered:
             former = self.simulation.random.choice(self.answered)
             output = f"{former.output} again"
-            self.simulation.ledger.books[former.task_id].answers.add(output)
+            self.simulation.ledger.entries[former.task_id].answers.add(output)
             self.ask(Result(task_id=former.task_id, success=True, output=output, attempt=former.attempt))
 
     def _do_lie_lost(self) -> None:
@@ -867,12 +624,28 @@ class ModelAgent:
         self.simulation.send(self.link, self.simulation.random.choice(garbage))
 
     def _do_ask(self) -> None:
-        books = self.simulation.ledger.books
-        if books:
-            self.ask(Status(task_id=self.simulation.random.choice([*books])))
+        entries = self.simulation.ledger.entries
+        if entries:
+            self.ask(Status(task_id=self.simulation.random.choice([*entries])))
 
     def _do_register_again(self) -> None:
+        self.max_tasks = self.simulation.random.randint(1, 3)
         self.register()
+
+    def _do_impersonate(self) -> None:
+        """Try to resume the session of any agent with a wrong secret, on a connection of its own."""
+        simulation = self.simulation
+        if simulation.life is None:
+            return
+        identities = [agent.identity for agent in simulation.agents if agent.identity is not None]
+        agent_id, secret = simulation.random.choice(identities)
+        wrong = simulation.random.choice(("", "guessed", secret[:-1], secret.upper() + "0", agent_id))
+        message = Register(name="impostor", agent_id=agent_id, resume=wrong, id=f"i{next(simulation.serial)}")
+        simulation.ledger.requests[message.id or ""] = "", message
+        link = simulation.link(None)
+        simulation.push_up(link, OPENED)
+        simulation.push_up(link, encode(message))
+        simulation.after(1.0, simulation.cut, link)
 
     def _do_replace(self) -> None:
         old, self.link = self.link, None
@@ -889,7 +662,7 @@ class ModelAgent:
         self.simulation.cut(self.link)
 
     def _do_die(self) -> None:
-        """End with the process: what it worked on is lost, and perhaps the rest of its memory."""
+        """End with the process: the tasks in progress are lost, and perhaps the rest of its memory."""
         assert self.link is not None
         link, random = self.link, self.simulation.random
         self.simulation.cut(link)
@@ -910,9 +683,9 @@ class ModelAgent:
     def _leave(self, message: Deregister) -> None:
         assert self.link is not None
         self.is_leaving = True
-        self.link.released.update(self.simulation.ledger.books)
+        self.link.released.update(self.simulation.ledger.entries)
         for task_id in self.mine:
-            self.simulation.ledger.books[task_id].is_reachable = False
+            self.simulation.ledger.entries[task_id].is_reachable = False
         self.open.clear()
         self.ask(message)
 
@@ -922,7 +695,7 @@ class ModelAgent:
         if self.link is not None:
             self._leave(Deregister())
 
-    # What it hears.
+    # What it receives.
 
     def received(self, link: Link, message: Any) -> None:
         self.last_received = self.simulation.now
@@ -933,25 +706,17 @@ class ModelAgent:
         elif isinstance(message, TaskOutcome):
             self.open.pop(message.task_id, None)
         elif isinstance(message, StatusReply):
-            self._on_reported(message)
+            self._on_status(message)
         elif isinstance(message, Error):
             self._on_error(message)
         elif isinstance(message, Deregistered):
             self.forget()
 
     def _on_registered(self, reply: Registered) -> None:
-        simulation = self.simulation
         if self.identity is not None and self.identity[0] != reply.agent_id:
-            books = simulation.ledger.books
-            lost = [task_id for task_id, is_accepted in self.open.items() if is_accepted]
-            if any(books[task_id].is_reachable and not books[task_id].is_tainted for task_id in lost):
-                simulation.fail(f"{self.identity[0]} waits for {lost}, and has become {reply.agent_id}")
-            for task_id in self.mine:
-                books[task_id].is_reachable = self.open.get(task_id) is False
-            self.mine = dict.fromkeys(task_id for task_id in self.mine if books[task_id].is_reachable)
-            self.open = dict.fromkeys(self.mine, False)
+            self._on_new_identity(self.identity[0], reply.agent_id)
         self.identity = reply.agent_id, reply.resume
-        if self.is_registered:  # It registered again: it told something new of itself, and nothing was lost.
+        if self.is_registered:  # It only changed its registration.
             return
         self.is_registered = True
         held = {ref.task_id: ref.attempt for ref in reply.tasks}
@@ -964,11 +729,23 @@ class ModelAgent:
         for task_id, attempt in held.items():
             if task_id not in self.running and task_id not in self.results:
                 self._report_lost(task_id, attempt)
-        for task_id, is_accepted in self.open.items():
-            if is_accepted:
+        for task_id, is_acknowledged in list(self.open.items()):
+            if is_acknowledged:
                 self.ask(Status(task_id=task_id))
             else:
-                self._resubmit(task_id)
+                self._send_again(task_id)
+
+    def _on_new_identity(self, former_id: str, agent_id: str) -> None:
+        """Keep what a hub that does not know this agent may still take."""
+        simulation, entries = self.simulation, self.simulation.ledger.entries
+        lost = [task_id for task_id, is_acknowledged in self.open.items() if is_acknowledged]
+        if any(entries[task_id].is_reachable and not entries[task_id].is_unpromised for task_id in lost):
+            simulation.fail(f"{former_id} waits for {lost}, and has become {agent_id}")
+        forgotten = {task_id for task_id in lost if entries[task_id].is_reachable and entries[task_id].is_forgotten}
+        for task_id in self.mine:
+            entries[task_id].is_reachable = task_id in forgotten or self.open.get(task_id) is False
+        self.mine = dict.fromkeys(task_id for task_id in self.mine if entries[task_id].is_reachable)
+        self.open = {task_id: task_id in forgotten for task_id in self.mine}
 
     def _report_lost(self, task_id: str, attempt: int) -> None:
         error = ErrorInfo(Code.AGENT_LOST, "the agent does not have this task")
@@ -993,7 +770,7 @@ class ModelAgent:
         elif self.running.get(task_id) == attempt:
             del self.running[task_id]
             self._answer(task_id, attempt, is_kept=True)
-        elif simulation.may_fail(0.3):  # It was told to stop, or it has a newer attempt, and answers all the same.
+        elif simulation.may_fail(0.3):  # It had to stop, or has a newer attempt, and sends a result all the same.
             self._answer(task_id, attempt, is_kept=False)
 
     def _answer(self, task_id: str, attempt: int | None, *, is_kept: bool) -> None:
@@ -1004,48 +781,49 @@ class ModelAgent:
             result.output = text
         else:
             result.error = text
-        simulation.ledger.books[task_id].answers.add(text)
+        simulation.ledger.entries[task_id].answers.add(text)
         if is_kept:
             self.results[task_id] = result
             self.answered.append(result)
         if self.is_registered:
             self.ask(result)
 
-    def _on_reported(self, report: StatusReply) -> None:
-        task_id = report.task_id or ""
-        _, asked = self.simulation.asked.get(report.reply_to or "", (None, None))
-        if isinstance(asked, Delegate):
+    def _on_status(self, status: StatusReply) -> None:
+        task_id = status.task_id or ""
+        _, request = self.simulation.ledger.requests.get(status.reply_to or "", (None, None))
+        if isinstance(request, Delegate):
             if task_id in self.open:
                 self.open[task_id] = True
-        elif isinstance(asked, Status):
-            if report.state in FINAL and report.requester == (self.identity or [None])[0]:
+        elif isinstance(request, Status):
+            if status.state in FINAL and status.requester == (self.identity or [None])[0]:
                 self.open.pop(task_id, None)
-        elif isinstance(asked, Result):
-            if self.results.get(task_id) is asked:
+        elif isinstance(request, Result):
+            if self.results.get(task_id) is request:
                 del self.results[task_id]
-        elif report.seq is None and report.state in FINAL:
+        elif status.seq is None and status.state in FINAL:
             self.running.pop(task_id, None)
 
     def _on_error(self, error: Error) -> None:
         simulation = self.simulation
-        _, asked = simulation.asked.get(error.reply_to or "", (None, None))
+        _, request = simulation.ledger.requests.get(error.reply_to or "", (None, None))
         task_id = error.task_id or ""
-        book = simulation.ledger.books.get(task_id)
-        if isinstance(asked, Result) and self.results.get(task_id) is asked:
+        if isinstance(request, Result) and self.results.get(task_id) is request:
             del self.results[task_id]
-        elif isinstance(asked, Status) and error.code == Code.UNKNOWN_TASK:
-            self.open.pop(task_id, None)
-        elif isinstance(asked, Delegate) and book is not None and task_id in self.mine:
+        elif isinstance(request, Status) and error.code == Code.UNKNOWN_TASK:
+            if self.open.get(task_id):
+                self._resubmit(task_id)
+        elif isinstance(request, Delegate) and task_id in simulation.ledger.entries and task_id in self.mine:
             if error.code == Code.OVERLOADED and not self.open.get(task_id, True):
                 simulation.after(1.0, self._retry, self.memory, task_id)
             else:
                 self.open.pop(task_id, None)
-        elif isinstance(asked, Register):
-            simulation.fail(f"{self.name} was not let in: {error.code} {error.message}")
+        elif isinstance(request, Register):
+            simulation.fail(f"{self.name} was not registered: {error.code} {error.message}")
 
     def _retry(self, memory: int, task_id: str) -> None:
-        if memory == self.memory and self.is_registered and self.open.get(task_id) is False:
-            self._resubmit(task_id)
+        is_forgotten = self.simulation.ledger.entries[task_id].is_forgotten  # Then it is sent after the reconnect.
+        if memory == self.memory and self.is_registered and self.open.get(task_id) is False and not is_forgotten:
+            self._send_again(task_id)
 
 
 # The whole.
@@ -1074,9 +852,8 @@ class Simulation:
         self.seen: collections.Counter[str] = collections.Counter()  # What came about, by a word for it.
         self.traffic = hashlib.blake2b(digest_size=16)
         self.is_calm = False
-        self.ledger = Ledger(self)
+        self.ledger = Ledger(self.fail, grace_s=self.plan.settings.grace_s, skew_s=self.skew_s)
         self.serial = itertools.count(1)
-        self.asked: dict[str, tuple[str, AgentMessage]] = {}  # By the message's id: whose it is, and what.
         self.life: Life | None = None
         self.links: list[Link] = []
         self._verbose = verbose
@@ -1199,7 +976,7 @@ class Simulation:
         agent = link.agent
         if not link.down:
             return
-        if agent is None:  # An observer was answered when it asked.
+        if agent is None:  # The ledger has seen it.
             link.down.popleft()
             return
         if agent.hung_until > self.now and not self.is_calm:
@@ -1220,6 +997,7 @@ class Simulation:
             self._hash("close", link, b"%d" % action.code)
             self.seen[f"closed with {action.code}"] += 1
             self.push_down(link, action.code)
+            link.is_lost = True
             return
         raw = encode(action)
         self._hash("down", link, raw)
@@ -1230,8 +1008,8 @@ class Simulation:
             self.seen[f"attempt {action.attempt}"] += 1
             self.seen["child"] += action.parent_id is not None
         elif isinstance(action, Registered):
-            self.seen["tasks taken up again"] += bool(action.tasks)
-        self.ledger.said(link, action, at)
+            self.seen["session resumed with tasks"] += bool(action.tasks)
+        self.ledger.sent(link, action, at)
         self.push_down(link, raw)
 
     def _hash(self, direction: str, link: Link, raw: bytes) -> None:
@@ -1247,12 +1025,14 @@ class Simulation:
             self._jump()
         self.ledger.restarted(self.now, self.skew_s)
         self.life = Life(self, image)
-        self.note("the hub starts")
-        if image is None:
+        if self.may_fail(self.plan.kill_soon):
+            self.after(self.random.uniform(0.0, 1.0), self._kill_life, self.life)
+        self.note("the hub starts" if self.plan.is_journaled else "the hub starts, without a journal")
+        if image is None and self.life.journal is not None:
             self._synced = self.life.journal.image()
 
     def wrote(self, changes: Changes, skew_s: float) -> None:
-        """Take note of a commit."""
+        """Enter a commit."""
         written = [*changes.inserted.values(), *changes.updated.values()]
         if self._verbose:
             rows = [(row.request.task_id, row.state.value, row.attempt) for row in written]
@@ -1269,33 +1049,47 @@ class Simulation:
         agents.update(dict.fromkeys(changes.agents))
         if self.random.random() < self.plan.checkpoint:
             assert self.life is not None
+            assert self.life.journal is not None
             self._synced = self.life.journal.image()
             self._unsynced = {}, {}
 
     def kill(self, where: str = "between two events") -> None:
-        """End the hub's process, or all the machine, here and now."""
+        """End the hub's process, or the whole machine, here and now."""
         life, self.life = self.life, None
         assert life is not None
         self.kills += 1
-        image: bytes | None = life.journal.image()
         is_power_loss = self.random.random() < self.plan.power_loss
         self.note(f"the hub is killed {where}" + (", with the machine" if is_power_loss else ""))
-        self.seen[f"power lost, sync {self.plan.sync}" if is_power_loss else f"killed {where}"] += 1
-        self.seen["killed during a write"] += not life.is_idle
-        self.ledger.died()
-        if is_power_loss and not life.journal.syncs_each_write:
-            image = self._synced
-            if self.plan.sync == "normal":
-                self.ledger.taint(*self._unsynced)
-        self._unsynced = {}, {}
-        self._synced = image
-        life.journal.close()
+        self.ledger.died(self.now, is_journaled=life.journal is not None)
+        image = None
+        if life.journal is None:
+            self.seen["killed without a journal"] += 1
+        else:
+            self.seen[f"power lost, sync {self.plan.sync}" if is_power_loss else f"killed {where}"] += 1
+            self.seen["killed during a write"] += not life.is_idle
+            image = self._surviving_image(life.journal, is_power_loss)
+            life.journal.close()
         life.is_dead = True
         for link in self.links:
             if link.life is life:
                 self._strand(link)
         outage_s = self.random.uniform(0.01, self.plan.outage_s)
         self.after(outage_s, self._start, image)
+
+    def _kill_life(self, life: Life) -> None:
+        if self.life is life and not self.is_calm:
+            self.kill("soon after its start")
+
+    def _surviving_image(self, journal: DiskJournal, is_power_loss: bool) -> bytes | None:
+        """Return what the disk keeps; taint the tasks and agents that a loss of power may have undone."""
+        image: bytes | None = journal.image()
+        if is_power_loss and not journal.syncs_each_write:
+            image = self._synced
+            if self.plan.sync == "normal":
+                self.ledger.taint(*self._unsynced)
+        self._unsynced = {}, {}
+        self._synced = image
+        return image
 
     def _strand(self, link: Link) -> None:
         """End a connection whose hub is dead: what the kernel had may still arrive, in part."""
@@ -1309,7 +1103,7 @@ class Simulation:
     # The course of a run.
 
     def run(self) -> None:
-        """Live through it all, and see that every promise was kept."""
+        """Run the whole history, and require that every promise was kept."""
         self._start(None)
         for agent in self.agents:
             self.after(self.random.uniform(0.0, 0.2), agent.connect)
@@ -1320,7 +1114,7 @@ class Simulation:
             if self.life is not None and self.may_fail(self.plan.kill):
                 self.kill()
         self._come_to_rest()
-        self._check_ends()
+        self._check_outcomes()
         self._check_memory()
 
     def _audit(self) -> None:
@@ -1330,7 +1124,7 @@ class Simulation:
             self.after(self.random.uniform(0.2, 1.0), self._audit)
 
     def _come_to_rest(self) -> None:
-        """Let everybody come back, and everything end."""
+        """Let all agents reconnect, and all tasks end."""
         self.note("from here on nothing fails")
         self.is_calm = True
         for agent in self.agents:
@@ -1367,33 +1161,31 @@ class Simulation:
     def _is_done(self, agent: ModelAgent) -> bool:
         return agent.is_registered and not agent.open and not agent.results
 
-    def _check_ends(self) -> None:
-        """See that every acknowledged task has one end, and that its requester was told and hears it again."""
-        here = {agent.identity[0]: agent for agent in self.agents if agent.identity is not None}
-        for task_id, book in self.ledger.books.items():
-            if not book.is_acknowledged or book.is_tainted:
-                continue
-            asker = here.get(book.requester)
-            if asker is not None:
-                if book.is_reachable and not book.is_sent:
-                    self.fail(f"the end of {task_id} was never sent to its requester, which is there")
-                asker.ask(Status(task_id=task_id))
-            elif here:
-                next(iter(here.values())).ask(Status(task_id=task_id))
-        self._run_until(self._is_quiet, 10.0, "not all are answered")
-        for task_id, book in self.ledger.books.items():
-            if not book.is_acknowledged or book.is_tainted:
-                continue
-            if book.final is None:
-                self.fail(f"{task_id} has no end")
-            if book.is_reachable and book.requester in here and book.outcome is None:
-                self.fail(f"{task_id} is {book.final}, and its requester was not told how it ended")
+    def _check_outcomes(self) -> None:
+        """Require that every acknowledged task has one outcome, which its requester was sent and can still fetch."""
+        online = {agent.identity[0]: agent for agent in self.agents if agent.identity is not None}
+        promised = [one for one in self.ledger.entries.values() if one.is_acknowledged and not one.is_unpromised]
+        for entry in promised:
+            task_id = entry.request.task_id
+            if entry.requester in online:
+                if entry.is_reachable and not entry.is_sent:
+                    self.fail(f"the outcome of {task_id} was never sent to its requester, which is online")
+                online[entry.requester].ask(Status(task_id=task_id))
+            elif online:
+                next(iter(online.values())).ask(Status(task_id=task_id))
+        self._run_until(self._is_quiet, 10.0, "not all requests were answered")
+        for entry in promised:
+            task_id = entry.request.task_id
+            if entry.final is None:
+                self.fail(f"{task_id} has no outcome")
+            if entry.is_reachable and entry.requester in online and entry.outcome is None:
+                self.fail(f"{task_id} is {entry.final}, and its requester did not get its outcome")
 
     def _is_quiet(self) -> bool:
         return all(not link.up and not link.down for link in self.links) and bool(self.life and self.life.is_idle)
 
     def _check_memory(self) -> None:
-        """See that nothing is left of ended tasks after their retention, and of agents that have left for good."""
+        """Require that the hub forgets ended tasks after their retention, and agents that have left for good."""
         settings = self.plan.settings
         for agent in self.agents:
             agent.leave_for_good()
@@ -1410,7 +1202,7 @@ class Simulation:
         kept = (hub._open, hub._ended, hub._undelivered, hub._agents, hub._gone, hub._queues, hub._pools, hub._peers)
         if any(kept) or len(hub._finder) or hub._records_bytes or hub._ended_bytes:
             self.fail(f"the hub still remembers {[list(one) for one in kept]}, {hub._records_bytes} bytes")
-        rows = journal.rows("tasks"), journal.rows("agents")
+        rows = (0, 0) if journal is None else (journal.rows("tasks"), journal.rows("agents"))
         if rows != (0, 0):
             self.fail(f"the journal still has {rows[0]} tasks and {rows[1]} agents")
 
@@ -1428,7 +1220,7 @@ def simulate(seed: int, **options: Any) -> Simulation:
             f"replay it with: python -m tests.simulation --seed {seed} --verbose"
         ) from error
     finally:
-        if simulation.life is not None:
+        if simulation.life is not None and simulation.life.journal is not None:
             simulation.life.journal.close()
     return simulation
 

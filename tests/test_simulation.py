@@ -20,21 +20,28 @@ from agenthub import (
     AgentRecord,
     AgentRow,
     Changes,
+    Deregister,
     Hub,
     HubSettings,
+    LazyHeap,
     Peer,
+    PendingQueue,
     Register,
     Result,
     Step,
+    TaskOutcome,
     TaskRecord,
     TaskRow,
     TaskState,
+    hash_of,
 )
-from tests.simulation import EVENTS, DiskJournal, Simulation, Violation, main, simulate
+from tests.ledger import Violation
+from tests.simulation import EVENTS, DiskJournal, Simulation, main, simulate
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))
 SEEDS_PER_TEST = 100
-SHORT_SEEDS = 400  # The others are run on request.
+SHORT_SEEDS = 200  # The others are long; these and the next ones are in each run.
+SEEDS_TO_COUNT = range(10_000, 10_300)  # The events in these are counted.
 SEEDS_TO_CATCH = 300  # Within so many each sabotage must be caught.
 
 
@@ -62,15 +69,16 @@ def test_hub_keeps_its_promises_in_every_history(first: int) -> None:
 
 def test_simulation_gets_everywhere() -> None:
     seen: collections.Counter[str] = collections.Counter()
-    for seed in range(300):
+    for seed in SEEDS_TO_COUNT:
         seen += simulate(seed).seen
     expected = [
         *("completed", "failed failed", "failed cancelled", "failed agent_lost", "timeout timeout"),
-        *("attempt 1", "attempt 2", "attempt 3", "attempt 4", "child", "tasks taken up again"),
+        *("attempt 1", "attempt 2", "attempt 3", "attempt 4", "child", "session resumed with tasks"),
         *("invalid_message", "unknown_agent", "no_agent", "duplicate_task", "not_assigned", "stale_attempt"),
         *("task_over", "overloaded", "closed with 1000", "closed with 4000", "closed with 4001"),
         *("killed between two events", "killed between two effects", "killed during a write", "failed write"),
         *("power lost, sync full", "power lost, sync normal", "clock forwards", "clock backwards"),
+        *("killed without a journal", "resubmitted", "hub_lost", "redelivered", "unauthorized"),
     ]
     assert {name: seen[name] for name in expected if seen[name] < 5} == {}
 
@@ -255,6 +263,99 @@ class KeepsEndedTasks(DiskJournal):
         super().write(dataclasses.replace(changes, deleted=dict(list(changes.deleted.items())[1:])), clock_offset)
 
 
+class DeliversOutcomesTwiceWhileDraining(Hub):
+    """A requester that drains gets the outcomes of its tasks twice."""
+
+    def receive(self, connection: Any, message: Any, now: float, message_bytes: int = 0) -> Step:
+        if isinstance(message, Deregister) and message.drain:
+            self.draining = {*getattr(self, "draining", ()), connection}
+        return self._twice(super().receive(connection, message, now, message_bytes))
+
+    def tick(self, now: float) -> Step:
+        return self._twice(super().tick(now))
+
+    def _twice(self, step: Step) -> Step:
+        draining = getattr(self, "draining", ())
+        again = [one for one in step.effects if one[0] in draining and isinstance(one[1], TaskOutcome)]
+        return step._replace(effects=[*again, *step.effects])
+
+
+class NewestFirst(PendingQueue):
+    @staticmethod
+    def key_of(task: TaskRecord) -> tuple[int, int]:
+        return -task.request.priority, -task.arrival
+
+    def push(self, task: TaskRecord) -> None:
+        heap = self._by_requester.setdefault(task.requester, LazyHeap())
+        heap.push(task, self.key_of(task))
+        self._update_head(task.requester, heap)
+
+
+class WithoutPriorities(NewestFirst):
+    @staticmethod
+    def key_of(task: TaskRecord) -> tuple[int, int]:
+        return 0, task.arrival
+
+
+class AssignsTheNewestFirst(Hub):
+    queue_class = NewestFirst
+
+    def _enqueue(self, task: TaskRecord) -> None:
+        self._queues.setdefault(self._target(task), self.queue_class())
+        super()._enqueue(task)
+
+
+class IgnoresPriorities(AssignsTheNewestFirst):
+    queue_class = WithoutPriorities
+
+
+class AssignsOneTaskTooMany(Hub):
+    def receive(self, connection: Any, message: Any, now: float, message_bytes: int = 0) -> Step:
+        if isinstance(message, Register):
+            message = dataclasses.replace(message, max_tasks=message.max_tasks + 1)
+        return super().receive(connection, message, now, message_bytes)
+
+
+class KeepsTheFirstMaxTasks(Hub):
+    """A second registration on a connection does not change `max_tasks`."""
+
+    def receive(self, connection: Any, message: Any, now: float, message_bytes: int = 0) -> Step:
+        if isinstance(message, Register):
+            self.first: dict[Any, int] = getattr(self, "first", {})
+            message = dataclasses.replace(message, max_tasks=self.first.setdefault(connection, message.max_tasks))
+        return super().receive(connection, message, now, message_bytes)
+
+
+class RetriesAtTheRequester(Hub):
+    """A task that is retried may go to the agent that delegated it."""
+
+    def _free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
+        pool = self._pools.get(task.request.capability or "")
+        if avoiding is None or pool is None or task.request.agent_id is not None:
+            return super()._free_agent(task, avoiding)
+        return pool.least_loaded(avoiding)
+
+
+class AcceptsAnySecretAfterARestart(Hub):
+    def _restore_agent(self, row: AgentRow) -> AgentRecord:
+        self.restored: dict[str, AgentRecord] = getattr(self, "restored", {})
+        self.restored[row.agent_id] = super()._restore_agent(row)
+        return self.restored[row.agent_id]
+
+    def receive(self, connection: Any, message: Any, now: float, message_bytes: int = 0) -> Step:
+        if isinstance(message, Register) and message.agent_id in getattr(self, "restored", {}):
+            self.restored[message.agent_id].resume_hash = hash_of(message.resume or "")
+        return super().receive(connection, message, now, message_bytes)
+
+
+class ForgetsSessionsInARestart(DiskJournal):
+    """The secrets of all agents are lost."""
+
+    def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        agents, tasks, last = super().load(clock_offset)
+        return [row._replace(resume_hash="") for row in agents], tasks, last
+
+
 SABOTAGES: list[tuple[type, str]] = [
     (LosesAWrite, ""),
     (LosesARow, ""),
@@ -272,6 +373,14 @@ SABOTAGES: list[tuple[type, str]] = [
     (TrustsTheLastWrite, "never sent"),
     (LivesPastItsDeadline, "after its deadline"),
     (KeepsEndedTasks, "the journal still has"),
+    (DeliversOutcomesTwiceWhileDraining, "was delivered 2 times"),
+    (AssignsTheNewestFirst, "which precedes it"),
+    (IgnoresPriorities, "which precedes it"),
+    (AssignsOneTaskTooMany, "was handed a task and has"),
+    (KeepsTheFirstMaxTasks, "max_tasks"),
+    (RetriesAtTheRequester, "to its own requester"),
+    (AcceptsAnySecretAfterARestart, "was resumed with a wrong secret"),
+    (ForgetsSessionsInARestart, "was refused with its right secret"),
 ]
 
 
