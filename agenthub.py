@@ -3551,73 +3551,48 @@ class MemoryLink(Link):
 
 
 class WebSocketLink(Link, AsyncioProtocol):
-    """One end of a WebSocket, around a protocol object for its role: of `websockets`, or built in.
+    """One end of a WebSocket: moves bytes between a socket and a `WebSocketProtocol`, and tells its owner the events.
 
     What is sent in one turn of the loop goes out together, at its end or when it is more than OUT_BYTES_MAX, so the
-    answers to the messages of a chunk share their writes. While it is held, nothing that came in is handled, and soon
-    nothing comes in.
-
-    Text messages in one frame that is there as a whole, which is what nearly all are, are read and written here; the
-    protocol object gets the other frames, each by itself, and what belongs to the handshake.
+    replies to the messages of a chunk share their writes.
     """
 
-    MASK_BIT: int  # In the second byte of the frames that come in.
-    KEY_BYTES: int  # How long the key is that they are masked with.
-
-    def __init__(
-        self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, message_bytes_max: int
-    ) -> None:
+    def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
         super().__init__(owner, decode)
+        self.pause_reasons: set[str] = set()
         self._protocol = protocol
-        self._apply_mask = websockets_used().apply_mask
-        self._message_bytes_max = message_bytes_max
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None  # For the handshake, then for the close.
-        self._is_open = False
-        self._is_mute = False  # A close has been sent, and nothing may follow it.
-        self._is_ending = False  # The socket is to be closed when all is written.
-        self._out: list[bytes] = []  # To be written at the end of this turn of the loop.
-        self._out_bytes = 0
-        self.pause_reasons: set[str] = set()
-        self._unread = b""  # What has come in and, from `_position` on, has not been handled.
-        self._position = 0
         self._is_handling = False
-        self._head_tail: bytes | None = b""  # The last of the handshake so far; None when it is all there.
-        self._begun = b""  # The first bytes of a frame, too few to tell how long it is.
-        self._missing = 0  # Bytes of the frame of which the protocol object has the first ones.
-        self._fragments: bytearray | None = None
-        self._fragments_are_text = False
-        self._fragments_count = 0
+        self._is_flush_scheduled = False
 
-    # What an asyncio.Protocol has
+    @property
+    def unread_bytes(self) -> int:
+        """How many bytes came in and were not handled yet."""
+        return self._protocol.unread_bytes
+
+    # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = typing.cast(asyncio.Transport, transport)
         self._timer = self._loop.call_later(HANDSHAKE_S, self.abort)
 
     def data_received(self, data: bytes) -> None:
-        if self._head_tail is not None:
-            data = self._take_head(self._head_tail, data)
-        self._unread = self._unread[self._position :] + self._begun + data
-        self._begun, self._position = b"", 0
+        self._protocol.receive_data(data)
         if not self.pause_reasons:
-            self._handle_slice()
-            if self._unread and not self.pause_reasons:
-                self._go_on_later()
+            self._read()
 
     def eof_received(self) -> None:
-        # TLS tells of the end though reading is paused, and the transport ends then: what came before has its turn now.
-        while self._unread and PauseReason.AUTH_BACKOFF not in self.pause_reasons:
+        # With TLS this comes even while reading is paused, and the transport closes next: handle the rest now.
+        while self.pause_reasons and PauseReason.AUTH_BACKOFF not in self.pause_reasons:
             self.pause_reasons.clear()
-            self._handle_slice()
-        self._unread = b""
+            self._read()
         self._protocol.receive_eof()
-        self._pump()
         self._flush()
         # The transport closes itself now, but not before all is written, which may be never.
-        self._is_closing = self._is_mute = True
-        if self._is_open:
+        self._is_closing = True
+        if self._protocol.is_open:
             self._report_closed(1006, "the connection was lost")
         if self._timer is None:
             self._timer = self._loop.call_later(CLOSING_S, self.abort)
@@ -3625,10 +3600,9 @@ class WebSocketLink(Link, AsyncioProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._out.clear()
-        self._unread = b""
+        self._protocol.discard()
         self._on_lost(error)
-        if self._is_open:
+        if self._protocol.is_open:
             self._report_closed(1006, "the connection was lost")
         self.writable.set()
         self.gone.set()
@@ -3641,23 +3615,24 @@ class WebSocketLink(Link, AsyncioProtocol):
 
     # Link
 
+    def send(self, raw: bytes) -> None:
+        self._protocol.send_text(raw)
+        self._flush_soon()
+
     def close(self, code: int, reason: str = "") -> None:
         if self._is_closing:
             return
         self._is_closing = True
-        if not self._is_open:
+        if not self._protocol.is_open:
             self.abort()
         else:
-            if not self._is_mute:
-                self._is_mute = True
+            if self._protocol.close_sent is None:
                 self._protocol.send_close(code, reason)
-            self._pump()
+            self._process_output()
 
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
-
-    # Reading
 
     def pause_reading(self, reason: str) -> None:
         if not self.pause_reasons and self._transport is not None:
@@ -3665,234 +3640,135 @@ class WebSocketLink(Link, AsyncioProtocol):
         self.pause_reasons.add(reason)
 
     def resume_reading(self, reason: str) -> None:
-        if reason in self.pause_reasons:
-            self.pause_reasons.discard(reason)
-            if not self._is_handling:
-                self._go_on()
-            elif not self.pause_reasons and self._transport is not None:
-                self._transport.resume_reading()
-
-    def _go_on(self) -> None:
-        if not self.pause_reasons:
-            self._handle_slice()
-        if self.pause_reasons:
+        if reason not in self.pause_reasons:
             return
-        if self._unread:
-            self._go_on_later()
-        elif self._transport is not None:
+        self.pause_reasons.discard(reason)
+        if not self.pause_reasons and not self._is_handling:
+            self._read()
+        if not self.pause_reasons and self._transport is not None:
             self._transport.resume_reading()
 
-    def _go_on_later(self) -> None:
-        """Let the other connections have a turn before the next slice."""
-        self.pause_reading(PauseReason.TURN_OVER)
-        self._loop.call_soon(self.resume_reading, PauseReason.TURN_OVER)
+    # Reading
 
-    def _handle_slice(self) -> None:
-        """Handle what has come in, frame after frame, until the link is held or a slice has been handled."""
-        data, position = self._unread, self._position
-        end = min(len(data), position + SLICE_BYTES)
+    def _read(self) -> None:
+        """Handle what has come in, event by event, until reading is paused or more bytes are needed."""
+        protocol = self._protocol
+        turn_end = protocol.position + SLICE_BYTES
         self._is_handling = True
-        while position < end and not self.pause_reasons:
-            position = self._take_text(data, position) or self._take_other(data, position)
-        self._is_handling = False
-        self._unread, self._position = (data, position) if position < len(data) else (b"", 0)
-
-    def _take_head(self, head_tail: bytes, data: bytes) -> bytes:
-        """Have the request or response handled, and return what stands behind it.
-
-        The protocol object would read on at once, and answer a ping before the request, or fail before it is refused.
-        """
-        end = (head_tail + data).find(b"\r\n\r\n")
-        if end < 0:
-            self._head_tail = (head_tail + data)[-3:]
-            end = len(data)
-        else:
-            self._head_tail = None
-            end += 4 - len(head_tail)
-        self._feed_protocol(data[:end])
-        return data[end:]
-
-    def _take_text(self, data: bytes, start: int) -> int:
-        """Deliver the text message that begins at `start`, if it is there as a whole; return where it ends, else 0."""
-        if data[start] != WHOLE_TEXT or self._missing or not self._is_open or self._is_closing or self._is_mute:
-            return 0
-        size, begin = len(data), start + 2
-        length = data[start + 1] - self.MASK_BIT if begin <= size else 127
-        if length == 126 and begin + 2 <= size:
-            length = data[begin] << 8 | data[begin + 1]
-            begin += 2
-        elif not 0 <= length < 126:  # Not masked as it should be, or longer than most are.
-            return 0
-        end = begin + length + self.KEY_BYTES
-        if end > size or length > self._message_bytes_max or self._fragments is not None:
-            return 0
-        if length < CPU_COUNTED_BYTES:
-            self._deliver_payload(data, begin, end)
-        else:
-            self._measure(self._deliver_payload, data, begin, end)
-        return end
-
-    def _deliver_payload(self, data: bytes, begin: int, end: int) -> None:
-        """Deliver the message between these places, the first of which may be that of its key."""
-        raw = data[begin + self.KEY_BYTES : end]
-        self._deliver(self._apply_mask(raw, data[begin : begin + 4]) if self.KEY_BYTES else raw)
-
-    def _take_other(self, data: bytes, start: int) -> int:
-        """Give the protocol object what there is of the frame at `start`, or a slice if nothing that follows matters;
-        return where that ends.
-        """
-        size = len(data)
-        if not self._is_open or self._is_closing or self._is_mute:
-            end = min(size, start + SLICE_BYTES)
-        else:
-            length = self._missing or frame_bytes(data, start)
-            if not length:
-                self._begun = data[start:]
-                return size
-            end = min(size, start + length)
-            self._missing = start + length - end
-        self._measure(self._feed_protocol, data[start:end])
-        return end
-
-    def _measure(self, handle: Callable[..., None], *args: Any) -> None:
-        """Have something handled that may cost more than most messages do."""
-        handle(*args)
-
-    def _feed_protocol(self, data: bytes) -> None:
-        self._protocol.receive_data(data)
-        if self._protocol.close_expected():  # Its answer to a close goes out after that has been handled.
-            self._is_mute = True
-        else:
-            self._queue()  # Its pongs go before the answers to what came after the pings.
-        for event in self._protocol.events_received():
-            if self._is_closing and event_opcode(event) != CLOSE:
-                continue
-            if self._is_open:
-                self._on_frame(event)
+        while not self.pause_reasons and (event := protocol.next_event()) is not None:
+            if event.__class__ is bytes and not self._is_closing:
+                self._deliver(event)
+            elif event is COSTLY:
+                self._measure(self._handle_costly)
             else:
-                self._on_handshake(event)
-        self._pump()
+                self._handle(event)
+            if protocol.position >= turn_end and protocol.unread_bytes:
+                self.pause_reading(PauseReason.TURN_OVER)
+                self._loop.call_soon(self.resume_reading, PauseReason.TURN_OVER)
+        self._is_handling = False
+
+    def _measure(self, handle: Callable[[], None]) -> None:
+        """Call what may take longer than most messages do."""
+        handle()
+
+    def _handle_costly(self) -> None:
+        self._handle(self._protocol.next_event())
+
+    def _handle(self, event: Event | None) -> None:
+        """Handle any event, and what the protocol has to say to it."""
+        if self._is_closing and not isinstance(event, CloseFrame):
+            self.charge(FRAME_COST)
+        elif isinstance(event, bytes):
+            self._deliver(event)
+        elif isinstance(event, Frame | Message):
+            self.charge(FRAME_COST)
+            if isinstance(event, Message):
+                self._on_message(event)
+        elif not isinstance(event, CloseFrame | Violation):
+            self._on_handshake(event)
+        elif self._protocol.is_open:
+            self._report_closed(event.code, event.reason)
+        self._process_output()
+
+    def _on_message(self, message: Message) -> None:
+        if message.is_text:
+            self._deliver(message.raw)
+        else:
+            self._owner.received(self, InvalidMessage("message: must be text, not binary"), len(message.raw))
+
+    def _on_unreadable(self, raw: bytes) -> None:
+        if not is_utf8(raw):  # RFC 6455 §8.1: such a connection must be failed.
+            self._protocol.fail(1007, "not UTF-8")
+            if not self._is_closing:
+                self._report_closed(1007, "not UTF-8")
+            self._process_output()
 
     def _on_handshake(self, event: Any) -> None:
-        """Take the request or response that opens the WebSocket."""
+        """Handle the request or response that opens the WebSocket."""
         raise NotImplementedError
 
     def _on_lost(self, error: Exception | None) -> None:
-        """Take note that the socket is gone, which may be before the link was open."""
+        """Handle the end of the socket, which may come before the link was open."""
 
     def _set_open(self) -> None:
-        self._is_open = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._owner.opened(self)
 
-    def _on_frame(self, frame: Any) -> None:
-        opcode = frame.opcode
-        if opcode == TEXT and frame.fin:
-            self._deliver(bytes(frame.data))
-        elif opcode == CLOSE:
-            self._report_closed(self._protocol.close_rcvd.code, self._protocol.close_rcvd.reason)
-        else:
-            self.charge(FRAME_COST)
-            if opcode in (TEXT, BINARY, CONTINUATION):
-                self._on_fragment(frame)
-
-    def _on_fragment(self, frame: Any) -> None:
-        """Put a fragmented message together; the protocol object has bounded its size."""
-        if frame.opcode != CONTINUATION:
-            self._fragments, self._fragments_are_text = bytearray(), frame.opcode == TEXT
-            self._fragments_count = 0
-        if self._fragments is None:
-            raise AssertionError("the protocol object lets no continuation through without a start")
-        self._fragments += frame.data
-        self._fragments_count += 1
-        if self._fragments_count > self._message_bytes_max // FRAGMENT_BYTES:
-            self._is_mute = True
-            self._protocol.fail(CloseCode.TOO_BIG, "too many fragments")
-        elif frame.fin:
-            raw, self._fragments = bytes(self._fragments), None
-            if self._fragments_are_text:
-                self._deliver(raw)
-            else:
-                self._owner.received(self, InvalidMessage("message: must be text, not binary"), len(raw))
-
-    def _on_unreadable(self, raw: bytes) -> None:
-        if not is_utf8(raw):  # RFC 6455 §8.1: such a connection must be failed.
-            self._is_mute = True
-            self._protocol.fail(1007, "not UTF-8")
-            self._pump()
-
     # Writing
 
-    def _put(self, *parts: bytes) -> None:
-        """Have something written at the end of this turn of the loop, or at once if it is much together."""
-        if not self._out:
-            self._loop.call_soon(self._flush)
-        self._out += parts
-        self._out_bytes += len(parts[-1])
-        if self._out_bytes > OUT_BYTES_MAX:
-            self._flush()
-
-    def _queue(self) -> None:
-        """Queue what the protocol object has to say for itself."""
-        for part in self._protocol.data_to_send():
-            if not part:
-                self._is_ending = True
-                break
-            self._put(part)
-
-    def _pump(self) -> None:
-        """Queue what the protocol object has to say, and see to the end if it has come."""
-        self._queue()
-        if self._is_open and not self._is_closing and self._protocol.close_expected():
-            failed = self._protocol.close_sent  # The peer broke the rules, or sent too much.
-            self._report_closed(failed.code, failed.reason)
-        if self._is_ending and not self._out:
-            self._end()
+    def _process_output(self) -> None:
+        """Have written what the protocol has to say, and limit how long a close takes."""
+        self._flush_soon()
         if self._timer is None and self._protocol.close_expected():
             self._timer = self._loop.call_later(CLOSING_S, self.abort)
 
+    def _flush_soon(self) -> None:
+        """Write at the end of this turn of the loop, or at once if much has gathered."""
+        if self._protocol.unsent_bytes > OUT_BYTES_MAX:
+            self._flush()
+        elif not self._is_flush_scheduled:
+            self._is_flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
     def _flush(self) -> None:
-        out, self._out, self._out_bytes = self._out, [], 0
-        transport = self._transport
-        if not out or transport is None or transport.is_closing():
+        self._is_flush_scheduled = False
+        transport, protocol = self._transport, self._protocol
+        if transport is None or transport.is_closing():
             return
-        raw = b"".join(out)
-        transport.write(raw)
-        if self._is_ending:
-            self._end()
-        elif not self._is_closing:
+        raw = protocol.data_to_send()
+        if raw:
+            transport.write(raw)
+        if protocol.has_ended:
+            self._close_transport(transport)
+        elif raw and not self._is_closing:
             self._on_written(len(raw), transport.get_write_buffer_size())
 
     def _on_written(self, size: int, waiting: int) -> None:
-        """Take note that so many bytes were written, and that so many in all wait for the other end to read."""
+        """Handle that `size` bytes were written, and that `waiting` bytes in all were not read by the other end yet."""
 
-    def _end(self) -> None:
+    def _close_transport(self, transport: asyncio.Transport) -> None:
         """Close the socket when all is written; the timer of the close cuts it if that never happens."""
-        if self._transport is None:
-            return
-        if self._is_open and self._protocol.close_rcvd is None and self._transport.can_write_eof():
-            # To close a socket with bytes unread resets it, and the reset may overtake the reason (RFC 6455 §7.1.1).
-            # What still comes in is thrown away, until the peer closes too or the timer of the close cuts it.
+        if self._protocol.is_open and self._protocol.close_rcvd is None and transport.can_write_eof():
+            # Closing a socket with unread bytes resets it, and the reset may overtake the reason (RFC 6455 §7.1.1).
+            # What still comes in is discarded until the peer closes too, or the timer of the close cuts the socket.
             try:
-                self._transport.write_eof()
+                transport.write_eof()
             except OSError:  # The peer has answered what was just written with a reset.
-                self._transport.abort()
+                transport.abort()
         else:
-            self._transport.close()
+            transport.close()
 
 
 class ServerLink(WebSocketLink):
-    """The hub's end of a WebSocket. `answer(link, request)` gives (status, body) for a plain HTTP request, else None.
+    """The hub's end of a WebSocket. `answer(link, request)` returns (status, body) for a plain HTTP request, else None.
 
-    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. At half of
-    `backlog_bytes_max` to be read it is not read from either, and what is sent waits here. It is cut off beyond that
-    bound, or when it has read nothing for STALLED_S seconds: to wait for its answer to a close would be to wait behind
-    the very bytes that it does not read.
+    A peer that sends more than `messages_per_s_max` (0: no limit) is read from more slowly. With half of
+    `backlog_bytes_max` unread it is a slow consumer: it is not read from either, and what is sent waits here. It is
+    disconnected beyond that limit, or when it has read nothing for STALLED_S seconds: the answer to a close would
+    come behind the very bytes that it does not read.
     """
-
-    MASK_BIT, KEY_BYTES = 128, 4
 
     def __init__(
         self,
@@ -3906,20 +3782,19 @@ class ServerLink(WebSocketLink):
         decode: Callable[[bytes], Any] | None = None,
         on_gone: Callable[[ServerLink], None] = lambda link: None,
     ) -> None:
-        protocol = websockets_used().server(message_bytes_max)
         decode = decode if decode is not None else decoder_from_agent()
-        super().__init__(protocol, owner, decode, message_bytes_max=message_bytes_max)
+        super().__init__(websockets_used().server(message_bytes_max), owner, decode)
         self.address = address
         self.bearer: str | None = None  # The token that came with the handshake.
-        self.is_answered = False  # Its request was there, and has an answer.
+        self.is_answered = False  # Its request has come, and was answered.
         self._answer = answer
         self._on_gone = on_gone
         self._backlog_bytes_max = backlog_bytes_max
         self._rate = messages_per_s_max or math.inf
         self._rate_timer: asyncio.TimerHandle | None = None
         self._written_bytes = 0  # Since the connection was made.
-        self._later: collections.deque[Any] | None = None  # To be sent when it is not stuffed any more ...
-        self._later_bytes = 0  # ... of which some are encoded, and of this size.
+        self._postponed: collections.deque[Any] | None = None  # To be sent when it is not backlogged any more;
+        self._postponed_bytes = 0  # the size of those that are encoded.
         self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -3934,71 +3809,21 @@ class ServerLink(WebSocketLink):
         self._on_gone(self)
         super().connection_lost(error)
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.is_backlogged = True
-        self.pause_reading(PauseReason.SLOW_CONSUMER)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._send_later()
-        if not self._later and self.writable.is_set():
-            self.is_backlogged = False
-            self.resume_reading(PauseReason.SLOW_CONSUMER)
-
-    def send(self, raw: bytes) -> None:
-        if not self.is_backlogged:
-            self._send_frame(raw)
-        elif self._later_bytes <= self._backlog_bytes_max // 2:
-            self.send_when_writable(raw)
-            self._later_bytes += len(raw)
-        else:
-            self._loop.call_soon(self._close_slow_consumer)  # Not now: its owner is in the midst of sending.
-
-    def send_when_writable(self, message: Any) -> None:
-        if self._later is None:
-            self._later = collections.deque()
-        self._later.append(message)
-
-    def take_unsent(self) -> list[Any]:
-        unsent = [message for message in self._later or () if not isinstance(message, bytes)]
-        self._later = None
-        return unsent
-
-    def close(self, code: int, reason: str = "") -> None:
-        if not self._is_closing and self._later:
-            self._send_later(is_last=True)
-        super().close(code, reason)
-
-    def _send_later(self, is_last: bool = False) -> None:
-        """Send what waits here while there is room for it, or as much as may wait because it is the last."""
-        sent_bytes = 0
-        while self._later and (sent_bytes <= self._backlog_bytes_max if is_last else self.writable.is_set()):
-            message = self._later.popleft()
-            raw = message if isinstance(message, bytes) else encode(message)
-            sent_bytes += len(raw)
-            self._later_bytes -= len(raw) if raw is message else 0
-            self._send_frame(raw)
-        self._flush()
-
-    def _send_frame(self, raw: bytes) -> None:
-        """A server's frames are not masked, so they are a header and the bytes as they are."""
-        if not self._is_mute:
-            self._put(frame_header(len(raw)), raw)
-
-    def _measure(self, handle: Callable[..., None], *args: Any) -> None:
-        if self._rate == math.inf:
-            handle(*args)
-            return
-        began = time.thread_time()
-        handle(*args)
-        self.charge((time.thread_time() - began) * self._rate / CPU_SHARE)
-
     def limit_messages(self, bytes_max: int) -> None:
-        """Take no larger messages from now on."""
-        self._protocol.max_size = bytes_max  # Its name until websockets 15, and the next one since 16.
-        self._protocol.max_message_size = bytes_max
-        self._message_bytes_max = bytes_max
+        """Accept no larger messages from now on."""
+        self._protocol.limit_messages(bytes_max)
+
+    def _on_handshake(self, event: Any) -> None:
+        self.is_answered = True
+        answer = self._answer(self, event)
+        if answer is None:
+            self._protocol.accept(event)
+        else:
+            self._protocol.reject(*answer)
+        if self._protocol.is_open:
+            self._set_open()
+
+    # The rate limit
 
     def charge(self, cost: float) -> None:
         if self._bucket.take(cost):
@@ -4010,12 +3835,73 @@ class ServerLink(WebSocketLink):
                 self._rate_timer.cancel()
             self._rate_timer = self._loop.call_later(pause_s, self.resume_reading, PauseReason.RATE_LIMIT)
 
+    def _measure(self, handle: Callable[[], None]) -> None:
+        """Charge the CPU time of what may take longer than most messages do."""
+        if self._rate == math.inf:
+            handle()
+            return
+        began = time.thread_time()
+        handle()
+        self.charge((time.thread_time() - began) * self._rate / CPU_SHARE)
+
+    # Slow consumers
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.is_backlogged = True
+        self.pause_reading(PauseReason.SLOW_CONSUMER)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._send_postponed()
+        if not self._postponed and self.writable.is_set():
+            self.is_backlogged = False
+            self.resume_reading(PauseReason.SLOW_CONSUMER)
+
+    def send(self, raw: bytes) -> None:
+        if not self.is_backlogged:
+            self._protocol.send_text(raw)
+            self._flush_soon()
+        elif self._postponed_bytes <= self._backlog_bytes_max // 2:
+            self.send_when_writable(raw)
+            self._postponed_bytes += len(raw)
+        else:
+            self._loop.call_soon(self._close_slow_consumer)  # Not now: its owner is about to send more.
+
+    def send_when_writable(self, message: Any) -> None:
+        if self._postponed is None:
+            self._postponed = collections.deque()
+        self._postponed.append(message)
+
+    def take_unsent(self) -> list[Any]:
+        unsent = [message for message in self._postponed or () if not isinstance(message, bytes)]
+        self._postponed = None
+        return unsent
+
+    def close(self, code: int, reason: str = "") -> None:
+        if not self._is_closing and self._postponed:
+            self._send_postponed(is_last=True)
+        super().close(code, reason)
+
+    def _send_postponed(self, is_last: bool = False) -> None:
+        """Send what was postponed while the socket takes it, or as much as the backlog may hold if it is the last."""
+        sent_bytes = 0
+        while self._postponed and (sent_bytes <= self._backlog_bytes_max if is_last else self.writable.is_set()):
+            message = self._postponed.popleft()
+            raw = message if isinstance(message, bytes) else encode(message)
+            sent_bytes += len(raw)
+            self._postponed_bytes -= len(raw) if raw is message else 0
+            self._protocol.send_text(raw)
+            self._flush_soon()
+        self._flush()
+
     def _on_written(self, size: int, waiting: int) -> None:
         self._written_bytes += size
         if waiting > self._backlog_bytes_max:
             self._loop.call_soon(self._close_slow_consumer)
         elif waiting and self._stall_timer is None:
-            self._stall_timer = self._loop.call_later(STALLED_S, self._check_stalled, self._written_bytes - waiting)
+            read_bytes = self._written_bytes - waiting
+            self._stall_timer = self._loop.call_later(STALLED_S, self._check_stalled, read_bytes)
 
     def _close_slow_consumer(self) -> None:
         if not self._is_closing:
@@ -4023,7 +3909,7 @@ class ServerLink(WebSocketLink):
             self._report_closed(CloseCode.NOT_READING, "does not read")
 
     def _check_stalled(self, read_before: int) -> None:
-        """Cut off a peer that has read nothing since `read_before` bytes were read."""
+        """Disconnect a peer that has read nothing since `read_before` bytes were read."""
         self._stall_timer = None
         if self._transport is None or self._is_closing:
             return
@@ -4034,28 +3920,14 @@ class ServerLink(WebSocketLink):
         else:
             self._on_written(0, waiting)
 
-    def _on_handshake(self, request: Any) -> None:
-        self.is_answered = True
-        answer = self._answer(self, request)
-        response = self._protocol.accept(request) if answer is None else self._protocol.reject(*answer)
-        if answer is not None:
-            del response.headers["Content-Type"]
-            response.headers["Content-Type"] = "application/json"
-        self._protocol.send_response(response)
-        if response.status_code == 101:
-            self._set_open()
-
 
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
-    MASK_BIT, KEY_BYTES = 0, 0
-
-    def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None:
-        super().__init__(protocol, owner, decoder_from_hub(), message_bytes_max=CLIENT_MESSAGE_BYTES_MAX)
+    def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, token: str | None) -> None:
+        super().__init__(protocol, owner, decoder_from_hub())
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self._token = token
-        self._keys = b""  # Random, for the masks of the next frames.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -4063,21 +3935,12 @@ class ClientLink(WebSocketLink):
         if self._token is not None:
             request.headers["Authorization"] = f"Bearer {self._token}"
         self._protocol.send_request(request)
-        self._pump()
+        self._flush_soon()
 
-    def send(self, raw: bytes) -> None:
-        if self._is_mute:
-            return
-        if not self._keys:
-            self._keys = os.urandom(KEYS_BYTES)
-        key, self._keys = self._keys[:4], self._keys[4:]
-        self._put(frame_header(len(raw), is_masked=True), key, self._apply_mask(raw, key))
-
-    def _on_handshake(self, response: Any) -> None:
-        if self._protocol.handshake_exc is None:
-            self._set_open()
-            if not self.ready.done():
-                self.ready.set_result(None)
+    def _on_handshake(self, event: Any) -> None:
+        self._set_open()
+        if not self.ready.done():
+            self.ready.set_result(None)
 
     def _on_written(self, size: int, waiting: int) -> None:
         if waiting > CLIENT_MESSAGE_BYTES_MAX + BACKLOG_BYTES_MAX:  # As the answers to pings may.
@@ -4254,23 +4117,6 @@ def frame_header(length: int, is_masked: bool = False, opcode: int = TEXT) -> by
     return pack_long_header(WHOLE | opcode, is_masked << 7 | 127, length)
 
 
-def frame_bytes(data: bytes, start: int) -> int:
-    """Return how long the frame is that begins at `start`; 0 if there is too little of it to tell."""
-    if len(data) < start + 2:
-        return 0
-    masked, length = divmod(data[start + 1], 128)
-    more = {126: 2, 127: 8}.get(length, 0)
-    if len(data) < start + 2 + more:
-        return 0
-    if more:
-        length = int.from_bytes(data[start + 2 : start + 2 + more], "big")
-    return 2 + more + 4 * masked + length
-
-
-def event_opcode(event: Any) -> int | None:
-    return getattr(event, "opcode", None)
-
-
 def is_utf8(raw: bytes) -> bool:
     try:
         raw.decode()
@@ -4279,11 +4125,13 @@ def is_utf8(raw: bytes) -> bool:
     return True
 
 
-# WebSocket, built in
+# The WebSocket protocol
 #
-# RFC 6455 without its socket, for where `websockets` is not installed: what a WebSocketLink uses of
-# its protocol objects. Bytes go in by `receive_data`; `data_to_send` and `events_received` say what
-# comes of them. An event is the request or response that opens the connection, then each frame.
+# RFC 6455 without its socket. Bytes that came in go to `receive_data`, `next_event` returns what
+# they say, and `data_to_send` returns the bytes to write: the shape of h11 and of `websockets`.
+# Two implementations stand behind it, `websockets` and one built in for where that is not
+# installed. What both need is here: the buffer, the one reader of a frame's header, whole text
+# messages, fragments. An implementation reads the handshake and all other frames.
 # There are no extensions and no subprotocols.
 
 HEAD_BYTES_MAX = 65_536  # Of a request or response, with the ends of its lines, ...
@@ -4315,21 +4163,10 @@ class FrameError(Exception):
         self.code = code
 
 
-class Frame(NamedTuple):
-    opcode: int
-    data: bytes
-    fin: bool
-
-
-class ClosedWith(NamedTuple):
-    code: int
-    reason: str
-
-
 class Headers:
     """The headers of a request or response, in their order. Their names are compared without case.
 
-    To set one adds it; `del` takes away those of a name.
+    Setting one adds it.
     """
 
     def __init__(self, *pairs: tuple[str, str]) -> None:
@@ -4343,7 +4180,7 @@ class Headers:
         return [word.strip().lower() for value in self.get_all(name) for word in value.split(",")]
 
     def is_upgrade(self) -> bool:
-        """Tell whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
+        """Return whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
         return "upgrade" in self.words("Connection") and self.words("Upgrade") == ["websocket"]
 
     def after(self, first_line: str) -> bytes:
@@ -4360,11 +4197,10 @@ class Headers:
     def __setitem__(self, name: str, value: str) -> None:
         self.pairs.append((name, value))
 
-    def __delitem__(self, name: str) -> None:
-        self.pairs = [(other, value) for other, value in self.pairs if other.lower() != name.lower()]
-
 
 class Request(NamedTuple):
+    """The handshake of a client. A server accepts or rejects it before it reads on."""
+
     path: str
     headers: Headers
     method: str = "GET"
@@ -4372,228 +4208,434 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
+    """The handshake of a server that opened the WebSocket."""
+
     status_code: int
     phrase: str
     headers: Headers
-    body: bytes = b""
 
 
-class BuiltinProtocol:
-    """What both roles share: frames, and the end of a connection."""
+class Message(NamedTuple):
+    """A binary message, or one that came in fragments. A text message in one frame, as nearly all are, is `bytes`."""
+
+    raw: bytes
+    is_text: bool
+
+
+class Frame(NamedTuple):
+    """A ping, a pong, or a fragment that does not complete its message."""
+
+    opcode: int
+    data: bytes
+    fin: bool
+
+
+class CloseFrame(NamedTuple):
+    """The other end closed; nothing follows."""
+
+    code: int
+    reason: str
+
+
+class Violation(NamedTuple):
+    """The other end broke the rules, and the close that says so is to be sent; nothing follows.
+
+    During the handshake `code` is an HTTP status.
+    """
+
+    code: int
+    reason: str
+
+
+class Costly(enum.Enum):
+    """The next event is none of the small messages that cost about the same: its cost is worth measuring."""
+
+    COSTLY = enum.auto()
+
+
+COSTLY = Costly.COSTLY
+ApplyMask = Callable[[bytes | bytearray, bytes | bytearray], bytes]  # Data and a key of 4 bytes.
+Event = Request | Response | bytes | Message | Frame | CloseFrame | Violation | Costly
+
+
+@dataclass(slots=True)
+class Fragments:
+    """What has come in of a message in fragments."""
+
+    is_text: bool
+    raw: bytearray = field(default_factory=bytearray)
+    count: int = 0
+
+
+class WebSocketProtocol:
+    """One end of a WebSocket, without I/O.
+
+    Events come one at a time, so that each is handled before the next is read: a request is answered before what is
+    behind it, messages are answered before the close behind them, and a reader may stop between any two. What the
+    other end does wrong is an event too; nothing is raised.
+    """
+
+    def __init__(self, message_bytes_max: int, *, is_server: bool, apply_mask: ApplyMask) -> None:
+        self.is_server = is_server
+        self.is_open = False  # The handshake is done.
+        self.has_ended = False  # Nothing follows what `data_to_send` returns next.
+        self.handshake_exc: Exception | None = None
+        self.close_sent: CloseFrame | None = None
+        self.close_rcvd: CloseFrame | None = None
+        self.position = 0  # How much of the buffer was read; grows until more bytes are needed.
+        self.unsent_bytes = 0
+        self._buffer = bytearray()
+        self._writes: list[bytes] = []
+        self._apply_mask = apply_mask
+        self._keys = b""  # Random, for the masks of the next frames.
+        self._is_reading_frames = False  # It is open, and nothing was read that ends it.
+        self._is_discarding = False  # Nothing that still comes is read.
+        self._is_announced = False  # COSTLY was returned.
+        self._fragments: Fragments | None = None
+        self.limit_messages(message_bytes_max)
+
+    def limit_messages(self, bytes_max: int) -> None:
+        """Accept no larger messages from now on."""
+        self._message_bytes_max = bytes_max
+        self._small_bytes_max = min(bytes_max, CPU_COUNTED_BYTES - 1)
+
+    # Reading
+
+    @property
+    def unread_bytes(self) -> int:
+        return len(self._buffer) - self.position
+
+    def receive_data(self, data: bytes) -> None:
+        """Keep bytes that came in, for `next_event`."""
+        if not self._is_discarding:
+            self._buffer += data
+
+    def next_event(self) -> Event | None:
+        """Return what came in next, None if more bytes are needed.
+
+        A frame is read when it is complete, or when its header says that it is too long. So no more than one message
+        is ever buffered on top of what came in at once.
+        """
+        if not self._is_reading_frames:
+            return None if self._is_discarding else self._read_head()
+        buffer, start = self._buffer, self.position
+        size, begin = len(buffer), start + 2
+        if begin > size:
+            return self._wait()
+        first, second = buffer[start], buffer[start + 1]
+        length = second & 127
+        if length > 125:
+            begin += 2 if length == 126 else 8
+            if begin > size:
+                return self._wait()
+            length = int.from_bytes(buffer[start + 2 : begin], "big")
+        end = begin + length + (4 if second > 127 else 0)
+        if end > size and not self._is_too_long(first & 15, length):
+            return self._wait()
+        if (
+            first == WHOLE_TEXT
+            and length <= self._small_bytes_max
+            and self._fragments is None
+            and (second > 127) == self.is_server
+        ):
+            self.position = end
+            if not self.is_server:
+                return bytes(buffer[begin:end])
+            return self._apply_mask(buffer[begin + 4 : end], buffer[begin : begin + 4])
+        if not self._is_announced:
+            self._is_announced = True
+            return COSTLY
+        self._is_announced = False
+        return self._read_frame(begin, end)
+
+    def receive_eof(self) -> None:
+        """Handle that nothing will come in any more."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Read nothing more, whatever still comes in."""
+        self._is_discarding = True
+        self._is_reading_frames = False
+        self._fragments = None
+        self.position = 0
+        self._buffer.clear()
+
+    def _wait(self) -> Event | None:
+        """Forget what was read, so that an idle connection buffers nothing."""
+        del self._buffer[: self.position]
+        self.position = 0
+        return None
+
+    def _is_too_long(self, opcode: int, length: int) -> bool:
+        if opcode >= CLOSE:
+            return length > max(self._message_bytes_max, CONTROL_BYTES_MAX)
+        return length > self._message_bytes_max - self._fragments_bytes
+
+    @property
+    def _fragments_bytes(self) -> int:
+        return 0 if self._fragments is None else len(self._fragments.raw)
+
+    def _take_line(self) -> bytes:
+        """Return the next line of the handshake, or the beginning of one that is too long; empty if there is none."""
+        end = self._buffer.find(b"\n", self.position) + 1
+        if not end:
+            if self.unread_bytes <= HEAD_LINE_BYTES_MAX + len(b"\r"):
+                self._wait()
+                return b""
+            end = len(self._buffer)
+        line = bytes(self._buffer[self.position : end])
+        self.position = end
+        return line
+
+    def _read_head(self) -> Event | None:
+        """Read the request or response line by line; return it when it is complete."""
+        raise NotImplementedError
+
+    def _read_frame(self, begin: int, end: int) -> Event:
+        """Read the frame at `position`, whose masking key or payload begins at `begin`: complete, or too long."""
+        raise NotImplementedError
+
+    def _assemble(self, frame: Frame) -> Event:
+        """Return the message that this frame is or completes, else the frame. The total size is limited already."""
+        if frame.opcode != CONTINUATION:
+            if frame.fin:
+                return frame.data if frame.opcode == TEXT else Message(frame.data, is_text=False)
+            self._fragments = Fragments(frame.opcode == TEXT)
+        fragments = self._fragments
+        if fragments is None:
+            raise AssertionError("no implementation accepts a continuation of nothing")
+        fragments.raw += frame.data
+        fragments.count += 1
+        if fragments.count > self._message_bytes_max // FRAGMENT_BYTES:
+            return self._violate(CloseCode.TOO_BIG, "too many fragments")
+        if not frame.fin:
+            return frame
+        self._fragments = None
+        return Message(bytes(fragments.raw), fragments.is_text)
+
+    def _set_open(self) -> None:
+        self.is_open = self._is_reading_frames = True
+
+    # Writing
+
+    def data_to_send(self) -> bytes:
+        """Return what is to be written."""
+        raw = b"".join(self._writes)
+        self._writes.clear()
+        self.unsent_bytes = 0
+        return raw
+
+    def send_text(self, raw: bytes) -> None:
+        """Send a message; without effect after a close. A server's frames are not masked: a header and the bytes."""
+        if self.close_sent is not None:
+            return
+        if self.is_server:
+            self._writes += (frame_header(len(raw)), raw)
+        else:
+            key = self._next_key()
+            self._writes += (frame_header(len(raw), is_masked=True), key, self._apply_mask(raw, key))
+        self.unsent_bytes += len(raw)
+
+    def send_close(self, code: int, reason: str = "") -> None:
+        """Send a close. What still comes in is read until the other end closes too."""
+        raise NotImplementedError
+
+    def fail(self, code: int, reason: str = "") -> None:
+        """Send why the connection has failed, and read nothing more (RFC 6455 §7.1.7)."""
+        raise NotImplementedError
+
+    def close_expected(self) -> bool:
+        """Return whether the other end is expected to close the socket."""
+        raise NotImplementedError
+
+    def _violate(self, code: int, reason: str) -> Violation:
+        self.fail(code, reason)
+        return Violation(code, reason)
+
+    def _write(self, raw: bytes) -> None:
+        self._writes.append(raw)
+        self.unsent_bytes += len(raw)
+
+    def _next_key(self) -> bytes:
+        if not self._keys:
+            self._keys = os.urandom(KEYS_BYTES)
+        key, self._keys = self._keys[:4], self._keys[4:]
+        return key
+
+    # The handshake of a server
+
+    def accept(self, request: Any) -> None:
+        """Send the response that opens the WebSocket, or that says why not (RFC 6455 §4.2)."""
+        raise NotImplementedError
+
+    def reject(self, status: int, text: str, content_type: str = "application/json") -> None:
+        """Send a plain HTTP response, after which the connection ends."""
+        raise NotImplementedError
+
+    # The handshake of a client
+
+    def connect(self) -> Any:
+        """Return the request that opens the WebSocket (RFC 6455 §4.1), for `send_request`."""
+        raise NotImplementedError
+
+    def send_request(self, request: Any) -> None:
+        raise NotImplementedError
+
+
+class BuiltinProtocol(WebSocketProtocol):
+    """What both roles share of the implementation that is built in: frames, and the end of a connection."""
 
     IS_SERVER: bool
 
     def __init__(self, message_bytes_max: int) -> None:
-        self.max_message_size = message_bytes_max
-        self.handshake_exc: Exception | None = None
-        self.close_rcvd: ClosedWith | None = None
-        self.close_sent: ClosedWith | None = None
-        self._is_open = False
-        self._is_deaf = False  # Nothing that still comes is read.
-        self._has_eof = False  # Nothing will come.
-        self._is_ended = False  # Nothing will be sent.
-        self._unread = bytearray()
-        self._head: list[bytes] = []  # The lines of it that are there.
+        super().__init__(message_bytes_max, is_server=self.IS_SERVER, apply_mask=apply_mask)
+        self._has_eof = False  # Nothing will come in.
+        self._head: list[bytes] | None = []  # The lines of it so far; None when it is complete.
         self._head_bytes = 0
-        self._events: list[Any] = []
-        self._writes: list[bytes] = []
-        self._fragments_bytes: int | None = None  # Of the message of which some fragments have come.
-
-    def receive_data(self, data: bytes) -> None:
-        """Take bytes that have come in. Never raises: what is wrong with them fails the connection."""
-        if self._is_deaf:
-            return
-        self._unread += data
-        try:
-            while not self._is_deaf and (self._take_frame() if self._is_open else self._take_head()):
-                pass
-        except FrameError as error:
-            self.fail(error.code, str(error))
-        except HandshakeFailed as error:
-            self.handshake_exc = error
-            self._refuse(error)
-            self._end()
 
     def receive_eof(self) -> None:
-        """Take note that nothing will come any more."""
-        if not self._is_open and self.handshake_exc is None:
+        if not self.is_open and self.handshake_exc is None:
             self.handshake_exc = HandshakeFailed("the connection was closed")
         self._has_eof = True
         self._end()
 
-    def events_received(self) -> list[Any]:
-        events, self._events = self._events, []
-        return events
-
-    def data_to_send(self) -> list[bytes]:
-        """Return what is to be written; an empty string at the end means that nothing will follow."""
-        writes, self._writes = self._writes, []
-        return writes
-
     def close_expected(self) -> bool:
-        """Tell whether the other end is expected to close the socket."""
-        return not self._has_eof and (self.close_sent is not None if self._is_open else self._is_ended)
+        return not self._has_eof and (self.close_sent is not None if self.is_open else self.has_ended)
 
     def send_close(self, code: int, reason: str = "") -> None:
-        raw_reason = reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore").encode()
-        self._send(CLOSE, code.to_bytes(2, "big") + raw_reason)
-        self.close_sent = ClosedWith(code, reason)
+        self._send(CLOSE, code.to_bytes(2, "big") + truncate_reason(reason).encode())
+        self.close_sent = CloseFrame(code, reason)
 
     def fail(self, code: int, reason: str = "") -> None:
-        """Say why the connection has failed, and listen to nothing more (RFC 6455 §7.1.7)."""
         if self.close_sent is None:
             self.send_close(code, reason)
         self._stop()
 
     def _stop(self) -> None:
-        """End what is read. A server ends the connection then, and a client waits for it to do so (§7.1.1)."""
-        self._is_deaf = True
-        self._unread.clear()
-        if self.IS_SERVER:
-            self._end()
+        """Read nothing more. A server ends the connection then, and a client waits for it to do so (§7.1.1)."""
+        self.discard()
+        self.has_ended = self.has_ended or self.IS_SERVER
 
     def _end(self) -> None:
-        self._is_deaf = True
-        self._unread.clear()
-        if not self._is_ended:
-            self._is_ended = True
-            self._writes.append(b"")
+        self.discard()
+        self.has_ended = True
 
     def _send(self, opcode: int, data: bytes) -> None:
         """Queue a frame in one piece."""
         header = frame_header(len(data), is_masked=not self.IS_SERVER, opcode=opcode)
         if self.IS_SERVER:
-            self._writes.append(header + data)
+            self._write(header + data)
         else:
-            key = os.urandom(4)
-            self._writes.append(header + key + apply_mask(data, key))
+            key = self._next_key()
+            self._write(header + key + apply_mask(data, key))
 
-    def _take_head(self) -> bool:
-        """Read the request or response if it is there to its end; return whether to read on."""
-        end = self._unread.find(b"\n")
-        size = len(self._unread) if end < 0 else end
-        self._head_bytes += end + 1
-        if (
-            size > HEAD_LINE_BYTES_MAX + len(b"\r")
-            or len(self._head) > HEADERS_MAX + 1
-            or self._head_bytes > HEAD_BYTES_MAX
-        ):
+    def _read_head(self) -> Event | None:
+        try:
+            while self._head is not None and (line := self._take_line()):
+                self._head_bytes += len(line)
+                self._check_line(line, len(self._head))
+                if line == b"\r\n":
+                    lines, self._head = self._head, None
+                    return self._parse_head(lines)
+                self._head.append(line[:-2])
+        except HandshakeFailed as error:
+            self.handshake_exc = error
+            self._refuse(error)
+            self._end()
+            return Violation(error.status, str(error))
+        return None
+
+    def _check_line(self, line: bytes, index: int) -> None:
+        is_too_long = len(line) > HEAD_LINE_BYTES_MAX + 2 or not line.endswith(b"\n")
+        if is_too_long or index > HEADERS_MAX + 1 or self._head_bytes > HEAD_BYTES_MAX:
             raise HandshakeFailed("the headers are too many or too long", 431)
-        if end < 0:
-            return False
-        line = bytes(self._unread[:end])
-        del self._unread[: end + 1]
-        if not line.endswith(b"\r"):  # Who takes that for a line may see another end of the headers than others.
+        if not line.endswith(b"\r\n"):  # A reader that takes this for a line may disagree where the headers end.
             raise HandshakeFailed("a line must end with CR and LF")
-        self._head.append(line[:-1])
-        if line != b"\r":
-            return True
-        (first, *lines), self._head = self._head[:-1] or [b""], []
+
+    def _parse_head(self, lines: list[bytes]) -> Event:
+        first, *rest = lines or [b""]
         words = first.decode("latin-1").split(" ", 2)
         if len(words) != 3 or not (first.isascii() or not self.IS_SERVER) or not HEADER_VALUE.fullmatch(first):
             raise HandshakeFailed("the first line is not one of HTTP")
-        self._on_head(words, Headers(*map(header_in, lines)))
-        return False
+        return self._on_head(words, Headers(*map(header_in, rest)))
 
-    def _on_head(self, words: list[str], headers: Headers) -> None:
-        """Take the three words of the first line, and the headers."""
+    def _on_head(self, words: list[str], headers: Headers) -> Event:
+        """Return the event for the three words of the first line and the headers."""
         raise NotImplementedError
 
     def _refuse(self, error: HandshakeFailed) -> None:
-        """Say, where that can be said, that the first bytes were wrong."""
+        """Send, where that is possible, that the handshake was wrong."""
 
-    def _take_frame(self) -> bool:
-        """Read a frame if it is there to its end; return whether it is."""
-        unread = self._unread
-        if len(unread) < 2:
-            return False
-        first, second = unread[0], unread[1]
-        is_masked, length = second >= 128, second & 127
-        self._check_header(first, is_masked, length)
-        start = 2 + {126: 2, 127: 8}.get(length, 0)
-        if len(unread) < start:
-            return False
-        if start > 2:
-            length = int.from_bytes(unread[2:start], "big")
-        opcode, before = first & 15, self._fragments_bytes or 0
-        if opcode < CLOSE and before + length > self.max_message_size:
-            raise FrameError(CloseCode.TOO_BIG, f"larger than {self.max_message_size} bytes")
-        end = start + 4 * is_masked + length
-        if len(unread) < end:
-            return False
-        data = bytes(unread[end - length : end])
-        if is_masked:
-            data = apply_mask(data, bytes(unread[start : start + 4]))
-        del unread[:end]
-        self._on_frame(Frame(opcode, data, first >= 128))
-        return True
+    def _read_frame(self, begin: int, end: int) -> Event:
+        buffer, start = self._buffer, self.position
+        first, second = buffer[start], buffer[start + 1]
+        payload = begin + 4 * (second >> 7)
+        try:
+            self._check_header(first, second)
+            if first & 15 < CLOSE and self._fragments_bytes + end - payload > self._message_bytes_max:
+                raise FrameError(CloseCode.TOO_BIG, f"larger than {self._message_bytes_max} bytes")
+            data = bytes(buffer[payload:end])
+            if self.IS_SERVER:
+                data = apply_mask(data, buffer[begin:payload])
+            self.position = end
+            return self._on_frame(Frame(first & 15, data, first > 127))
+        except FrameError as error:
+            return self._violate(error.code, str(error))
 
-    def _check_header(self, first: int, is_masked: bool, length: int) -> None:
-        """Raise FrameError if no frame may begin like that (RFC 6455 §5.1, §5.2, §5.4, §5.5)."""
-        opcode, is_last = first & 15, first >= 128
+    def _check_header(self, first: int, second: int) -> None:
+        """Raise FrameError if no frame may begin with these bytes (RFC 6455 §5.1, §5.2, §5.4, §5.5)."""
+        opcode = first & 15
         if first & 0x70:
             raise FrameError(1002, "reserved bits must be 0")
         if not (opcode <= BINARY or CLOSE <= opcode <= PONG):
             raise FrameError(1002, f"there is no opcode {opcode}")
-        if opcode >= CLOSE and (length > CONTROL_BYTES_MAX or not is_last):
+        if opcode >= CLOSE and (second & 127 > CONTROL_BYTES_MAX or first < 128):
             raise FrameError(1002, "a control frame must be short, and in one piece")
-        if is_masked != self.IS_SERVER:
+        if (second > 127) != self.IS_SERVER:
             raise FrameError(1002, "what a client sends must be masked, and nothing else")
-        if opcode < CLOSE and (opcode == CONTINUATION) != (self._fragments_bytes is not None):
+        if opcode < CLOSE and (opcode == CONTINUATION) != (self._fragments is not None):
             raise FrameError(1002, "a continuation must follow what it continues, and nothing else")
 
-    def _on_frame(self, frame: Frame) -> None:
+    def _on_frame(self, frame: Frame) -> Event:
         if frame.opcode < CLOSE:
-            self._fragments_bytes = None if frame.fin else (self._fragments_bytes or 0) + len(frame.data)
-        elif frame.opcode == PING and self.close_sent is None:
+            return self._assemble(frame)
+        if frame.opcode == PING and self.close_sent is None:
             self._send(PONG, frame.data)
         elif frame.opcode == CLOSE:
-            self.close_rcvd = closed_with(frame.data)
+            self.close_rcvd = parse_close(frame.data)
             if self.close_sent is None:
                 self._send(CLOSE, frame.data)
                 self.close_sent = self.close_rcvd
             self._stop()
-        self._events.append(frame)
+            return self.close_rcvd
+        return frame
 
 
 class BuiltinServer(BuiltinProtocol):
-    """The end that is connected to. A Request comes as the first event, to be answered before more is received."""
+    """The end that is connected to. A Request comes as the first event."""
 
     IS_SERVER = True
 
-    def accept(self, request: Request) -> Response:
-        """Return the response that opens the WebSocket, or that says why not (RFC 6455 §4.2)."""
+    def accept(self, request: Request) -> None:
         try:
             accepted = self._accepted(request)
         except HandshakeFailed as error:
             self.handshake_exc = error
-            response = self.reject(error.status, f"no WebSocket is opened: {error}\n")
-            if error.status == 426:
-                response.headers["Upgrade"] = "websocket"
-                response.headers["Sec-WebSocket-Version"] = "13"
-            elif error.status == 405:
-                response.headers["Allow"] = "GET"
-            return response
+            self._refuse(error)
+            return
         headers = Headers(("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accepted))
-        return Response(101, "Switching Protocols", headers)
+        self._write(headers.after("HTTP/1.1 101 Switching Protocols"))
+        self._set_open()
 
-    def reject(self, status: int, text: str) -> Response:
-        """Return a plain HTTP response, after which the connection ends."""
+    def reject(self, status: int, text: str, content_type: str = "application/json", *more: tuple[str, str]) -> None:
         from http import HTTPStatus
 
         body = text.encode()
         headers = Headers(
-            ("Connection", "close"), ("Content-Length", str(len(body))), ("Content-Type", "text/plain; charset=utf-8")
+            ("Connection", "close"), ("Content-Length", str(len(body))), ("Content-Type", content_type), *more
         )
-        return Response(status, HTTPStatus(status).phrase, headers, body)
-
-    def send_response(self, response: Response) -> None:
-        head = response.headers.after(f"HTTP/1.1 {response.status_code} {response.phrase}")
-        self._writes.append(head + response.body)
-        if response.status_code == 101:
-            self._is_open = True
-        else:
-            self._end()
+        self._write(headers.after(f"HTTP/1.1 {status} {HTTPStatus(status).phrase}") + body)
+        self._end()
 
     def _accepted(self, request: Request) -> str:
         headers = request.headers
@@ -4610,16 +4652,18 @@ class BuiltinServer(BuiltinProtocol):
             raise HandshakeFailed("Sec-WebSocket-Version must be 13", 426)
         return accept_of(key)
 
-    def _on_head(self, words: list[str], headers: Headers) -> None:
+    def _on_head(self, words: list[str], headers: Headers) -> Event:
         method, path, version = words
         if version not in ("HTTP/1.1", "HTTP/1.0"):
             raise HandshakeFailed("the first line is not one of HTTP")
         if headers.get_all("Transfer-Encoding") or set(headers.get_all("Content-Length")) - {"0"}:
             raise HandshakeFailed("a request may have no body")
-        self._events.append(Request(path, headers, method, version))
+        return Request(path, headers, method, version)
 
     def _refuse(self, error: HandshakeFailed) -> None:
-        self.send_response(self.reject(error.status, f"no WebSocket is opened: {error}\n"))
+        more = {426: (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")), 405: (("Allow", "GET"),)}
+        text = f"no WebSocket is opened: {error}\n"
+        self.reject(error.status, text, "text/plain; charset=utf-8", *more.get(error.status, ()))
 
 
 class BuiltinClient(BuiltinProtocol):
@@ -4633,7 +4677,6 @@ class BuiltinClient(BuiltinProtocol):
         self._key = base64.b64encode(os.urandom(16)).decode()
 
     def connect(self) -> Request:
-        """Return the request that opens the WebSocket (RFC 6455 §4.1), to be sent by `send_request`."""
         headers = Headers(
             ("Host", self._url.host_header),
             ("Upgrade", "websocket"),
@@ -4645,9 +4688,9 @@ class BuiltinClient(BuiltinProtocol):
         return Request(self._url.path, headers)
 
     def send_request(self, request: Request) -> None:
-        self._writes.append(request.headers.after(f"{request.method} {request.path} {request.version}"))
+        self._write(request.headers.after(f"{request.method} {request.path} {request.version}"))
 
-    def _on_head(self, words: list[str], headers: Headers) -> None:
+    def _on_head(self, words: list[str], headers: Headers) -> Event:
         version, status, phrase = words
         if version != "HTTP/1.1" or not re.fullmatch("[1-5][0-9][0-9]", status):
             raise HandshakeFailed("did not receive a valid HTTP response")
@@ -4659,8 +4702,8 @@ class BuiltinClient(BuiltinProtocol):
             raise HandshakeFailed("the response is one to another request")
         if headers.get_all("Sec-WebSocket-Extensions") or headers.get_all("Sec-WebSocket-Protocol"):
             raise HandshakeFailed("the response has extensions or subprotocols that were not asked for")
-        self._is_open = True
-        self._events.append(Response(101, phrase, headers))
+        self._set_open()
+        return Response(101, phrase, headers)
 
 
 def header_in(line: bytes) -> tuple[str, str]:
@@ -4676,20 +4719,25 @@ def accept_of(key: str) -> str:
     return base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID, usedforsecurity=False).digest()).decode()
 
 
-def closed_with(data: bytes) -> ClosedWith:
-    """Return what a close frame says (RFC 6455 §5.5.1, §7.4); raise FrameError if it may not say that."""
+def parse_close(data: bytes) -> CloseFrame:
+    """Return the content of a close frame (RFC 6455 §5.5.1, §7.4); raise FrameError if it is not allowed."""
     if not data:
-        return ClosedWith(1005, "")  # RFC 6455 §7.1.5: what is said of a frame that says nothing.
+        return CloseFrame(1005, "")  # RFC 6455 §7.1.5: the code that stands for none.
     code = int.from_bytes(data[:2], "big")
     if code not in CODES_IN_FRAMES:  # Nor is any single byte one.
         raise FrameError(1002, "there is no such close code")
     try:
-        return ClosedWith(code, data[2:].decode())
+        return CloseFrame(code, data[2:].decode())
     except UnicodeDecodeError:
         raise FrameError(1007, "not UTF-8") from None
 
 
-def apply_mask(data: bytes, key: bytes) -> bytes:
+def truncate_reason(reason: str) -> str:
+    """Return as many characters of a close's reason as fit into its frame."""
+    return reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
+
+
+def apply_mask(data: bytes | bytearray, key: bytes | bytearray) -> bytes:
     """Return the data masked with a key of 4 bytes, or unmasked (RFC 6455 §5.3): one exclusive or of large numbers."""
     size = len(data)
     if size <= MASK_BLOCK_BYTES:
@@ -4701,17 +4749,129 @@ def apply_mask(data: bytes, key: bytes) -> bytes:
     return b"".join(block.to_bytes(block_bytes, "little") for block in blocks)[:size]
 
 
+class PackageProtocol(WebSocketProtocol):
+    """The same around a Sans-I/O protocol object of `websockets`, which is given one line or one frame at a time.
+
+    Given more it would read on at once: answer a ping before the request in front of it, or close before the messages
+    in front of the close are answered.
+    """
+
+    def __init__(self, inner: Any, message_bytes_max: int, *, is_server: bool, apply_mask: ApplyMask) -> None:
+        self._inner = inner
+        self._has_head = False
+        super().__init__(message_bytes_max, is_server=is_server, apply_mask=apply_mask)
+
+    def limit_messages(self, bytes_max: int) -> None:
+        super().limit_messages(bytes_max)
+        self._inner.max_size = self._inner.max_message_size = bytes_max  # Its name until websockets 15, and since 16.
+
+    def receive_eof(self) -> None:
+        if not (self.is_open or self._is_discarding):
+            self._inner.receive_data(bytes(self._buffer))  # The beginning of a line: the end makes it an error.
+        self._inner.receive_eof()
+        self.handshake_exc = self._inner.handshake_exc
+        self._collect()
+        self.discard()
+
+    def close_expected(self) -> bool:
+        return bool(self._inner.close_expected())
+
+    def send_close(self, code: int, reason: str = "") -> None:
+        self._inner.send_close(code, truncate_reason(reason))
+        self._collect()
+
+    def fail(self, code: int, reason: str = "") -> None:
+        self._inner.fail(code, truncate_reason(reason))
+        self._collect()
+        self.discard()
+
+    def accept(self, request: Any) -> None:
+        self._send_response(self._inner.accept(request))
+
+    def reject(self, status: int, text: str, content_type: str = "application/json") -> None:
+        response = self._inner.reject(status, text)
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = content_type
+        self._send_response(response)
+
+    def connect(self) -> Any:
+        return self._inner.connect()
+
+    def send_request(self, request: Any) -> None:
+        self._inner.send_request(request)
+        self._collect()
+
+    def _send_response(self, response: Any) -> None:
+        self._inner.send_response(response)
+        self.handshake_exc = self._inner.handshake_exc
+        self._collect()
+        if response.status_code == 101:
+            self._set_open()
+        else:
+            self.discard()
+
+    def _read_head(self) -> Event | None:
+        while data := self._take_body() if self._has_head else self._take_line():
+            self._has_head = self._has_head or data == b"\r\n"
+            self._inner.receive_data(data)
+            events = self._inner.events_received()
+            self._collect()
+            if self._inner.handshake_exc is not None:
+                self.handshake_exc = self._inner.handshake_exc
+                self.discard()
+                return Violation(400, str(self.handshake_exc))
+            if events:
+                if not self.is_server:
+                    self._set_open()
+                event: Event = events[0]
+                return event
+        return None
+
+    def _take_body(self) -> bytes:
+        """Return what comes behind the head of a response that did not open; a server's request has no body."""
+        body = b"" if self.is_server else bytes(self._buffer[self.position :])
+        self.position += len(body)
+        return body
+
+    def _read_frame(self, begin: int, end: int) -> Event:
+        self._inner.receive_data(bytes(self._buffer[self.position : end]))
+        self.position = end
+        events = self._inner.events_received()
+        self._collect()
+        if not events:  # Any frame is an event, if it is none that fails the connection.
+            self.discard()
+            return Violation(*self.close_sent or (1006, ""))
+        frame = events[0]
+        if frame.opcode == CLOSE:
+            self.discard()
+            return self.close_rcvd or CloseFrame(1006, "")
+        read = Frame(int(frame.opcode), bytes(frame.data), frame.fin)
+        return read if read.opcode > CLOSE else self._assemble(read)
+
+    def _collect(self) -> None:
+        """Collect what `websockets` has written, and its closes."""
+        for data in self._inner.data_to_send():
+            if not data:
+                self.has_ended = True
+            elif self.close_sent is None:  # Nothing may follow a close; it would answer pings even then.
+                self._write(data)
+        sent, received = self._inner.close_sent, self._inner.close_rcvd
+        if sent is not None and self.close_sent is None:
+            self.close_sent = CloseFrame(sent.code, sent.reason)
+        if received is not None:
+            self.close_rcvd = CloseFrame(received.code, received.reason)
+
+
 # Which of the two
 
 
 class WebSockets(NamedTuple):
-    """What carries a WebSocket: protocol objects for both roles, what a client's `handshake_exc` may be, the mask."""
+    """What carries a WebSocket: protocol objects for both roles, and what a client's `handshake_exc` may be."""
 
     name: str
-    server: Callable[[int], Any]  # From the largest message, in bytes.
-    client: Callable[[str, int], Any]  # From a URL and the largest message.
+    server: Callable[[int], WebSocketProtocol]  # From the largest message, in bytes.
+    client: Callable[[str, int], WebSocketProtocol]  # From a URL and the largest message.
     refused: type[Exception]
-    apply_mask: Callable[[bytes, bytes], bytes]
 
 
 @functools.cache
@@ -4719,24 +4879,27 @@ def websockets_used() -> WebSockets:
     """Return what carries the WebSockets of this process: the package `websockets`, or what is built in."""
     version = usable_version("websockets", oldest=(15, 0))
     if version is None:
-        return WebSockets("built in", BuiltinServer, BuiltinClient, HandshakeFailed, apply_mask)
+        return WebSockets("built in", BuiltinServer, BuiltinClient, HandshakeFailed)
     from websockets.client import ClientProtocol
     from websockets.exceptions import InvalidHandshake
     from websockets.server import ServerProtocol
     from websockets.uri import parse_uri
 
-    mask: Callable[[bytes, bytes], bytes]
+    mask: ApplyMask
     try:
         from websockets.speedups import apply_mask as mask
     except ImportError:  # It was installed without what is written in C.
         mask = apply_mask
-    return WebSockets(
-        f"websockets {version}",
-        lambda size: ServerProtocol(max_size=size, logger=WIRE_LOGGER),
-        lambda url, size: ClientProtocol(parse_uri(check_url(url)), max_size=size, logger=WIRE_LOGGER),
-        InvalidHandshake,
-        mask,
-    )
+
+    def server(bytes_max: int) -> WebSocketProtocol:
+        inner = ServerProtocol(max_size=bytes_max, logger=WIRE_LOGGER)
+        return PackageProtocol(inner, bytes_max, is_server=True, apply_mask=mask)
+
+    def client(url: str, bytes_max: int) -> WebSocketProtocol:
+        inner = ClientProtocol(parse_uri(check_url(url)), max_size=bytes_max, logger=WIRE_LOGGER)
+        return PackageProtocol(inner, bytes_max, is_server=False, apply_mask=mask)
+
+    return WebSockets(f"websockets {version}", server, client, InvalidHandshake)
 
 
 # ============================================================================================

@@ -891,44 +891,38 @@ class MemoryLink(Link):
     def abort(self) -> None: ...
 
 class WebSocketLink(Link, AsyncioProtocol):
-    """One end of a WebSocket, around a protocol object for its role: of `websockets`, or built in.
+    """One end of a WebSocket: moves bytes between a socket and a `WebSocketProtocol`, and tells its owner the events.
 
     What is sent in one turn of the loop goes out together, at its end or when it is more than OUT_BYTES_MAX, so the
-    answers to the messages of a chunk share their writes. While it is held, nothing that came in is handled, and soon
-    nothing comes in.
-
-    Text messages in one frame that is there as a whole, which is what nearly all are, are read and written here; the
-    protocol object gets the other frames, each by itself, and what belongs to the handshake.
+    replies to the messages of a chunk share their writes.
     """
 
-    MASK_BIT: int
-    KEY_BYTES: int
     pause_reasons: set[str]
-    def __init__(
-        self, protocol: Any, owner: LinkOwner, decode: Callable[[bytes], Any], *, message_bytes_max: int
-    ) -> None: ...
+    def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
+    @property
+    def unread_bytes(self) -> int:
+        """How many bytes came in and were not handled yet."""
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def data_received(self, data: bytes) -> None: ...
     def eof_received(self) -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
+    def send(self, raw: bytes) -> None: ...
     def close(self, code: int, reason: str = "") -> None: ...
     def abort(self) -> None: ...
     def pause_reading(self, reason: str) -> None: ...
     def resume_reading(self, reason: str) -> None: ...
 
 class ServerLink(WebSocketLink):
-    """The hub's end of a WebSocket. `answer(link, request)` gives (status, body) for a plain HTTP request, else None.
+    """The hub's end of a WebSocket. `answer(link, request)` returns (status, body) for a plain HTTP request, else None.
 
-    A peer that sends more than `messages_per_s_max` (0: no bound) is read from more slowly. At half of
-    `backlog_bytes_max` to be read it is not read from either, and what is sent waits here. It is cut off beyond that
-    bound, or when it has read nothing for STALLED_S seconds: to wait for its answer to a close would be to wait behind
-    the very bytes that it does not read.
+    A peer that sends more than `messages_per_s_max` (0: no limit) is read from more slowly. With half of
+    `backlog_bytes_max` unread it is a slow consumer: it is not read from either, and what is sent waits here. It is
+    disconnected beyond that limit, or when it has read nothing for STALLED_S seconds: the answer to a close would
+    come behind the very bytes that it does not read.
     """
 
-    MASK_BIT: Incomplete
-    KEY_BYTES: Incomplete
     address: Incomplete
     bearer: str | None
     is_answered: bool
@@ -946,6 +940,9 @@ class ServerLink(WebSocketLink):
     ) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
+    def limit_messages(self, bytes_max: int) -> None:
+        """Accept no larger messages from now on."""
+    def charge(self, cost: float) -> None: ...
     is_backlogged: bool
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
@@ -953,19 +950,13 @@ class ServerLink(WebSocketLink):
     def send_when_writable(self, message: Any) -> None: ...
     def take_unsent(self) -> list[Any]: ...
     def close(self, code: int, reason: str = "") -> None: ...
-    def limit_messages(self, bytes_max: int) -> None:
-        """Take no larger messages from now on."""
-    def charge(self, cost: float) -> None: ...
 
 class ClientLink(WebSocketLink):
     """An agent's end of a WebSocket. `ready` is done when the handshake is."""
 
-    MASK_BIT: Incomplete
-    KEY_BYTES: Incomplete
     ready: asyncio.Future[None]
-    def __init__(self, protocol: Any, owner: LinkOwner, token: str | None) -> None: ...
+    def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, token: str | None) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
-    def send(self, raw: bytes) -> None: ...
 
 class HubUrl(NamedTuple):
     """A hub's URL in parts. `path` is what a request asks for, the query included."""
@@ -989,19 +980,10 @@ class FrameError(Exception):
     code: Incomplete
     def __init__(self, code: int, reason: str) -> None: ...
 
-class Frame(NamedTuple):
-    opcode: int
-    data: bytes
-    fin: bool
-
-class ClosedWith(NamedTuple):
-    code: int
-    reason: str
-
 class Headers:
     """The headers of a request or response, in their order. Their names are compared without case.
 
-    To set one adds it; `del` takes away those of a name.
+    Setting one adds it.
     """
 
     pairs: Incomplete
@@ -1010,76 +992,178 @@ class Headers:
     def words(self, name: str) -> list[str]:
         """Return the words of a header that is a list, in lower case."""
     def is_upgrade(self) -> bool:
-        """Tell whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
+        """Return whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
     def after(self, first_line: str) -> bytes:
         """Return the head of a request or response as it is written."""
     def only(self, name: str) -> str:
         """Return the value of a header that must be there once."""
     def __setitem__(self, name: str, value: str) -> None: ...
-    def __delitem__(self, name: str) -> None: ...
 
 class Request(NamedTuple):
+    """The handshake of a client. A server accepts or rejects it before it reads on."""
+
     path: str
     headers: Headers
     method: str = ...
     version: str = ...
 
 class Response(NamedTuple):
+    """The handshake of a server that opened the WebSocket."""
+
     status_code: int
     phrase: str
     headers: Headers
-    body: bytes = ...
 
-class BuiltinProtocol:
-    """What both roles share: frames, and the end of a connection."""
+class Message(NamedTuple):
+    """A binary message, or one that came in fragments. A text message in one frame, as nearly all are, is `bytes`."""
+
+    raw: bytes
+    is_text: bool
+
+class Frame(NamedTuple):
+    """A ping, a pong, or a fragment that does not complete its message."""
+
+    opcode: int
+    data: bytes
+    fin: bool
+
+class CloseFrame(NamedTuple):
+    """The other end closed; nothing follows."""
+
+    code: int
+    reason: str
+
+class Violation(NamedTuple):
+    """The other end broke the rules, and the close that says so is to be sent; nothing follows.
+
+    During the handshake `code` is an HTTP status.
+    """
+
+    code: int
+    reason: str
+
+class Costly(enum.Enum):
+    """The next event is none of the small messages that cost about the same: its cost is worth measuring."""
+
+    COSTLY = ...
+
+ApplyMask = Callable[[bytes | bytearray, bytes | bytearray], bytes]
+Event = Request | Response | bytes | Message | Frame | CloseFrame | Violation | Costly
+
+@dataclass(slots=True)
+class Fragments:
+    """What has come in of a message in fragments."""
+
+    is_text: bool
+    raw: bytearray = field(default_factory=bytearray)
+    count: int = ...
+
+class WebSocketProtocol:
+    """One end of a WebSocket, without I/O.
+
+    Events come one at a time, so that each is handled before the next is read: a request is answered before what is
+    behind it, messages are answered before the close behind them, and a reader may stop between any two. What the
+    other end does wrong is an event too; nothing is raised.
+    """
+
+    is_server: Incomplete
+    is_open: bool
+    has_ended: bool
+    handshake_exc: Exception | None
+    close_sent: CloseFrame | None
+    close_rcvd: CloseFrame | None
+    position: int
+    unsent_bytes: int
+    def __init__(self, message_bytes_max: int, *, is_server: bool, apply_mask: ApplyMask) -> None: ...
+    def limit_messages(self, bytes_max: int) -> None:
+        """Accept no larger messages from now on."""
+    @property
+    def unread_bytes(self) -> int: ...
+    def receive_data(self, data: bytes) -> None:
+        """Keep bytes that came in, for `next_event`."""
+    def next_event(self) -> Event | None:
+        """Return what came in next, None if more bytes are needed.
+
+        A frame is read when it is complete, or when its header says that it is too long. So no more than one message
+        is ever buffered on top of what came in at once.
+        """
+    def receive_eof(self) -> None:
+        """Handle that nothing will come in any more."""
+    def discard(self) -> None:
+        """Read nothing more, whatever still comes in."""
+    def data_to_send(self) -> bytes:
+        """Return what is to be written."""
+    def send_text(self, raw: bytes) -> None:
+        """Send a message; without effect after a close. A server's frames are not masked: a header and the bytes."""
+    def send_close(self, code: int, reason: str = "") -> None:
+        """Send a close. What still comes in is read until the other end closes too."""
+    def fail(self, code: int, reason: str = "") -> None:
+        """Send why the connection has failed, and read nothing more (RFC 6455 §7.1.7)."""
+    def close_expected(self) -> bool:
+        """Return whether the other end is expected to close the socket."""
+    def accept(self, request: Any) -> None:
+        """Send the response that opens the WebSocket, or that says why not (RFC 6455 §4.2)."""
+    def reject(self, status: int, text: str, content_type: str = "application/json") -> None:
+        """Send a plain HTTP response, after which the connection ends."""
+    def connect(self) -> Any:
+        """Return the request that opens the WebSocket (RFC 6455 §4.1), for `send_request`."""
+    def send_request(self, request: Any) -> None: ...
+
+class BuiltinProtocol(WebSocketProtocol):
+    """What both roles share of the implementation that is built in: frames, and the end of a connection."""
 
     IS_SERVER: bool
-    max_message_size: Incomplete
-    handshake_exc: Exception | None
-    close_rcvd: ClosedWith | None
-    close_sent: ClosedWith | None
     def __init__(self, message_bytes_max: int) -> None: ...
-    def receive_data(self, data: bytes) -> None:
-        """Take bytes that have come in. Never raises: what is wrong with them fails the connection."""
-    def receive_eof(self) -> None:
-        """Take note that nothing will come any more."""
-    def events_received(self) -> list[Any]: ...
-    def data_to_send(self) -> list[bytes]:
-        """Return what is to be written; an empty string at the end means that nothing will follow."""
-    def close_expected(self) -> bool:
-        """Tell whether the other end is expected to close the socket."""
+    handshake_exc: Incomplete
+    def receive_eof(self) -> None: ...
+    def close_expected(self) -> bool: ...
+    close_sent: Incomplete
     def send_close(self, code: int, reason: str = "") -> None: ...
-    def fail(self, code: int, reason: str = "") -> None:
-        """Say why the connection has failed, and listen to nothing more (RFC 6455 §7.1.7)."""
+    def fail(self, code: int, reason: str = "") -> None: ...
 
 class BuiltinServer(BuiltinProtocol):
-    """The end that is connected to. A Request comes as the first event, to be answered before more is received."""
+    """The end that is connected to. A Request comes as the first event."""
 
     IS_SERVER: bool
     handshake_exc: Incomplete
-    def accept(self, request: Request) -> Response:
-        """Return the response that opens the WebSocket, or that says why not (RFC 6455 §4.2)."""
-    def reject(self, status: int, text: str) -> Response:
-        """Return a plain HTTP response, after which the connection ends."""
-    def send_response(self, response: Response) -> None: ...
+    def accept(self, request: Request) -> None: ...
+    def reject(
+        self, status: int, text: str, content_type: str = "application/json", *more: tuple[str, str]
+    ) -> None: ...
 
 class BuiltinClient(BuiltinProtocol):
     """The end that connects to a URL. The Response comes as the first event, or `handshake_exc` says what it lacks."""
 
     IS_SERVER: bool
     def __init__(self, url: str, message_bytes_max: int) -> None: ...
-    def connect(self) -> Request:
-        """Return the request that opens the WebSocket (RFC 6455 §4.1), to be sent by `send_request`."""
+    def connect(self) -> Request: ...
     def send_request(self, request: Request) -> None: ...
 
+class PackageProtocol(WebSocketProtocol):
+    """The same around a Sans-I/O protocol object of `websockets`, which is given one line or one frame at a time.
+
+    Given more it would read on at once: answer a ping before the request in front of it, or close before the messages
+    in front of the close are answered.
+    """
+    def __init__(self, inner: Any, message_bytes_max: int, *, is_server: bool, apply_mask: ApplyMask) -> None: ...
+    def limit_messages(self, bytes_max: int) -> None: ...
+    handshake_exc: Incomplete
+    def receive_eof(self) -> None: ...
+    def close_expected(self) -> bool: ...
+    def send_close(self, code: int, reason: str = "") -> None: ...
+    def fail(self, code: int, reason: str = "") -> None: ...
+    def accept(self, request: Any) -> None: ...
+    def reject(self, status: int, text: str, content_type: str = "application/json") -> None: ...
+    def connect(self) -> Any: ...
+    def send_request(self, request: Any) -> None: ...
+
 class WebSockets(NamedTuple):
-    """What carries a WebSocket: protocol objects for both roles, what a client's `handshake_exc` may be, the mask."""
+    """What carries a WebSocket: protocol objects for both roles, and what a client's `handshake_exc` may be."""
 
     name: str
-    server: Callable[[int], Any]
-    client: Callable[[str, int], Any]
+    server: Callable[[int], WebSocketProtocol]
+    client: Callable[[str, int], WebSocketProtocol]
     refused: type[Exception]
-    apply_mask: Callable[[bytes, bytes], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Grant:

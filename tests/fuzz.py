@@ -621,11 +621,12 @@ class Socket(asyncio.Transport):
 
 
 def held_bytes(link: Any) -> int:
-    """Return how many bytes a link keeps, wherever: in itself, in its protocol object, and in what that reads from."""
-    reader = getattr(link._protocol, "reader", None)
+    """Return how many bytes a link keeps, wherever: in itself, in its protocol, and in what stands behind that."""
+    inner = getattr(link._protocol, "_inner", None)
     total = 0
-    for owner in (link, link._protocol, reader):
-        for value in vars(owner).values() if owner is not None else ():
+    for owner in (link, link._protocol, link._protocol._fragments, inner, getattr(inner, "reader", None)):
+        names = getattr(owner, "__slots__", None) or vars(owner) if owner is not None else ()
+        for value in (getattr(owner, name) for name in names):
             if isinstance(value, bytes | bytearray):
                 total += len(value)
             elif isinstance(value, list | collections.deque):

@@ -58,9 +58,7 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-BUILT_IN = agenthub.WebSockets(
-    "built in", agenthub.BuiltinServer, agenthub.BuiltinClient, agenthub.HandshakeFailed, agenthub.apply_mask
-)
+BUILT_IN = agenthub.WebSockets("built in", agenthub.BuiltinServer, agenthub.BuiltinClient, agenthub.HandshakeFailed)
 
 
 class Verdict(NamedTuple):
@@ -119,25 +117,20 @@ class EchoingLink(agenthub.WebSocketLink):
 
     raw = b""
     is_text = False
-    fragments: list[bytes]
 
     def _deliver(self, raw: bytes) -> None:
         self.raw, self.is_text = raw, True
         super()._deliver(raw)
 
-    def _on_fragment(self, frame: Any) -> None:
-        if frame.opcode != agenthub.CONTINUATION:
-            self.fragments = []
-        self.fragments.append(frame.data)
-        if frame.fin:  # If it is text, `_deliver` is called with what has been put together.
-            self.raw, self.is_text = b"".join(self.fragments), False
-        super()._on_fragment(frame)
+    def _on_message(self, message: agenthub.Message) -> None:
+        self.raw, self.is_text = message.raw, False  # If it is text, `_deliver` is called with it.
+        super()._on_message(message)
 
     def echo(self) -> None:
         if not self.is_text:
-            if not self._is_mute:
+            if self._protocol.close_sent is None:
                 send_binary(self._protocol, self.raw)  # A link has no way of its own to send what is not text.
-                self._pump()
+                self._process_output()
         elif agenthub.is_utf8(self.raw):  # Else the connection is failed next; and nobody may send such a text.
             self.send(self.raw)
 
@@ -146,7 +139,8 @@ def send_binary(protocol: Any, raw: bytes) -> None:
     if isinstance(protocol, agenthub.BuiltinProtocol):
         protocol._send(agenthub.BINARY, raw)
     else:
-        protocol.send_binary(raw)
+        protocol._inner.send_binary(raw)
+        protocol._collect()
 
 
 class EchoingServerLink(EchoingLink, agenthub.ServerLink):

@@ -305,7 +305,6 @@ async def test_agent_masks_each_message_with_a_key_of_its_own() -> None:
     link = client_link(Owner())
     socket = Socket(link)
     link.connection_made(socket)
-    link._is_open = True
     await asyncio.sleep(0)
     socket.writes.clear()
     messages = agenthub.KEYS_BYTES // 4 + 10
