@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them: each command in a docstring prints what stands below it there."""
+"""Run the examples like a user: each command in a docstring must print the lines that follow it there."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tests.support import ROOT, WAIT_S, hub_process, running
 FOLDER = ROOT / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "__init__.py")
 LINES_MAX = 39
-# These go on until they are stopped: what they are for is seen in what the other commands print.
+# These run until they are stopped; the output of the other commands shows their effect.
 SERVING = ("python -m agenthub hub", "python -m agenthub agent", "python examples/02_greeter.py")
 
 
-# What is shared.
+# Shared by all tests.
 
 
 def transcript(example: str) -> dict[str, str]:
-    """Return the commands of an example's docstring, each with what it prints: the lines from there to an empty one."""
+    """Return the commands of an example's docstring with their output: the lines up to an empty one."""
     shown: dict[str, str] = {}
     docstring = (FOLDER / example).read_text(encoding="utf-8").split('"""')[1]
     for paragraph in docstring.split("\n\n"):
@@ -46,20 +46,20 @@ def transcript(example: str) -> dict[str, str]:
 
 
 def environment(url: str = "") -> dict[str, str]:
-    """Return what makes `python` this Python, and the hub that of the test."""
+    """Return an environment in which `python` is this Python, and the default hub is the test's."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {"PATH": path, **({"AGENTHUB_URL": url} if url else {})}
 
 
 def finished(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGS` to its end."""
+    """Run `python ARGS` until it exits."""
     with running(*args, **options) as process:
         stdout, stderr = process.communicate(timeout=WAIT_S)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
 
 def play(example: str, command: str, url: str = "") -> None:
-    """Run a command of an example, and compare what it prints with what the example says."""
+    """Run a command of an example, and compare its output with the docstring."""
     python, *args = shlex.split(command)
     assert python == "python"
     outcome = finished(*args, env=environment(url))
@@ -67,7 +67,7 @@ def play(example: str, command: str, url: str = "") -> None:
 
 
 def play_all(example: str, url: str) -> None:
-    """Play all commands of an example that end by themselves."""
+    """Run all commands of an example except those that serve."""
     commands = [command for command in transcript(example) if not command.startswith(SERVING)]
     assert commands
     for command in commands:
@@ -75,13 +75,13 @@ def play_all(example: str, url: str) -> None:
 
 
 def arguments(example: str, start: str) -> list[str]:
-    """Return the arguments of an example's one command that begins like this."""
+    """Return the arguments of an example's only command with this start."""
     [command] = [command for command in transcript(example) if command.startswith(start)]
     return shlex.split(command)[1:]
 
 
 def wait_for_lines(process: subprocess.Popen[str], *texts: str) -> None:
-    """Read a process's stderr until each text has been seen in a line of it."""
+    """Read a process's stderr until each text has occurred in a line."""
     assert process.stderr is not None
     watchdog = threading.Timer(WAIT_S, process.kill)
     watchdog.start()
@@ -152,7 +152,7 @@ def test_example_is_in_the_list_and_in_a_test(example: str) -> None:
     assert re.search(rf"\b{Path(example).stem}\b", Path(__file__).read_text(encoding="utf-8"))
 
 
-# claude_code/: the folder to start Claude Code in.
+# claude_code/, the folder for Claude Code.
 
 CLAUDE = FOLDER / "claude_code"
 CLAUDE_PAGE = (CLAUDE / "README.md").read_text(encoding="utf-8")
@@ -177,13 +177,13 @@ class Sums(unittest.TestCase):
 
 
 def command_of(start: str) -> list[str]:
-    """Return the words of the page's one shell command that begins so, without `agenthub`."""
+    """Return the arguments of the page's only shell command with this start, without `agenthub`."""
     [command] = re.findall(rf"^ *({start}.*)$", CLAUDE_PAGE, re.MULTILINE)
     return shlex.split(command)[1:]
 
 
 def expanded(value: Any, variables: Mapping[str, str]) -> Any:
-    """Return a part of .mcp.json as Claude Code reads it: with ${NAME} and ${NAME:-default} replaced."""
+    """Return a part of .mcp.json with ${NAME} and ${NAME:-default} replaced, as Claude Code does."""
     if isinstance(value, dict):
         return {name: expanded(item, variables) for name, item in value.items()}
     if isinstance(value, list):
@@ -192,7 +192,7 @@ def expanded(value: Any, variables: Mapping[str, str]) -> Any:
 
 
 def claude_server(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Return the one MCP server of .mcp.json."""
+    """Return the only MCP server of .mcp.json."""
     document = json.loads((CLAUDE / ".mcp.json").read_text(encoding="utf-8"))
     [(name, server)] = document["mcpServers"].items()
     assert name == "agenthub"
@@ -201,7 +201,7 @@ def claude_server(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def claude_bridge(url: str) -> Any:
-    """Return how Claude Code starts that server, where a hub is at `url`."""
+    """Return the parameters with which Claude Code starts that server for a hub at `url`."""
     mcp = pytest.importorskip("mcp")
     server = claude_server({"AGENTHUB_URL": url})
     assert server.pop("command") == "agenthub"
@@ -215,7 +215,7 @@ def claude_bridge(url: str) -> Any:
 
 @pytest.fixture
 def claude_hub() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A hub that was started as the page says, but on a free port."""
+    """A hub started with the page's command, on a free port."""
     command, *options = command_of("agenthub hub")
     assert command == "hub"
     with hub_process(*options, cwd=CLAUDE, stderr=subprocess.PIPE) as (url, hub):
@@ -225,7 +225,7 @@ def claude_hub() -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with things to be done, and tests of which one fails."""
+    """A folder with TODOs, and tests including one that fails."""
     (tmp_path / "test_sums.py").write_text(TESTS)
     (tmp_path / "notes.txt").write_text("first\n  TODO: second\nTODOS\n", encoding="utf-8")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG TODO")
@@ -262,7 +262,7 @@ async def test_what_the_page_says_can_be_asked_is_done(
             assert not result.is_error, result.content
             return result.structured_content
 
-        # Who is on the hub, and what can they do?
+        # Which agents are online, and what can they do?
         agents = (await ask("discover_agents"))["agents"]
         offered = {agent["name"]: agent["capabilities"] for agent in agents}
         assert {name: [one["name"] for one in offers] for name, offers in offered.items()} == {
@@ -274,11 +274,11 @@ async def test_what_the_page_says_can_be_asked_is_done(
             assert one["input_schema"]["required"] == ["folder"]
         assert (await ask("hub_status"))["agents"] == 3
 
-        # Have the TODOs found.
+        # Have an agent find the TODOs.
         found = await ask("delegate_task", capability="find_todos", input={"folder": str(project)})
         assert (found["state"], found["output"]) == ("completed", {"total": 2, "found": TODOS})
 
-        # Have the tests run, and tell me what fails.
+        # Have an agent run the tests, and tell me which fail.
         ran = await ask("delegate_task", capability="run_tests", input={"folder": str(project)}, wait_s=0)
         ran = await ask("get_task_result", task_id=ran["task_id"], wait_s=45)
         assert ran["state"] == "completed"
@@ -385,7 +385,7 @@ def test_claude_folder_is_in_the_list_and_its_page_names_its_files() -> None:
 
 ALL_CHECKS = {**review_folder.BUGS, **review_folder.STYLE}
 
-# One file for each check, with all that is to be found in it.
+# One file per check, with all its findings.
 WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
     "assert-on-tuple": (
         """\
@@ -538,7 +538,7 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
     ),
 }
 
-# What looks like a finding, and is none.
+# Code that a naive check would report.
 RIGHT = {
     "the tuple of an assertion's own": "def check(pair):\n    assert pair == (1, 2), 'no'\n    assert ()\n",
     "a bare except that raises again": "try:\n    run = 1\nexcept:\n    run = 2\n    raise\n",
@@ -635,7 +635,7 @@ def test_imports_of_a_package_are_for_others() -> None:
 
 
 def fill(folder: Path) -> None:
-    """Make a folder with a file for each check, and others."""
+    """Create a folder with a file for each check, and others."""
     files = {f"{name.replace('-', '_')}.py": textwrap.dedent(source) for name, (source, _) in WRONG.items()}
     files |= {
         "clean.py": '"""Nothing is wrong here."""\n',
