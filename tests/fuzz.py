@@ -1,17 +1,16 @@
-"""Fuzzing: hostile input at the three doors of the hub, and what must hold whatever comes in.
+"""Fuzz the three inputs of the hub, and check invariants after each input.
 
-    decode      bytes into both decoders
-    bytes       bytes into the links of a HubServer, on a loop without sockets and with a clock of its own
-    sequences   messages with hostile values, from several connections, into a Hub
+    decode      bytes to both decoders
+    bytes       bytes to the links of a HubServer, on an event loop without sockets and with a virtual clock
+    sequences   messages with hostile values, from several connections, to a Hub
 
     python -m tests.fuzz                                        all three, for a minute
     python -m tests.fuzz --target bytes --seconds 600 --seed 7
-    python -m tests.fuzz --engine atheris --target decode       guided by coverage, where atheris is installed
+    python -m tests.fuzz --engine atheris --target decode       guided by coverage, if atheris is installed
 
-A case is a plain Python value, so that what is printed when something is found can be pasted into a test:
-`check("decode", b"...")`. It is made from one seed, and made smaller here when it fails: strategies of Hypothesis gave
-a tenth of the cases in the same time. tests/test_fuzz.py runs each target for a moment, and keeps what has ever found
-something.
+A case is a plain Python value, so that a printed finding can be pasted into a test: `check("decode", b"...")`. Cases
+are generated from a seed, and a failing one is shrunk here: Hypothesis strategies produced a tenth of the cases in the
+same time. tests/test_fuzz.py runs each target briefly, and keeps every case that ever found a bug.
 """
 
 from __future__ import annotations
@@ -63,12 +62,12 @@ from agenthub import (
 from tests.harness import World, snapshot
 from tests.test_hub_stateful import HubMachine
 
-CPU_S_MAX = 1.0  # For one input. All of them are small, so more is an input that can stop a hub.
-TEXT_MAX = 600  # Characters of an error's text: it names a field and lists the types, but quotes nothing.
+CPU_S_MAX = 1.0  # Per input. All inputs are small, so an input that takes longer could stall a hub.
+TEXT_MAX = 600  # Characters of an error text, which names a field and lists types, but quotes no input.
 
 
 class Violation(AssertionError):
-    """Something that must hold does not."""
+    """An invariant does not hold."""
 
 
 def demand(holds: object, otherwise: str) -> None:
@@ -78,7 +77,7 @@ def demand(holds: object, otherwise: str) -> None:
 
 @contextlib.contextmanager
 def no_input_may_stop_the_hub() -> Iterator[None]:
-    """Bound the time of the processor, which does not depend on what else the machine has to do."""
+    """Limit the CPU time, which does not depend on other load on the machine."""
     started = time.thread_time()
     try:
         yield
@@ -90,15 +89,15 @@ def no_input_may_stop_the_hub() -> Iterator[None]:
 # ============================================================================================
 # Hostile JSON
 #
-# A message is a tree of objects (Pairs, so that a key may come twice), lists and fragments, which
-# are bytes that go out as they are. It is changed at some places, written, and perhaps damaged.
+# A message is a tree of objects (Pairs, which allow duplicate keys), lists and fragments, which are
+# raw bytes. It is mutated in some places, serialized, and sometimes damaged.
 # ============================================================================================
 
-MARK = "47114711"  # In keys, texts and numbers alike: an error that echoes its input holds it.
+MARK = "47114711"  # Part of keys, texts and numbers; an error that echoes its input contains it.
 
 
 class Pairs(list[list[Any]]):
-    """An object of JSON: [key, value] in order, with the key as it is written."""
+    """A JSON object as [key, value] pairs in order, with serialized keys."""
 
 
 def text(value: str) -> bytes:
@@ -149,7 +148,7 @@ OTHERS = [
 HOSTILE = NUMBERS + NO_NUMBERS + TEXTS + NESTED + OTHERS
 SMALL = [one for one in HOSTILE if len(one) <= 400]
 
-# Of each type one with all its fields.
+# One message of each type, with all its fields.
 FROM_AGENT: list[dict[str, Any]] = [
     {
         "type": "register",
@@ -263,7 +262,7 @@ FROM_HUB: list[dict[str, Any]] = [
 
 
 def tree_of(value: Any) -> Any:
-    """Return some JSON as a tree that can be changed."""
+    """Return a JSON value as a mutable tree."""
     if isinstance(value, dict):
         return Pairs([text(key), tree_of(item)] for key, item in value.items())
     if isinstance(value, list):
@@ -280,21 +279,21 @@ def written(tree: Any) -> bytes:
 
 
 def objects_in(tree: Any) -> list[Pairs]:
-    """Return the objects of a tree that are not empty, itself first."""
+    """Return the objects of a tree that are not empty, the root first."""
     items = [value for _, value in tree] if isinstance(tree, Pairs) else tree if isinstance(tree, list) else []
     inner = [found for item in items for found in objects_in(item)]
     return [tree, *inner] if isinstance(tree, Pairs) and tree else inner
 
 
 def payload(rng: Random, depth: int = 3) -> Any:
-    """Return any JSON, as Python has it."""
+    """Return a random JSON value."""
     kind = rng.randrange(8 if depth else 6)
     if kind < 2:
         return rng.choice([None, True, False, 0, 1, -1, 0.5, -0.0, 1e15, 2**64 - 1])
     if kind == 2:
         return rng.randint(-(2**70), 2**70)
     if kind == 3:
-        return struct.unpack("d", rng.randbytes(8))[0]  # Any float, also those that are no JSON.
+        return struct.unpack("d", rng.randbytes(8))[0]  # Any float, including those that JSON does not allow.
     if kind < 6:
         return "".join(
             chr(rng.choice([97, 98, 34, 92, 47, 0, 0xE9, 0x202E, 0xD800, 0x1F600])) for _ in range(rng.randrange(5))
@@ -311,7 +310,7 @@ def value(rng: Random, fragments: list[bytes]) -> bytes:
 
 
 def change(rng: Random, tree: Any, fragments: list[bytes]) -> None:
-    """Change a tree at some place, anywhere in it."""
+    """Mutate a tree in a random place."""
     found = objects_in(tree)
     if not found:
         return
@@ -351,7 +350,7 @@ SPLINTERS = [
 
 
 def damaged(rng: Random, raw: bytes) -> bytes:
-    """Damage some bytes: cut, insert, take out, or write them as somebody else would."""
+    """Return damaged bytes: truncated, with insertions or deletions, or in another encoding."""
     how = rng.choice(["cut", "insert", "insert", "take out", "byte order mark", "UTF-16", "twice", "spaces"])
     at = rng.randint(0, min(len(raw), 400))
     if how == "cut":
@@ -368,7 +367,7 @@ def damaged(rng: Random, raw: bytes) -> bytes:
 
 
 def document(rng: Random, templates: list[dict[str, Any]], fragments: list[bytes] = HOSTILE) -> bytes:
-    """Return bytes that are a message, or almost one, or nothing of the kind."""
+    """Return the bytes of a valid message, of an almost valid one, or arbitrary ones."""
     kind = rng.randrange(20)
     if kind == 0:
         return rng.choice([rng.randbytes(rng.randrange(60)), value(rng, fragments)])
@@ -385,7 +384,7 @@ def document(rng: Random, templates: list[dict[str, Any]], fragments: list[bytes
 
 
 def check_decode(raw: bytes) -> None:
-    """Give some bytes to both decoders."""
+    """Pass some bytes to both decoders."""
     for decode in (decoder_from_agent(), decoder_from_hub()):
         try:
             with no_input_may_stop_the_hub():
@@ -395,11 +394,11 @@ def check_decode(raw: bytes) -> None:
         else:
             if decode is decoder_from_agent() or is_plain(json.loads(raw)):
                 check_message(raw, message, decode)
-            encode(message).decode()  # An agent believes its hub, and passes nothing on as it came.
+            encode(message).decode()  # Not checked further, because agents trust their hub and forward nothing.
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether some JSON is such that every parser reads it alike."""
+    """Return whether all parsers agree on a JSON value."""
     if isinstance(value, dict | list):
         return all(map(is_plain, value.values() if isinstance(value, dict) else value))
     if isinstance(value, float):
@@ -408,30 +407,30 @@ def is_plain(value: Any) -> bool:
 
 
 def check_refusal(error: InvalidMessage) -> None:
-    """See that an error says nothing of the input but its id, and that the hub can send it."""
+    """Check that an error reveals nothing of the input but its id, and that the hub can send it."""
     demand(MARK not in error.message, f"the error echoes what came in: {error.message[:200]!r}")
     demand(0 < len(error.message) <= TEXT_MAX, f"the error's text has {len(error.message)} characters")
     demand(error.message.isprintable(), f"the error's text is not printable: {error.message!r}")
     demand(error.code in (Code.INVALID_MESSAGE, Code.UNSUPPORTED_TYPE), f"the error's code is {error.code}")
     reply = Error(reply_to=error.reply_to, code=error.code, message=error.message)
-    demand(decoder_from_hub()(encode(reply)) == reply, "the reply to it reads differently")
+    demand(decoder_from_hub()(encode(reply)) == reply, "the error is decoded differently")
 
 
 def check_message(raw: bytes, message: Any, decode: Callable[[bytes], Any]) -> None:
-    """See that a message goes out as it came in, and that everybody reads it alike."""
+    """Check that a message is forwarded unchanged, and that all parsers agree on it."""
     again = encode(message)
     document = strictly(again)
     demand(isinstance(document, dict), "a message is not an object")
     copy = decode(again)
-    demand(copy == message, f"it reads differently the second time: {again[:300]!r}")
-    demand(repr(copy) == repr(message), f"it reads differently the second time, in its types: {again[:300]!r}")
+    demand(copy == message, f"it is decoded differently the second time: {again[:300]!r}")
+    demand(repr(copy) == repr(message), f"it is decoded to other types the second time: {again[:300]!r}")
     if decode is decoder_from_agent():
         demand(nesting_depth(document) <= agenthub.DEPTH_MAX + 1, "it is nested too deep")
-    # Another parser must have read the same. The last of several equal keys counts, as in nearly all languages.
+    # Another parser must agree. The last of duplicate keys counts, as in nearly all languages.
     original = json.loads(raw, parse_constant=refuse_constant)
     for name in ("input", "output", "detail", "message", "metadata", "task_id", "id", "reply_to", "sender"):
         if hasattr(message, name) and original.get(name) is not None:
-            demand(repr(getattr(message, name)) == repr(original[name]), f"{name} is read in two ways")
+            demand(repr(getattr(message, name)) == repr(original[name]), f"two parsers disagree on {name}")
 
 
 def refuse_constant(constant: str) -> None:
@@ -439,12 +438,12 @@ def refuse_constant(constant: str) -> None:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    demand(len(dict(pairs)) == len(pairs), "it has a key twice")
+    demand(len(dict(pairs)) == len(pairs), "it has a duplicate key")
     return dict(pairs)
 
 
 def strictly(raw: bytes) -> Any:
-    """Return what is in some JSON, read as the strictest of clients would."""
+    """Parse JSON like the strictest client."""
     return json.loads(raw.decode(), parse_constant=refuse_constant, parse_int=of_64_bits, object_pairs_hook=unique)
 
 
@@ -461,25 +460,25 @@ def nesting_depth(value: Any) -> int:
 # ============================================================================================
 # Target bytes
 #
-# A case is a list of steps, each a tuple: what happens, and to which connection (modulo their
-# number). The server is the real one; only the loop under it, and the sockets, are played.
+# A case is a list of steps, each a tuple of an event and a connection (modulo their number). The
+# server is real; only its event loop and its sockets are simulated.
 # ============================================================================================
 
 MESSAGE_BYTES_MAX = 4096
 BACKLOG_BYTES_MAX = 65_536
 CONNECTIONS_MAX = 3
-CHUNK_BYTES_MAX = 65_536  # What comes in at once.
-# What a link may hold: a message, a chunk, and what is gathered before it is written. Each may overshoot by a message.
+CHUNK_BYTES_MAX = 65_536  # Bytes of one read.
+# Bytes in a link: a message, a chunk, and buffered output. Each may exceed its limit by a message.
 HELD_BYTES_MAX = CHUNK_BYTES_MAX + agenthub.OUT_BYTES_MAX + 4 * MESSAGE_BYTES_MAX
 UNREAD_BYTES_MAX = BACKLOG_BYTES_MAX + agenthub.OUT_BYTES_MAX + 4 * MESSAGE_BYTES_MAX
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """An event loop without sockets, whose time goes on only when there is nothing else to do."""
+    """An event loop without sockets, whose clock advances only when it is idle."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._selector = self  # Which is what BaseEventLoop waits with.
+        self._selector = self  # BaseEventLoop waits with this.
         self.now = 1000.0
         self.failures: list[str] = []
         self.set_exception_handler(self.on_failure)
@@ -489,7 +488,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self.now
 
     def select(self, timeout: float | None) -> list[Any]:
-        demand(timeout is not None, "everybody waits for what never comes")
+        demand(timeout is not None, "the loop waits forever")
         self.now += timeout or 0.0
         return []
 
@@ -497,7 +496,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.failures.append(f"{context.get('message')}: {context.get('exception')!r}")
 
     async def getaddrinfo(self, *args: Any, **options: Any) -> list[Any]:
-        """Say that there is nowhere to listen: connections come by `connect_accepted_socket`."""
+        """Return no addresses: connections are made with `connect_accepted_socket`."""
         return []
 
     async def connect_accepted_socket(self, factory: Callable[[], Any], sock: Any, **options: Any) -> Any:
@@ -511,7 +510,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 class Socket(asyncio.Transport):
-    """The hub's end of a connection, which keeps asyncio's word to its protocol; and what the peer does with it."""
+    """The hub's end of a connection, with asyncio's guarantees to its protocol, and the actions of the peer."""
 
     def __init__(self, loop: VirtualLoop, link: Any) -> None:
         super().__init__()
@@ -519,13 +518,13 @@ class Socket(asyncio.Transport):
         self.link = link
         self.written = bytearray()
         self.high_water_bytes = 65_536
-        self.unread_bytes = 0  # Written, and not read by a peer that is stuck.
+        self.unread_bytes = 0  # Written to a peer that does not read.
         self.is_stuck = self.is_paused = self.is_writing_paused = self.is_ended = self.is_lost = self.is_deaf = False
         self.is_half_closed = False
-        self.incoming: collections.deque[bytes | None] = collections.deque()  # None is the end.
+        self.incoming: collections.deque[bytes | None] = collections.deque()  # None is EOF.
         self.link.connection_made(self)
 
-    # What the peer does.
+    # The peer's actions.
 
     def feed(self, data: bytes | None) -> None:
         if not self.is_deaf:
@@ -562,7 +561,7 @@ class Socket(asyncio.Transport):
     # asyncio.Transport
 
     def write(self, data: Any) -> None:
-        demand(not (self.is_ended or self.is_half_closed), "something is written after the end")
+        demand(not (self.is_ended or self.is_half_closed), "the link writes after EOF")
         self.written += data
         if self.is_stuck:
             self.unread_bytes += len(data)
@@ -636,7 +635,7 @@ def held_bytes(link: Any) -> int:
 
 
 class WatchedServer(HubServer):
-    """The real server, and whether what it is told of its links is in order."""
+    """The real server, with checks of the order of its links' callbacks."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -649,7 +648,7 @@ class WatchedServer(HubServer):
 
     def received(self, link: Any, message: Any, message_bytes: int) -> None:
         demand(self.told.get(link) == "opened", f"a message comes on a link that is {self.told.get(link)}")
-        demand(message_bytes <= MESSAGE_BYTES_MAX, f"a message of {message_bytes} bytes is let through")
+        demand(message_bytes <= MESSAGE_BYTES_MAX, f"a message of {message_bytes} bytes is accepted")
         super().received(link, message, message_bytes)
 
     def closed(self, link: Any, code: int, reason: str) -> None:
@@ -659,7 +658,7 @@ class WatchedServer(HubServer):
 
 
 class Listener(logging.Handler):
-    """Keeps what is logged as an error: the server goes on after a defect, and only its log says so."""
+    """Collects logged errors, because the server goes on after a bug and only logs it."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -686,7 +685,7 @@ def listening() -> Iterator[list[str]]:
 
 
 def check_bytes(steps: list[tuple[Any, ...]]) -> None:
-    """Play one case on a loop of its own."""
+    """Run one case on a new event loop."""
     loop = VirtualLoop()
     try:
         with listening() as errors:
@@ -702,7 +701,7 @@ async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: li
         backlog_bytes_max=BACKLOG_BYTES_MAX,
     )
     await server.start()
-    server.hub._entropy = Random(1).randbytes  # A case replays.
+    server.hub._entropy = Random(1).randbytes  # Makes cases repeatable.
     sockets = loop.sockets
     for what, *details in steps:
         if what == "open":
@@ -741,21 +740,21 @@ class Frame(NamedTuple):
 
 
 def check_written(raw: bytes) -> None:
-    """Read what a link has written: an HTTP response, and after 101 frames to the end (RFC 6455 §5.2)."""
+    """Check the output of a link: an HTTP response and, after 101, whole frames (RFC 6455 §5.2)."""
     if not raw:
         return
     head, end, rest = raw.partition(b"\r\n\r\n")
     status = re.fullmatch(rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+((?:\r\n[A-Za-z-]+: [\x20-\x7e]*)*)", head)
-    demand(status and end, f"this is no response: {head[:200]!r}")
+    demand(status and end, f"this is not a response: {head[:200]!r}")
     assert status is not None
     if status[1] != b"101":
         length = re.search(rb"\r\ncontent-length: (\d+)", head.lower())
-        demand(length is not None and int(length[1]) == len(rest), f"the body has not the length it claims: {raw!r}")
+        demand(length is not None and int(length[1]) == len(rest), f"the Content-Length of the body is wrong: {raw!r}")
         return
     frames = frames_of(rest)
     after_close = itertools.dropwhile(lambda frame: frame.opcode != 8, frames)
-    # A ping is answered until the other side closes too (RFC 6455 §5.5.2).
-    demand([frame.opcode for frame in after_close if frame.opcode != 10] in ([], [8]), "it speaks after its close")
+    # Pings are answered until the peer closes too (RFC 6455 §5.5.2).
+    demand([frame.opcode for frame in after_close if frame.opcode != 10] in ([], [8]), "a frame follows its close")
     for frame in frames:
         if frame.opcode == 1:
             demand(len(frame.payload) <= MESSAGE_BYTES_MAX, f"the hub sends {len(frame.payload)} bytes")
@@ -780,15 +779,15 @@ def frames_of(raw: bytes) -> list[Frame]:
         if length >= 126:
             start = 4 if length == 126 else 10
             is_short, length = length, int.from_bytes(raw[2:start], "big")
-            demand(length >= (126 if is_short == 126 else 65_536), "a length is not written in the shortest way")
-        demand(len(raw) >= start + length, "the last frame is not whole")
+            demand(length >= (126 if is_short == 126 else 65_536), "a length does not have the shortest encoding")
+        demand(len(raw) >= start + length, "the last frame is incomplete")
         demand(raw[0] & 15 < 8 or length < 126, "a control frame is too long")
         frames.append(Frame(raw[0] & 15, raw[start : start + length]))
         raw = raw[start + length :]
     return frames
 
 
-# What a peer may send.
+# Input from a peer.
 
 HANDSHAKE = [
     b"GET / HTTP/1.1",
@@ -826,7 +825,7 @@ HEADER_LINES = [
 
 
 def handshake(rng: Random) -> bytes:
-    """Return a handshake: most often one that is granted."""
+    """Return a handshake, which is usually valid."""
     if rng.randrange(10) < 7:
         return OPENING
     if rng.randrange(10) == 0:
@@ -856,7 +855,7 @@ def frame(
     length: int | None = None,
     length_as: int = 0,
 ) -> bytes:
-    """Return a frame as a client writes it, or as none should: it claims `length`, written as for `length_as`."""
+    """Return a client's frame, or an invalid one whose header has `length`, encoded as for `length_as`."""
     claimed = len(payload) if length is None else length
     first = bytes([fin << 7 | reserved << 4 | opcode])
     second = 128 if mask is not None else 0
@@ -887,7 +886,7 @@ CLOSES = [
     b"\x0f\xa0",
     b"\xff\xff",
 ]
-# What makes a hub say much.
+# Messages with long or many replies.
 CHATTER = [
     b'{"type":"register","id":"1","name":"a","capabilities":["a"],"metadata":{"x":"' + b"x" * 3000 + b'"}}',
     b'{"type":"register","name":"b","capabilities":["b"],"max_tasks":100}',
@@ -900,7 +899,7 @@ CHATTER = [
 
 
 def some_frames(rng: Random) -> bytes:
-    """Return some bytes that follow a handshake."""
+    """Return some bytes for after a handshake."""
     kind = rng.choice([*["message"] * 5, *["chatter"] * 3, "parts", "control", "header", "flood", "garbage"])
     mask = rng.choice([b"\0\0\0\0", b"\x01\x80\xff\x00"])
     if kind == "message":
@@ -929,7 +928,7 @@ def some_frames(rng: Random) -> bytes:
 
 
 def fragmented(rng: Random, mask: bytes) -> bytes:
-    """Return a message in parts, perhaps too large, not to its end, or with something between its parts."""
+    """Return a fragmented message, possibly too large, incomplete, or with other frames between its fragments."""
     whole = rng.choice([document(rng, FROM_AGENT, SMALL), b"x" * 4096, b"x" * 4097, b"\xff", b"\xe2\x82\xac" * 9])
     cuts = sorted(rng.randint(0, len(whole)) for _ in range(rng.randrange(4)))
     parts = [whole[start:end] for start, end in itertools.pairwise([0, *cuts, len(whole)])]
@@ -943,7 +942,7 @@ def fragmented(rng: Random, mask: bytes) -> bytes:
 
 
 def wire(rng: Random) -> list[tuple[Any, ...]]:
-    """Return what some peers do, one step after the other."""
+    """Return the steps of some peers."""
     steps: list[tuple[Any, ...]] = [("guarded",)] if rng.randrange(3) == 0 else []
     chunks: list[collections.deque[bytes]] = []
     for _ in range(rng.choice([1, 1, 2, 2, 5])):
@@ -970,9 +969,9 @@ def wire(rng: Random) -> list[tuple[Any, ...]]:
 # ============================================================================================
 # Target sequences
 #
-# A case is the hub's settings, and steps: connect, say, say again what was said before, lose a
-# connection, let time pass. In what is said, @A0@ and @S0@ stand for the id and the secret of an
-# agent (modulo their number), and @M@ for a text that nobody but requester and assignee may see.
+# A case is the hub's settings and a list of steps: connect, send, send an earlier message again,
+# disconnect, advance the clock. In messages, @A0@ and @S0@ stand for the id and the secret of an
+# agent (modulo their number), and @M@ for a text that only requester and worker may see.
 # ============================================================================================
 
 TASK_IDS = [b'"t%d"' % number for number in range(5)]
@@ -1033,7 +1032,7 @@ TYPES = (
 
 
 def saying(rng: Random, kind: str | None = None) -> bytes:
-    """Return a message that mostly makes sense, with a hostile value here and there."""
+    """Return a mostly valid message, with some hostile values."""
     kind = kind or rng.choice(TYPES)
     tree = Pairs([[b'"type"', text(kind)]])
     if rng.randrange(5):
@@ -1050,7 +1049,7 @@ def saying(rng: Random, kind: str | None = None) -> bytes:
 
 
 def story(rng: Random) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
-    """Return a hub's settings, and what happens to it."""
+    """Return the settings of a hub, and the steps of a story."""
     options = {
         "grace_s": rng.choice([10.0, 0.0, 100.0]),
         "retention_s": rng.choice([100.0, 5.0]),
@@ -1081,7 +1080,7 @@ def story(rng: Random) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
 
 
 class Story:
-    """A hub, what is said to it, and whether its answers keep the protocol's promises."""
+    """A hub, the messages to it, and checks of its output against the protocol's guarantees."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -1127,7 +1126,7 @@ class Story:
     def say(self, connection: str, template: bytes) -> None:
         raw = self.filled_in(template)
         if len(raw) > self.world.hub.settings.message_bytes_max:
-            return  # The link would have closed.
+            return  # A link would have closed the connection.
         self.begin()
         message: Any
         try:
@@ -1139,8 +1138,8 @@ class Story:
         memory = snapshot(self.world.hub)
         self.world.apply(self.world.hub.receive(connection, message, self.world.now, len(raw)))
         is_refused = self.check_replies(connection, message)
-        if is_refused and connection in self.world.programs:  # Too many wrong secrets are a close.
-            demand(snapshot(self.world.hub) == memory, "a message that was refused changed something")
+        if is_refused and connection in self.world.programs:  # Unless too many wrong secrets closed it.
+            demand(snapshot(self.world.hub) == memory, "a rejected message changed something")
         else:
             task = known or self.task_of(message)
             if task is not None:
@@ -1183,7 +1182,7 @@ class Story:
         ticks = 0
         while (due := self.world.hub.next_deadline()) <= end:
             ticks += 1
-            demand(ticks < 10_000, "the hub does not come to rest")
+            demand(ticks < 10_000, "the hub does not become idle")
             self.tick(max(self.world.now, due))
         self.world.now = end
 
@@ -1194,23 +1193,23 @@ class Story:
         self.end(None)
 
     def leave(self) -> None:
-        """End the story: all go, and what was kept for them must go too."""
+        """End the story: all agents leave, and the hub must purge everything that it kept for them."""
         for connection in list(self.world.programs):
             self.begin()
             self.draining = {one for one in self.draining if one[0] != connection}
             self.world.programs[connection].lose_connection()
             self.end(None)
         kept = self.world.hub.settings
-        for seconds in (agenthub.TTL_MAX_S, kept.grace_s + 60, kept.retention_s + 60):  # Each with one late tick.
+        for seconds in (agenthub.TTL_MAX_S, kept.grace_s + 60, kept.retention_s + 60):  # One late tick each.
             self.tick(self.world.now + seconds)
             self.pass_time(0)
         demand(all(state in FINAL_STATES for _, state, _ in self.known.values()), "a task never ends")
-        demand(self.world.is_empty(), "the hub remembers something of those who have left")
+        demand(self.world.is_empty(), "the hub keeps data of agents that have left")
 
     # What must hold after each of them
 
     def check_replies(self, connection: str, message: Any) -> bool:
-        """See that a request has one reply, and everything else none; return whether it was refused."""
+        """Check that a request gets one reply, and other messages none; return whether it was rejected."""
         to_sender = [effect for to, effect in self.effects if to == connection]
         errors = [effect for effect in to_sender if isinstance(effect, Error)]
         message_id = message.reply_to if isinstance(message, InvalidMessage) else message.id
@@ -1224,18 +1223,18 @@ class Story:
         elif isinstance(message, Deregister) and message.drain and not replies:
             self.draining.add((connection, message_id))
         else:
-            wished_before = (connection, message_id) in self.draining  # An id may be used twice.
+            wished_before = (connection, message_id) in self.draining  # An id may be reused.
             self.draining -= {(connection, message_id)} if wished_before and len(replies) == 2 else set()
             demand(len(replies) in (1, 1 + wished_before), f"{message_id} has {len(replies)} replies")
         for to, effect in self.effects:
             reply_to = getattr(effect, "reply_to", None)
             if reply_to is not None and (to, reply_to) != (connection, message_id):
-                demand((to, reply_to) in self.draining, f"{to} gets a reply to {reply_to}, which nobody asked")
+                demand((to, reply_to) in self.draining, f"{to} gets a reply to {reply_to}, which it did not send")
                 self.draining.discard((to, reply_to))
         return bool(errors)
 
     def end(self, message: Any) -> None:
-        """Look at all that the hub did in this step."""
+        """Check all effects of this step."""
         agents = {**self.agent_before, **self.agents_by_connection()}
         for agent in self.agents().values():
             if agent.resume:
@@ -1254,12 +1253,12 @@ class Story:
                 told_now.add(self.check_settled(effect))
         self.check_states(told_now)
         self.check_counters()
-        if self.world.hub.next_deadline() > self.world.now:  # A task whose deadline is now waits for the tick.
+        if self.world.hub.next_deadline() > self.world.now:  # Otherwise a task at its deadline waits for the tick.
             for holds in HUB_INVARIANTS:
                 holds(self)
 
     def check_who_is_told(self, raw: bytes, effect: Any, hearer: AgentRecord | None) -> None:
-        """See that what is private stays with those whom it concerns."""
+        """Check that only requester and worker see private texts."""
         for private in set(re.findall(rb"private-\d+-", raw)):
             tasks = self.owners.get(private)
             demand(tasks, f"{private!r} was refused, and goes out")
@@ -1270,23 +1269,23 @@ class Story:
             demand(hearer is not None and hearer in may_hear, f"{private!r} is shown to somebody else")
         for agent_id, secret in self.secrets.items():
             if secret.encode() in raw:
-                demand(hearer is not None and hearer.agent_id == agent_id, f"the secret of {agent_id} is given away")
+                demand(hearer is not None and hearer.agent_id == agent_id, f"the secret of {agent_id} is leaked")
 
     def check_sender(self, effect: Any, hearer: AgentRecord | None, message: Any) -> None:
-        """See that whoever is named as the sender is the one who has spoken."""
+        """Check that `sender` is the agent that sent the message."""
         task = self.task_of(effect)
         if isinstance(effect, Delegated):
-            demand(hearer is not None and effect.agent_id == hearer.agent_id, "a task is handed to somebody else")
+            demand(hearer is not None and effect.agent_id == hearer.agent_id, "a task is leaked")
             demand(task is None or effect.sender == task.requester.agent_id, "a task has the wrong sender")
         elif isinstance(effect, BroadcastDelivery):
-            demand(effect.sender in [agent.agent_id for agent in self.agent_before.values()], "a voice from nowhere")
-            demand(hearer is not None and effect.sender != hearer.agent_id, "a broadcast comes back to its sender")
+            demand(effect.sender in [agent.agent_id for agent in self.agent_before.values()], "an unknown sender")
+            demand(hearer is not None and effect.sender != hearer.agent_id, "a broadcast is sent to its sender")
         elif isinstance(effect, StatusReply) and effect.sender is not None:
-            demand(task is not None and task.assignee is not None, "a report on a task that nobody works on")
-            demand(task is None or task.assignee is None or effect.sender == task.assignee.agent_id, "a false reporter")
+            demand(task is not None and task.assignee is not None, "a report on a task without a worker")
+            demand(task is None or task.assignee is None or effect.sender == task.assignee.agent_id, "a wrong reporter")
         elif isinstance(effect, TaskOutcome) and effect.sender is not None:
             by = task.assignee if task is not None else None
-            demand(by is not None and effect.sender == by.agent_id, "a false result")
+            demand(by is not None and effect.sender == by.agent_id, "a result has the wrong sender")
 
     def check_settled(self, settled: TaskOutcome) -> int:
         task = self.task_of(settled)
@@ -1336,7 +1335,7 @@ HUB_INVARIANTS: list[Callable[[Any], None]] = [
 
 
 def check_sequence(case: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> None:
-    """Play one story to its end."""
+    """Run one story to its end."""
     options, steps = case
     with listening() as errors, no_input_may_stop_the_hub():
         story = Story(options)
@@ -1361,17 +1360,17 @@ TARGETS = {
     "bytes": Target(wire, check_bytes),
     "sequences": Target(story, check_sequence),
 }
-SHRINK_S = 60.0  # How long a finding is made smaller.
+SHRINK_S = 60.0  # Time limit for shrinking a finding.
 PROGRESS_S = 10.0
 
 
 def case_of(target: str, seed: int) -> Any:
-    """Return the case of a seed: the same on every machine."""
+    """Return the case of a seed, which is the same on every machine."""
     return TARGETS[target].make(Random(seed))
 
 
 def check(target: str, case: Any) -> None:
-    """Replay one case; raise what it violates."""
+    """Replay one case. Raises its violation."""
     TARGETS[target].check(case)
 
 
@@ -1384,7 +1383,7 @@ def failure(target: str, case: Any) -> BaseException | None:
 
 
 def smaller(value: Any) -> Iterator[Any]:
-    """Yield what is left of a case when something is taken out of it, the largest pieces first."""
+    """Yield smaller variants of a case, with one part removed, the largest parts first."""
     if isinstance(value, list | bytes):
         size = len(value)
         while size > 1:
@@ -1399,7 +1398,7 @@ def smaller(value: Any) -> Iterator[Any]:
 
 
 def smallest(target: str, case: Any, error: BaseException) -> tuple[Any, BaseException]:
-    """Take out of a case what it does not need to fail in the same way, for some time."""
+    """Shrink a case as long as it fails in the same way, within a time limit."""
 
     def kind(error: BaseException) -> tuple[type, str]:
         return type(error), re.sub(r"\d+|b['\"].*", "", str(error))[:40]
@@ -1419,7 +1418,7 @@ def smallest(target: str, case: Any, error: BaseException) -> tuple[Any, BaseExc
 
 
 class Run:
-    """The cases of one target for some time, until one fails."""
+    """A run of one target until its time is over or a case fails."""
 
     def __init__(self, target: str, seconds: float) -> None:
         self.target = target
@@ -1448,7 +1447,7 @@ class Run:
             print(f"{self.target}: {progress}", file=sys.stderr, flush=True)
 
     def report(self) -> int:
-        """Say what came of it; return how many findings there were."""
+        """Print the result; return the number of findings."""
         found = "nothing found" if self.failing is None else "1 finding"
         print(f"{self.target}: {self.cases} cases in {self.elapsed:.0f} s, {found}")
         if self.failing is not None:
@@ -1460,7 +1459,7 @@ class Run:
 
 
 def run_seeds(target: str, seconds: float, seed: int) -> Run:
-    """Try the cases of one seed after the other until the time is over or one has failed."""
+    """Check the cases of consecutive seeds until the time is over or one fails."""
     run = Run(target, seconds)
     for number in itertools.count(seed):
         run.one(case_of(target, number))
@@ -1470,7 +1469,7 @@ def run_seeds(target: str, seconds: float, seed: int) -> Run:
 
 
 def run_atheris(target: str, seconds: float, seed: int) -> None:
-    """Let libFuzzer choose the bytes, guided by coverage. It never comes back: the process ends with the answer."""
+    """Let libFuzzer choose the input by coverage. It never returns: the process exits with the result."""
     import atheris
 
     instrument(atheris)
@@ -1495,7 +1494,7 @@ def run_atheris(target: str, seconds: float, seed: int) -> None:
 
 
 def wire_of(raw: bytes) -> list[tuple[Any, ...]]:
-    """Return what a peer does that libFuzzer makes up: lines, each of them a message, a frame's head or plain bytes."""
+    """Return the steps encoded in libFuzzer's input: lines with a message, a frame's head or raw bytes each."""
     steps: list[tuple[Any, ...]] = [("open",), ("data", 0, OPENING)]
     for line in raw.split(b"\n"):
         kind, rest = line[:1], line[1:]
@@ -1509,7 +1508,7 @@ def wire_of(raw: bytes) -> list[tuple[Any, ...]]:
 
 
 def instrument(atheris: Any) -> None:
-    """Make the coverage of the hub, and of the library that reads its frames, known to libFuzzer."""
+    """Instrument the hub and the WebSocket library for libFuzzer's coverage."""
     modules = [agenthub, *(module for name, module in sorted(sys.modules.items()) if name.startswith("websockets."))]
     for module in modules:
         scopes = [module, *(one for one in vars(module).values() if isinstance(one, type))]
@@ -1526,7 +1525,7 @@ def natural(number: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for; return 1 if something was found."""
+    """Run the targets on the command line; return 1 if one found a bug."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description="Try to break the hub with what comes in."
     )
@@ -1535,14 +1534,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="the first of the seeds (default 0)")
     parser.add_argument("--engine", choices=["seeds", "atheris"], default="seeds")
     args = parser.parse_args(argv)
-    check_decode(b"{}")  # The decoders are compiled at their first use.
+    check_decode(b"{}")  # The first use compiles the decoders.
     targets = list(TARGETS) if args.target == "all" else [args.target]
     seconds = args.seconds / len(targets)
     findings = 0
     for target in targets:
         if args.engine == "seeds" or target == "sequences":
             findings += run_seeds(target, seconds, args.seed).report()
-        elif args.target == "all":  # libFuzzer takes the process for itself.
+        elif args.target == "all":  # libFuzzer needs a separate process.
             options = ["--engine", "atheris", "--target", target, "--seconds", str(seconds), "--seed", str(args.seed)]
             findings += subprocess.run([sys.executable, "-m", "tests.fuzz", *options], check=False).returncode != 0
         else:

@@ -1,4 +1,4 @@
-"""Attacks that once worked: a test for each, which fails where the hub or an agent is open to it again."""
+"""Regression tests for attacks that once succeeded against the hub or an agent."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ async def test_large_message_is_charged_with_the_time_that_it_took(monkeypatch: 
     rationed.link.data_received(frame(small + b" ") * 2)
     assert rationed.count == 4
     assert rationed.link.pause_reasons == {"rate limit"}
-    # It has cost what its connection may have in four seconds, two of which it had saved up.
+    # The messages cost the tokens of four seconds, two of which the bucket held.
     rationed.clock.pass_time(1 / agenthub.CPU_SHARE - agenthub.BURST_S)
     assert rationed.count == 4
     rationed.clock.pass_time(0.1)
@@ -140,8 +140,8 @@ async def test_large_message_is_charged_with_the_time_that_it_took(monkeypatch: 
 async def test_what_is_no_text_in_one_piece_is_charged_with_the_time_that_it_took_too(
     pieces: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To take off a mask takes longer than to read a small message, and the more without what is written in C."""
-    each_message_takes(0.6 / len(pieces), monkeypatch)  # More than the half second that it may take at once.
+    """Unmasking takes longer than parsing a small message, even more so without the C extension."""
+    each_message_takes(0.6 / len(pieces), monkeypatch)  # More than the half second allowed at once.
     rationed = Rationed(100)
     for piece in pieces:
         assert rationed.link.pause_reasons == set()
@@ -209,7 +209,7 @@ def test_depth_of_a_megabyte_of_deep_chains_is_right() -> None:
     assert agenthub.nesting_depth(b"") == agenthub.nesting_depth(b'"[[["') == 0
 
 
-# A hub that has stopped.
+# Stopped hubs.
 
 
 async def test_connection_that_comes_to_a_hub_after_its_stop_is_closed_with_1001() -> None:
@@ -261,7 +261,7 @@ async def test_hub_stops_at_once_in_the_midst_of_handshakes_of_tls(
         assert hub._sockets == hub._addresses == {}
 
 
-# Many connections at once.
+# Simultaneous connections.
 
 
 @pytest.mark.parametrize("bound", ["of the hub", "of an address"])
@@ -286,7 +286,7 @@ async def test_messages_that_are_held_are_handled_before_the_close_behind_them()
     rationed = Rationed(100)
     rationed.link.data_received(frame(HEARTBEAT) * 300 + DONE)
     rationed.clock.run_soon()
-    await asyncio.sleep(0)  # For the socket to be closed, if that were due.
+    await asyncio.sleep(0)  # Let the loop close the socket, if it would.
     assert rationed.link.pause_reasons == {"rate limit"}
     assert rationed.count < 300
     assert rationed.owner.ends == []
@@ -296,7 +296,7 @@ async def test_messages_that_are_held_are_handled_before_the_close_behind_them()
 
 
 class Fickle:
-    """An owner that holds its link up at random, and hands it on to another like itself."""
+    """A link owner that pauses reading at random, and passes the link to another such owner."""
 
     def __init__(self, luck: random.Random, clock: Clock, hold_probability: float) -> None:
         self.luck = luck
@@ -328,7 +328,7 @@ class Fickle:
 
 
 def conversation(luck: random.Random) -> tuple[list[bytes], bytes]:
-    """Return messages, and how they come in: whole or in fragments, with pings between them and a close at the end."""
+    """Return messages and their bytes: whole or in fragments, with pings between them and a close at the end."""
     messages, raw = [], UPGRADE + b"\r\n"
     for number in range(luck.randrange(1, 100)):
         one = b"%d " % number + b"a" * luck.choice([0, 5, 100, 1000, luck.randrange(20_000)])
@@ -386,7 +386,7 @@ async def test_end_of_the_socket_takes_nothing_away_that_came_before_it(is_close
     assert len(raw) > 3 * agenthub.SLICE_BYTES
     pair.link.data_received(raw + (DONE if is_closed else b""))
     assert pair.link.pause_reasons == {"turn over"}
-    pair.link.eof_received()  # As TLS does, whether or not reading is paused.
+    pair.link.eof_received()  # TLS calls this even if reading is paused.
     assert [message.id for message in pair.owner.messages] == [str(number) for number in range(2000)]
     assert [code for code, _ in pair.owner.ends] == [1000 if is_closed else 1006]
     pair.link.connection_lost(None)
@@ -519,7 +519,7 @@ def test_token_on_the_command_line_is_not_taken_for_the_name_of_a_file(
     assert opened == []
 
 
-# An agent and a hub that means it harm.
+# Agents of a hostile hub.
 
 
 async def test_agent_cuts_a_hub_that_asks_for_pongs_and_does_not_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,7 +572,7 @@ def test_wall_clock_that_is_set_while_a_journal_is_open_moves_no_time_in_it(jump
     journal.write(changes_of(before), 1_000_000.0)
     after = row(3, 40.0, 100.0)
     journal.write(changes_of([after]), 1_000_000.0 + jump_s)
-    journal.write(changes_of(updated=[after]), 1_000_000.0 + jump_s)  # It is set once.
+    journal.write(changes_of(updated=[after]), 1_000_000.0 + jump_s)  # The clock offset is set once.
     journal.close()
     journal.open()
     _, tasks, last = journal.load(1_000_000.0 + jump_s)
@@ -583,7 +583,7 @@ def test_wall_clock_that_is_set_while_a_journal_is_open_moves_no_time_in_it(jump
 
 
 class SlowJournal(Journal):
-    """A journal whose disk takes as long as it is told to, and fails if it is told so."""
+    """A journal on a disk whose writes the test delays or fails."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync="normal")
@@ -615,9 +615,9 @@ async def test_connection_that_asks_for_much_during_one_write_is_held_until_that
             client.connection.transport.write(task + asked + message(type="heartbeat", id="alive"))
             await until(lambda: "journal" in link.pause_reasons)
             assert len(hub._commit._held) < 50
-            assert (await other.request(type="heartbeat"))["type"] == "heartbeat_ack"  # Others are not.
+            assert (await other.request(type="heartbeat"))["type"] == "heartbeat_ack"  # Others are not paused.
             assert "journal" in link.pause_reasons
-            if is_broken:  # And it stays so; what comes in is read on with each try.
+            if is_broken:  # Reading stays paused, and resumes at each attempt to write.
                 monkeypatch.setattr(agenthub, "COST_PER_WRITE_MAX", 1000)
                 journal.is_broken = True
         finally:
@@ -635,11 +635,11 @@ def is_reply_to(message_id: str, reply: dict[str, Any]) -> bool:
     return reply.get("reply_to") == message_id
 
 
-# Rations, and what else stands in the way of messages.
+# Rate limits and other reasons to pause reading.
 
 
 async def test_what_large_messages_cost_bounds_them_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    each_message_takes(1.0, monkeypatch)  # So that one in four seconds is allowed.
+    each_message_takes(1.0, monkeypatch)  # Allows one message in four seconds.
     rationed = Rationed(100)
     rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.CPU_COUNTED_BYTES) * 500)
     rationed.clock.pass_time(1000.0)

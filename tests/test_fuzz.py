@@ -1,8 +1,8 @@
-"""The fuzzer for a moment, and everything that has ever found something, again.
+"""Run the fuzzer briefly, and replay every case that ever found a bug.
 
     python -m tests.fuzz --seconds 600
 
-goes on from here; what it finds is added to FOUND, with what it was.
+runs it longer. Add its findings to FOUND, with a description of the bug.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ FOUND = {
     "string without an end": Found(
         "decode",
         b'{"type":"heartbeat","x":"' + b'\\"' * 30_000,
-        "The search for an id began again at each quote of a string that does not end: 11 s for 60 KB.",
+        "The search for an id restarted at each quote of an unterminated string: 11 s for 60 KB.",
     ),
     "replies in front of the response": Found(
         "bytes",
         [("open",), ("data", 0, OPENING + frame(b"")), ("wait", 0)],
-        "What the hub said to a message behind the handshake was written before the 101.",
+        "The reply to a message that followed the handshake was written before the 101.",
     ),
     "message behind a refused request": Found(
         "bytes",
         [("open",), ("data", 0, REFUSED + frame(b"")), ("wait", 0)],
-        "A frame was taken for an HTTP request: AttributeError from data_received.",
+        "A frame was parsed as an HTTP request: AttributeError from data_received.",
     ),
     "garbage behind a refused request": Found(
         "bytes",
         [("open",), ("data", 0, REFUSED + b"\xff\xff"), ("wait", 0)],
-        "The protocol object was to end the connection twice: AssertionError from data_received.",
+        "The protocol object failed the connection twice: AssertionError from data_received.",
     ),
     "ping behind a refused request": Found(
         "bytes",
@@ -55,7 +55,7 @@ FOUND = {
     "answer that is not read, and half a close": Found(
         "bytes",
         [("open",), ("data", 0, REFUSED), ("stuck", 0), ("eof", 0)],
-        "Its socket was still there when the server had stopped.",
+        "Its socket was still open after the server had stopped.",
     ),
     "many small questions with large answers": Found(
         "bytes",
@@ -66,7 +66,7 @@ FOUND = {
             ("data", 0, frame(b'{"type":"discover","id":"1"}') * 1900),
             ("wait", 1),
         ],
-        "All answers of one turn were gathered in memory before anybody looked at how much that was.",
+        "All replies of one loop iteration were buffered before their size was checked.",
     ),
     "metadata as deep as may be": Found(
         "bytes",
@@ -76,20 +76,20 @@ FOUND = {
             ("data", 0, frame(b'{"type":"discover","id":"1"}')),
             ("wait", 0),
         ],
-        "In the reply to discover it was deeper yet, so that no agent could read that.",
+        "It was nested deeper in the reply to discover, so that no agent could decode it.",
     ),
     "wrong secrets": Found(
         "sequences",
         ({}, [("connect",), ("say", 0, b'{"type":"register","name":"a"}'), ("connect",)]
          + [("say", 1, b'{"type":"register","id":"r","name":"b","agent_id":"@A0@"}')] * 4),
-        "Nothing but the fuzzer's own: a close may follow the third refusal.",
+        "Only a mistake of the fuzzer: a close may follow the third error.",
     ),
     "task that ends as it begins": Found(
         "sequences",
         ({}, [("connect",), ("say", 0, b'{"type":"register","name":"a","capabilities":["a"]}'), ("connect",),
               ("say", 1, b'{"type":"register","name":"b"}'),
               ("say", 1, b'{"type":"delegate","id":"r","task_id":"t","capability":"a","ttl":5e-324}'), ("wait", 0)]),
-        "Nothing but the fuzzer's own: a task whose deadline is now waits for the tick, though an agent is free.",
+        "Only a mistake of the fuzzer: a task at its deadline waits for the tick, though an agent is free.",
     ),
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_fuzzing_for_a_moment_finds_nothing(target: str) -> None:
             pytest.fail(f"{error!r}\nfrom tests.fuzz import check; check({target!r}, {case!r})")
 
 
-# The fuzzer itself: one that cannot see anything finds nothing either.
+# The fuzzer itself must detect planted bugs.
 
 
 def test_a_seed_makes_the_same_case_each_time() -> None:
@@ -149,7 +149,7 @@ def test_run_that_finds_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_leak_of_a_payload_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub that shows everybody everything is found out."""
+    """The fuzzer detects a hub that shows all details of a task to everybody."""
     honest = Hub._task_report
 
     def indiscreet(hub: Hub, task: Any, asker: Any, reply_to: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What the hub holds against those who mean it harm: a section for each thing that they may try.
+"""Attacks on the hub, with a section for each kind of attacker.
 
-In each the hub stays up, two bystanders go on with their work, and what happened is counted and logged, without
-anybody's token or payload.
+In each test the hub stays up, two bystanders go on with their work, and the hub counts and logs the attack, without
+tokens or payloads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ TOKEN = "a-token-that-these-tests-use"
 SECRET = "what-only-two-may-know"  # In payloads.
 WRONG = "a-token-of-somebody-else"
 
-# An authority and a certificate for the name localhost alone, valid from 2020 to 2120; and what does not fit to them.
+# An authority, a certificate for the name localhost only, valid from 2020 to 2120, and others that do not match.
 AUTHORITY = """\
 -----BEGIN CERTIFICATE-----
 MIIBmjCCAT+gAwIBAgIUVBtD+981jlS+trHFq5MNGnDImT0wCgYIKoZIzj0EAwIw
@@ -131,12 +131,12 @@ juuhw1utJw==
 """
 
 
-# What the sections share.
+# Shared by all sections.
 
 
 @pytest.fixture(autouse=True)
 def _nothing_fails_and_nothing_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """In no test does the hub fail, and its log shows nobody's token and nobody's payload, at whatever level."""
+    """Check after each test that the hub logged no error, and no token or payload at any level."""
     caplog.set_level(logging.DEBUG, "agenthub")
     yield
     said = [record.getMessage() for record in caplog.get_records("call")]
@@ -148,7 +148,7 @@ def _nothing_fails_and_nothing_leaks(caplog: pytest.LogCaptureFixture) -> Iterat
 @pytest.fixture(autouse=True)
 def _no_token_comes_from_or_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AGENTHUB_TOKEN", "AGENTHUB_TOKEN_FILE", "AGENTHUB_CA_FILE", "AGENTHUB_URL"):
-        monkeypatch.setenv(name, "")  # So that it is put back as it was, whoever sets it meanwhile.
+        monkeypatch.setenv(name, "")  # So that it is restored even if the test sets it.
         monkeypatch.delenv(name)
 
 
@@ -162,7 +162,7 @@ def is_logged(caplog: pytest.LogCaptureFixture, text: str) -> bool:
 
 @contextlib.asynccontextmanager
 async def bystanders(url: str, token: str | None = None, **options: Any) -> AsyncIterator[None]:
-    """Two agents that notice nothing: in the end a task of theirs gets done, over the connections that they had."""
+    """Two undisturbed agents: at the end they complete a task over the connections that they had at the start."""
     options |= bearer(token)
     async with raw_client(url, **options) as requester, raw_client(url, **options) as worker:
         await requester.register("bystander")
@@ -178,7 +178,7 @@ async def bystanders(url: str, token: str | None = None, **options: Any) -> Asyn
 async def hub_in_use(
     settings: HubSettings | None = None, *, token: str | None = TOKEN, **options: Any
 ) -> AsyncIterator[HubServer]:
-    """A hub, with bystanders on it. It asks for `token`, unless that is None."""
+    """A hub with bystanders. It requires `token`, unless that is None."""
     if token is not None:
         options.setdefault("access", Access.of_token(token))
     async with HubServer(settings, port=0, **options) as hub, bystanders(hub.url, token):
@@ -186,7 +186,7 @@ async def hub_in_use(
 
 
 async def until(condition: Callable[[], Any]) -> Any:
-    """Return what `condition` gives, when that is true."""
+    """Return the value of `condition` once it is true."""
     async with asyncio.timeout(WAIT_S):
         while not (found := condition()):
             await asyncio.sleep(0.01)
@@ -197,7 +197,7 @@ async def until(condition: Callable[[], Any]) -> Any:
 async def plain_connection(
     url: str, **options: Any
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection on which nothing has been said yet."""
+    """A TCP connection to the hub, before any bytes are sent."""
     address = urlsplit(url)
     async with asyncio.timeout(WAIT_S):
         reader, writer = await asyncio.open_connection(address.hostname, address.port, **options)
@@ -210,7 +210,7 @@ async def plain_connection(
 
 
 async def all_of(reader: asyncio.StreamReader) -> bytes:
-    """Return what comes until the connection ends, in whatever way."""
+    """Return all bytes until the connection closes or is reset."""
     raw = b""
     async with asyncio.timeout(WAIT_S):
         with contextlib.suppress(OSError):
@@ -232,14 +232,14 @@ def request_of(*headers: str, path: str = "/") -> bytes:
 
 
 def frame_of(message: dict[str, Any]) -> bytes:
-    """Return a message as a masked text frame (RFC 6455 §5.2). A mask of zeros changes nothing, and costs nothing."""
+    """Return a message as a masked text frame (RFC 6455 §5.2). A mask of zeros needs no computation."""
     raw = json.dumps(message).encode()
     head = bytes((0x81, 0x80 | len(raw))) if len(raw) < 126 else struct.pack("!BBH", 0x81, 0x80 | 126, len(raw))
     return head + b"\0\0\0\0" + raw
 
 
 async def status_code(url: str, *headers: str, path: str = "/", **options: Any) -> int:
-    """Return what the hub answers to a request with exactly these headers."""
+    """Return the status of the hub's response to a request with exactly these headers."""
     async with plain_connection(url, **options) as (reader, writer):
         writer.write(request_of(*headers, path=path))
         async with asyncio.timeout(WAIT_S):
@@ -247,7 +247,7 @@ async def status_code(url: str, *headers: str, path: str = "/", **options: Any) 
 
 
 async def health(url: str, token: str | None = None, **options: Any) -> dict[str, Any]:
-    """Return what the hub's page of health says."""
+    """Return the JSON object of the hub's /healthz."""
     headers = ["Host: localhost"] + ([f"Authorization: Bearer {token}"] if token is not None else [])
     async with plain_connection(url, **options) as (reader, writer):
         writer.write(request_of(*headers, path="/healthz"))
@@ -257,7 +257,7 @@ async def health(url: str, token: str | None = None, **options: Any) -> dict[str
 
 @contextlib.contextmanager
 def world_in_use(**settings: Any) -> Iterator[World]:
-    """A hub without sockets, with bystanders on it."""
+    """A hub without sockets, with bystanders."""
     world = World(**settings)
     requester, worker = world.join("bystander"), world.join("bystander", "stand-by")
     yield world
@@ -277,7 +277,7 @@ def agenthub_main(*argv: str) -> int:
 
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> list[HubServer]:
-    """The hubs that the command line would have started."""
+    """The servers that the command line would have started."""
     made: list[HubServer] = []
 
     async def note(server: HubServer, *_: Any) -> None:
@@ -288,7 +288,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> list[HubServer]:
 
 
 def refusal_to_start(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Return the one line with which the command line refuses to start a hub, as wrong usage."""
+    """Return the line of usage error with which the command line refuses to start a hub."""
     assert agenthub_main("hub", "--port", "0", *argv) == 2
     output, complaint = capsys.readouterr()
     assert output == ""
@@ -304,7 +304,7 @@ def private_file(path: Path, text: str, mode: int = 0o600) -> str:
     return str(path)
 
 
-# 1: whoever has no token.
+# 1: clients without a token.
 
 FIRST_MESSAGES: dict[str, dict[str, Any]] = {
     "register": {"name": "ann"},
@@ -698,7 +698,7 @@ async def test_answer_to_an_address_that_failed_too_often_is_held_back_and_other
         monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
         monkeypatch.setattr(agenthub, "FAILURE_DELAY_FIRST_S", 3600.0)
         monkeypatch.setattr(agenthub, "FAILURE_DELAY_MAX_S", 3600.0)
-        monkeypatch.setattr(agenthub, "CLOSING_S", 0.1)  # Nothing is read, the answer to a close neither.
+        monkeypatch.setattr(agenthub, "CLOSING_S", 0.1)  # Paused links never see the reply to a close.
         async with raw_client(hub.url) as client, raw_client(hub.url) as later:
             assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
             for one in (client, later):
@@ -761,11 +761,11 @@ async def test_agent_with_a_wrong_token_ends_with_a_clear_error_and_does_not_kno
             assert ann.agent_id is not None
 
 
-# 2: a token that allows something else, and another namespace.
+# 2: clients with a token for other rights or another namespace.
 
 
 def access_text(**tokens: dict[str, Any]) -> str:
-    """Return an access file with a table for each token, which is also its name."""
+    """Return an access file with a table for each token, named by the token."""
     lines = []
     for token, table in tokens.items():
         lines.append(f"[tokens.{token}]")
@@ -827,7 +827,7 @@ def test_access_file_that_others_may_write_to_is_refused(
 ) -> None:
     path = private_file(tmp_path / "access.toml", access_text(a={}), mode)
     assert refusal_to_start(capsys, "--access", path).endswith("others may write to it; chmod 600 helps")
-    private_file(tmp_path / "access.toml", access_text(a={}), 0o644)  # There are only hashes in it.
+    private_file(tmp_path / "access.toml", access_text(a={}), 0o644)  # It contains only hashes.
     assert agenthub_main("hub", "--access", path) == 0
     assert len(servers) == 1
 
@@ -865,7 +865,7 @@ async def test_token_allows_what_its_rights_say_and_nothing_else(right: str) -> 
             "broadcast": right == "broadcast",
             "status": right == "observe",
         }
-        joined = await client.register("ann")  # With no capabilities, all may that need to be somebody.
+        joined = await client.register("ann")  # Every right but `observe` allows registration without capabilities.
         assert joined.get("code") == ("unauthorized" if right == "observe" else None)
         before = hub.hub.summary()["refused"].get("unauthorized", 0)
         for kind, is_allowed in allowed.items():
@@ -1155,7 +1155,7 @@ async def test_tasks_of_each_namespace_survive_the_death_of_the_hub_in_a_file_of
                 ]
 
 
-# 3: whoever listens on the way, or poses as the hub.
+# 3: attackers on the network path, and fake hubs.
 
 
 @pytest.fixture
@@ -1174,7 +1174,7 @@ def client_context(authority: str) -> ssl.SSLContext:
 
 @contextlib.asynccontextmanager
 async def secure_hub(certificate: tuple[str, str], authority: str) -> AsyncIterator[tuple[HubServer, str]]:
-    """A hub that speaks TLS, with bystanders on it; and its URL with the name that its certificate is for."""
+    """A hub with TLS and bystanders, and its URL with the name in its certificate."""
     async with HubServer(port=0, tls=agenthub.server_tls(*certificate), access=Access.of_token(TOKEN)) as hub:
         assert hub.url == f"wss://127.0.0.1:{hub.port}"
         url = f"wss://localhost:{hub.port}"
@@ -1183,7 +1183,7 @@ async def secure_hub(certificate: tuple[str, str], authority: str) -> AsyncItera
 
 
 async def failure_to_connect(url: str, **options: Any) -> str:
-    """Return the text of the Disconnected with which an agent does not get to a hub."""
+    """Return the text of the Disconnected that an attempt to connect raises."""
     with pytest.raises(Disconnected) as caught:
         async with asyncio.timeout(WAIT_S):
             await agenthub.connect_websocket(url, agenthub.Session(lambda _: None), token=TOKEN, **options)
@@ -1350,7 +1350,7 @@ def test_certificate_that_cannot_be_used_is_one_clear_line(
         (certificate[0], str(tmp_path / "none.pem"), "No such file"),
     ):
         assert complaint in refusal_to_start(capsys, "--tls-cert", cert, "--tls-key", key)
-    assert "cannot be used" in refusal_to_start(capsys, "--tls-cert", certificate[0])  # There is no key in it.
+    assert "cannot be used" in refusal_to_start(capsys, "--tls-cert", certificate[0])  # The file contains no key.
     assert "--tls-key needs --tls-cert" in refusal_to_start(capsys, "--tls-key", certificate[1])
     assert servers == []
 
@@ -1420,7 +1420,7 @@ def is_vouched_for(url: str, certificate: str) -> bool:
     return ssl.PEM_cert_to_DER_cert(found) == ssl.PEM_cert_to_DER_cert(certificate)
 
 
-# 4: a web page in a browser of somebody who can reach the hub.
+# 4: web pages in the browser of a user who can reach the hub.
 
 HERE = ("localhost", "127.0.0.1", "[::1]")
 
@@ -1599,7 +1599,7 @@ async def test_connection_that_becomes_no_websocket_in_time_is_cut(monkeypatch: 
 
 
 async def drip(writer: asyncio.StreamWriter) -> None:
-    """Send a request that never ends, a byte at a time."""
+    """Send an endless request, one byte at a time."""
     with contextlib.suppress(OSError):
         for byte in request_of("Host: localhost", *UPGRADE, "X: " + "x" * 5000)[:-2]:
             writer.write(bytes([byte]))
@@ -1672,7 +1672,7 @@ async def test_connections_over_a_bound_are_answered_with_503_and_beyond_that_cu
             async def open_plain(stack: contextlib.AsyncExitStack = stack, url: str = hub.url) -> Any:
                 return await stack.enter_async_context(plain_connection(url))
 
-            silent, _ = await open_plain()  # The third, which says nothing.
+            silent, _ = await open_plain()  # The third connection, which stays silent.
             waiting = [await open_plain() for _ in range(2)]
             await until(lambda hub=hub: len(hub._sockets) == 5)
             for _ in range(3):
@@ -1735,7 +1735,7 @@ async def test_hub_process_whose_descriptors_are_used_up_still_writes_its_journa
         async with bystanders(url), raw_client(url) as requester:
             await requester.register("requester")
             async with contextlib.AsyncExitStack() as stack:
-                process.send_signal(signal.SIGSTOP)  # So that all are there at once when it goes on.
+                process.send_signal(signal.SIGSTOP)  # So that it finds all connections at once when it continues.
                 flood = [await stack.enter_async_context(plain_connection(url)) for _ in range(limit + 20)]
                 process.send_signal(signal.SIGCONT)
                 await until(lambda: sum(reader.at_eof() for reader, _ in flood) >= 50)
@@ -1781,13 +1781,13 @@ async def test_descriptors_of_many_journals_are_kept_too(tmp_path: Path) -> None
 
 
 async def healthy(url: str) -> dict[str, Any] | None:
-    """Return the page of health, or None if the hub has no connection left for who asks."""
+    """Return the JSON object of /healthz, or None if the hub accepts no more connections."""
     with contextlib.suppress(OSError, json.JSONDecodeError):
         return await health(url)
     return None
 
 
-# 6: whoever says to be somebody else, or writes a name that only looks like another.
+# 6: clients that claim another identity, or use names that look like another.
 
 LOOK_ALIKES = [
     "t\u0430sk",  # A Cyrillic a.
@@ -1863,7 +1863,7 @@ def reads(raw: bytes) -> bool:
 
 
 def is_read(message: dict[str, Any]) -> bool:
-    """Tell whether a message can be read, whichever way its characters are written."""
+    """Return whether a message is accepted, with escaped and with literal characters."""
     raws = [json.dumps(message).encode(), json.dumps(message, ensure_ascii=False).encode(errors="surrogatepass")]
     outcomes = {reads(raw) for raw in raws}
     (outcome,) = outcomes
@@ -1880,7 +1880,7 @@ async def test_sender_is_who_the_connection_belongs_to_whatever_a_field_says(cap
         victim_id = (await victim.register("victim"))["agent_id"]
         forger_id = (await forger.register("forger"))["agent_id"]
         worker_id = (await worker.register("worker", "work"))["agent_id"]
-        # In a `delegate` an agent_id is who is to do it.
+        # In `delegate`, agent_id names the worker.
         forged = dict.fromkeys(("sender", "requester", "assignee", "from", "resume", "token"), victim_id)
         fully_forged = {**forged, "agent_id": victim_id}
         await forger.request(type="broadcast", message=SECRET, **fully_forged)
@@ -2001,7 +2001,7 @@ async def test_agent_refuses_such_a_task_id_before_it_is_sent() -> None:
         assert hub.hub.summary()["refused"] == {}
 
 
-# 7: whoever wants the place of another.
+# 7: clients that try to resume another agent's session.
 
 
 def test_identity_is_taken_up_only_with_its_secret() -> None:
@@ -2081,12 +2081,12 @@ async def test_who_guesses_secrets_over_a_socket_is_closed_with_1008(caplog: pyt
         assert (await victim.request(type="heartbeat"))["type"] == "heartbeat_ack"
 
 
-# 8: whoever meddles with the task of another.
+# 8: clients that interfere with the task of another agent.
 
 
 @pytest.fixture
 def party() -> Iterator[tuple[World, Program, Program, Program, Program]]:
-    """A task in progress, and who is about: its requester, its assignee, a third agent, and an observer."""
+    """A task in progress, with its requester, its worker, a third agent, and an observer."""
     with world_in_use() as world:
         requester, worker, third = (
             world.join("requester"),
@@ -2182,7 +2182,7 @@ def test_task_of_another_is_neither_repeated_nor_replaced(party: Party) -> None:
     assert world.hub.summary()["refused"] == {"duplicate_task": 2}
 
 
-# 9: whoever lets tasks breed, or calls off those of others.
+# 9: clients that multiply tasks, or cancel those of others.
 
 
 def test_chain_of_tasks_is_at_most_sixteen_deep(caplog: pytest.LogCaptureFixture) -> None:
@@ -2257,14 +2257,14 @@ def test_agent_that_was_calling_itself_gets_no_task_of_its_own_by_capability() -
         assert world.hub.summary()["refused"] == {"no_agent": 1}
 
 
-# 16: all of them at once.
+# 16: all agents at once.
 
 CROWD_MAX = 10_000
-DESCRIPTORS_BESIDE = 300  # Of either process, for what is not a connection of the crowd.
+DESCRIPTORS_BESIDE = 300  # Of each process, for other purposes than these connections.
 
 
 class Returning(asyncio.Protocol):
-    """A connection that does as little as it can: it takes an identity up again, and reads the reply to that."""
+    """A minimal connection: it resumes a session, and reads the reply."""
 
     HANDSHAKE = request_of("Host: localhost", *UPGRADE)
 
@@ -2304,7 +2304,7 @@ def crowd_size(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def write_journal_of_a_crowd(path: Path, size: int) -> dict[str, str]:
-    """Leave the journal of a hub that died with `size` agents on it; return their secrets by agent_id."""
+    """Write the journal of a hub that died with `size` agents; return their secrets by agent_id."""
     secrets = {f"agent-{number}": f"secret-{number}" for number in range(size)}
     journal = Journal(str(path))
     journal.open()
@@ -2323,7 +2323,7 @@ async def test_crowd_that_comes_back_at_once_after_a_restart_of_the_hub_is_taken
 ) -> None:
     secrets = write_journal_of_a_crowd(tmp_path / "hub.db", crowd_size)
     options = ["--max-connections", str(crowd_size + 10), "--max-connections-per-address", str(2 * CROWD_MAX)]
-    # How many may wait to be accepted is the system's; whoever is more than that tries again after a second or so.
+    # The system limits the backlog of connections to accept; TCP retries the others after a second or so.
     with hub_process(*options, "--db", str(tmp_path / "hub.db")) as (url, _):
         async with bystanders(url), raw_client(url) as asker:
             assert (await asker.request(type="status"))["hub"]["agents_away"] == crowd_size
@@ -2350,7 +2350,7 @@ async def test_crowd_that_comes_back_at_once_after_a_restart_of_the_hub_is_taken
                 assert {one["type"] for one in back} == {"register"}
                 assert {one["agent_id"] for one in back} == set(secrets)
                 assert answers == sorted(answers)
-                assert len(answers) > 1  # It answered while they came.
+                assert len(answers) > 1  # It answered while they connected.
                 summary = (await asker.request(type="status"))["hub"]
                 assert (summary["agents"], summary["agents_away"]) == (crowd_size + 2, 0)
                 assert summary["refused"] == summary["closed"] == {}
@@ -2381,7 +2381,7 @@ def test_agent_starts_over_only_after_a_connection_that_lasted(monkeypatch: pyte
         assert backoff.next_s() == expected
         backoff.lasted(0.0)
         backoff.lasted(expected)
-    backoff.lasted(8.0)  # As long as the present bound is not longer.
+    backoff.lasted(8.0)  # Not longer than the present limit.
     assert backoff.next_s() == 8
     backoff.lasted(16.1)
     assert backoff.next_s() == 0.5

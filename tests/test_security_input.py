@@ -1,7 +1,7 @@
-"""What comes in may be hostile: frames, JSON, numbers, floods, other hubs, other files.
+"""Hostile input: frames, JSON, numbers, floods, hostile hubs, other files.
 
-Whatever it is, the hub stays up, the others do not notice, it is counted under one of a few words, and no log holds
-what was said.
+In each test the hub stays up, other agents are not disturbed, the hub counts the event under one of a few fixed words,
+and no log contains the input.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, or modes of files as on POSIX")
 linux_only = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="command lines are read from /proc")
 
-MARK = "s3cr3t-mark"  # Stands in whatever is hostile, and is to be found in no log and in no error.
+MARK = "s3cr3t-mark"  # Part of all hostile input; must not appear in logs or errors.
 BAD_TEXT = "a\nb\rc\x1b[31md\x1b]52;c;ZXZpbA==\x07e\u202ef\u2066g\x9bh"  # Lines, ANSI, OSC 52 and bidi.
-NUMBERS = itertools.count(1)  # Of the bystanders' tasks, which a journal remembers.
+NUMBERS = itertools.count(1)  # For the bystanders' task ids, unique because a journal remembers them.
 STEERING = "\n\r\x1b\x07\u202e\u2066\x9b"
 
 
 def is_harmless(text: str, *, lines: bool = False) -> bool:
-    """Tell whether a text can be shown on a terminal."""
+    """Return whether a text is safe to print on a terminal."""
     return not any(one in text for one in (STEERING[1:] if lines else STEERING))
 
 
 async def until(condition: Callable[[], Any]) -> Any:
-    """Return what `condition` gives, when that is true; bounded by WAIT_S."""
+    """Return the value of `condition` once it is true, within WAIT_S."""
     async with asyncio.timeout(WAIT_S):
         while not (found := condition()):
             await asyncio.sleep(0.002)
@@ -85,11 +85,11 @@ async def soon(awaitable: Awaitable[Any]) -> Any:
     return await asyncio.wait_for(awaitable, WAIT_S)
 
 
-# A hub, two who use it as they should, and what it has counted and logged.
+# A hub, two well-behaved agents, and the hub's counts and logs.
 
 
 class Scene:
-    """A hub that listens, and a pair of bystanders."""
+    """A listening hub and two bystanders."""
 
     def __init__(
         self, server: HubServer, requester: RawClient, worker: RawClient, log: pytest.LogCaptureFixture
@@ -100,7 +100,7 @@ class Scene:
         self.log = log
 
     async def bystanders_go_on(self) -> None:
-        """Have a task done by the two."""
+        """Complete a task between the bystanders."""
         task_id = f"bystanders-{next(NUMBERS)}"
         reply = await self.requester.delegate(task_id, capability="bystander", input=task_id)
         assert reply["state"] == "in_progress"
@@ -111,7 +111,7 @@ class Scene:
     async def nobody_noticed(
         self, *, refused: dict[str, int] | None = None, closed: dict[str, int] | None = None
     ) -> None:
-        """Assert that the two go on, that just this was counted, and that no log holds what was sent."""
+        """Assert that the bystanders go on, that exactly this was counted, and that no log contains the input."""
         await self.bystanders_go_on()
         refused, closed = refused or {}, closed or {}
         await until(lambda: sum(self.server.hub.summary()["closed"].values()) >= sum(closed.values()))
@@ -131,7 +131,7 @@ async def a_scene(
     log: pytest.LogCaptureFixture, settings: HubSettings | None = None, **options: Any
 ) -> AsyncIterator[Scene]:
     log.set_level(logging.DEBUG, "agenthub")
-    log.clear()  # Of a hub before this one.
+    log.clear()  # An earlier hub may have logged.
     async with (
         HubServer(settings, port=0, **options) as server,
         raw_client(server.url) as requester,
@@ -161,7 +161,7 @@ def message(**fields: Any) -> bytes:
 
 
 class RawSocket:
-    """A socket at the hub that says whatever bytes it is given, and takes the hub's frames apart."""
+    """A connection that sends any bytes, and parses the hub's frames."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -170,7 +170,7 @@ class RawSocket:
 
     async def send(self, raw: bytes) -> None:
         self.writer.write(raw)
-        with contextlib.suppress(ConnectionError):  # The hub has had enough.
+        with contextlib.suppress(ConnectionError):  # The hub may have closed the connection.
             await soon(self.writer.drain())
 
     async def handshake(self, *headers: bytes, behind: bytes = b"") -> None:
@@ -193,7 +193,7 @@ class RawSocket:
         return decoded
 
     async def close_code(self) -> int:
-        """Return the code that the hub closes with, when it has."""
+        """Return the hub's close code, once it has closed."""
         while True:
             opcode, payload = await self.frame()
             if opcode == CLOSE:
@@ -246,8 +246,8 @@ async def test_frame_that_breaks_the_rules_closes_its_connection_alone(name: str
         await client.send(raw)
         code = await client.close_code()
         assert code in (codes if isinstance(codes, tuple) else (codes,))
-        await client.send(message(type="register", name=MARK))  # Nothing after it counts.
-        refused = {"invalid_message": 1} if code == 1007 else {}  # Text that is not UTF-8 is no message either.
+        await client.send(message(type="register", name=MARK))  # The hub ignores messages after its close.
+        refused = {"invalid_message": 1} if code == 1007 else {}  # Invalid UTF-8 is an invalid message too.
         await scene.nobody_noticed(refused=refused, closed={str(code): 1})
         assert scene.server.hub.summary()["agents"] == 2
 
@@ -258,7 +258,7 @@ async def test_length_that_is_claimed_takes_no_memory(scene: Scene) -> None:
         try:
             await client.send(struct.pack("!BBQ", 0x81, 0xFF, 2**40) + bytes(4) + b"x" * 100_000)
             assert await client.close_code() == 1009
-            await other.send(struct.pack("!BBQ", 0x81, 0xFF, 1_000_000) + bytes(4))  # And then nothing.
+            await other.send(struct.pack("!BBQ", 0x81, 0xFF, 1_000_000) + bytes(4))  # The payload never follows.
             await scene.bystanders_go_on()
             _, peak = tracemalloc.get_traced_memory()
         finally:
@@ -315,7 +315,7 @@ async def test_frames_behind_a_request_that_is_no_handshake_are_not_read(path: s
     behind = message(type="register", name=MARK) + frame(b"", PING) + frame(b"\xff", 3, masked=False)
     async with raw_socket(scene.server.port, handshake=False) as client:
         request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n"
-        if host != "127.0.0.1":  # It would be a handshake, but for the name.
+        if host != "127.0.0.1":  # A valid handshake except for the name.
             request += "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
             request += "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
         await client.send(f"{request}\r\n".encode() + behind)
@@ -344,7 +344,7 @@ async def test_first_frames_may_come_with_the_handshake(scene: Scene) -> None:
 
 
 def nested(depth: int, inner: str = "1") -> str:
-    """Return JSON whose arrays and objects are so deep."""
+    """Return JSON with arrays and objects nested `depth` deep."""
     opening = ["[", '{"a":']
     return (
         "".join(opening[level % 2] for level in range(depth))
@@ -353,7 +353,7 @@ def nested(depth: int, inner: str = "1") -> str:
     )
 
 
-PLACES = {  # Where something may stand in a message, and how deep the place itself is within its field.
+PLACES = {  # Messages with a placeholder, and its depth within the field.
     "input": ('{"id": "x", "type": "delegate", "task_id": "t", "capability": "bystander", "input": %s}', 0),
     "broadcast": ('{"id": "x", "type": "broadcast", "capability": "nobody", "message": %s}', 0),
     "metadata": ('{"id": "x", "type": "register", "name": "n", "metadata": {"a": %s}}', 1),
@@ -382,7 +382,7 @@ async def test_64_levels_are_fine_and_65_are_refused_in_every_place(place: str, 
             assert MARK not in json.dumps(reply)
         duplicates = {"duplicate_task": 1} if place == "input" else {}
         if place == "input":
-            await scene.worker.request(type="result", task_id="t", success=True)  # So that it is free for others.
+            await scene.worker.request(type="result", task_id="t", success=True)  # Frees the worker.
     await scene.nobody_noticed(refused={**duplicates, "invalid_message": 4}, closed={"1000": 1})
 
 
@@ -416,7 +416,7 @@ async def test_deepest_agent_that_is_let_in_can_be_read_back(scene: Scene) -> No
             assert agenthub.decoder_from_hub()((await soon(client.connection.recv())).encode()).input == value
             await client.request(type="result", task_id=task_id, success=True, output=value)
             await scene.requester.send(type="status", id=f"s-{task_id}", task_id=task_id)
-            raw = await soon(scene.requester.connection.recv())  # Its result first, then the answer.
+            raw = await soon(scene.requester.connection.recv())  # First the outcome, then the reply.
             assert agenthub.decoder_from_hub()(raw.encode()).output == value
             raw = await soon(scene.requester.connection.recv())
             assert agenthub.decoder_from_hub()(raw.encode()).output == value
@@ -503,7 +503,7 @@ VALID = {"register": {"name": "n"}, "delegate": {"task_id": "t"}, "result": {"ta
 
 
 async def all_are_refused(scene: Scene, values: list[tuple[str, str, Any]]) -> None:
-    """Send messages with one bad field each; assert that each answer names the field."""
+    """Send messages with one invalid field each; assert that each error names the field."""
     async with raw_client(scene.server.url) as client:
         await client.register("odd")
         for kind, field, value in values:
@@ -646,7 +646,7 @@ async def test_number_out_of_its_range_is_refused_and_named(scene: Scene) -> Non
 
 
 class WallClock:
-    """The time since 1970, as it can be set."""
+    """A wall clock that the test can set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ahead_s = 0.0
@@ -670,9 +670,9 @@ async def test_wall_clock_that_jumps_moves_no_deadline(
         await scene.requester.delegate("short", capability="nobody", wait=True, ttl=0.3)
         wall.ahead_s = jump_s
         await scene.requester.delegate("after", capability="nobody", wait=True, ttl=0.2)
-        for task_id in ("short", "after"):  # It lives no longer ...
+        for task_id in ("short", "after"):  # The jump does not extend a TTL ...
             assert (await scene.requester.message("result", task_id=task_id))["state"] == "timeout"
-        report = await scene.requester.request(type="status", task_id="long")  # ... and this one no shorter.
+        report = await scene.requester.request(type="status", task_id="long")  # ... nor shorten one.
         assert report["state"] == "pending"
         assert 60 - WAIT_S < report["ttl"] <= 60
         await scene.nobody_noticed()
@@ -699,9 +699,9 @@ async def test_wall_clock_set_while_the_hub_is_up_moves_no_deadline_over_a_resta
 ) -> None:
     async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
         await scene.requester.delegate("long", capability="nobody", wait=True, ttl=60)
-        deadline = scene.server.hub._open["long"].deadline  # Of a clock that goes on over a restart here.
+        deadline = scene.server.hub._open["long"].deadline  # Of the monotonic clock, which continues over this restart.
         wall.ahead_s = jump_s
-        await scene.bystanders_go_on()  # Which is written.
+        await scene.bystanders_go_on()  # This writes to the journal.
     async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
         report = await scene.requester.request(type="status", task_id="long")
         assert report["state"] == "pending"
@@ -709,12 +709,12 @@ async def test_wall_clock_set_while_the_hub_is_up_moves_no_deadline_over_a_resta
         await scene.nobody_noticed()
 
 
-# 13. Who does not read.
+# 13. Slow consumers.
 
 
 @contextlib.asynccontextmanager
 async def deaf_agent(url: str, name: str) -> AsyncIterator[RawClient]:
-    """Register an agent with the smallest of buffers, which then does not read."""
+    """Register an agent with a minimal receive buffer, which never reads."""
     plain = socket.socket()
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     host, _, port = url.removeprefix("ws://").partition(":")
@@ -739,7 +739,7 @@ async def test_deaf_connection_is_closed_with_4002_at_the_backlog(
             while "4002" not in closed:
                 await scene.requester.request(type="broadcast", capability="deaf", message=MARK * 5000)
         await scene.nobody_noticed(closed={"4002": 1})
-        await until(lambda: len(scene.server._sockets) == 2)  # Cut, and not waited for.
+        await until(lambda: len(scene.server._sockets) == 2)  # The hub aborts the connection without waiting.
 
 
 async def test_connection_that_drains_nothing_is_closed_with_4002(
@@ -747,7 +747,7 @@ async def test_connection_that_drains_nothing_is_closed_with_4002(
 ) -> None:
     monkeypatch.setattr(agenthub, "STALLED_S", 0.1)
     async with a_scene(caplog) as scene, deaf_agent(scene.server.url, "deaf"):
-        for _ in range(60):  # Less than the backlog, more than the socket holds.
+        for _ in range(60):  # Less than the backlog limit, more than the socket's buffers hold.
             await scene.requester.request(type="broadcast", capability="deaf", message="x" * 100_000)
         await until(lambda: scene.server.hub.summary()["closed"])
         await scene.nobody_noticed(closed={"4002": 1})
@@ -806,7 +806,7 @@ async def test_peer_that_has_read_all_is_not_stuck() -> None:
 
 
 async def test_worker_that_reads_gets_all_the_tasks_that_it_takes_at_once(scene: Scene) -> None:
-    for number in range(16):  # Twice what may wait for a connection that does not read.
+    for number in range(16):  # Twice the limit of a slow consumer.
         await scene.requester.delegate(f"big-{number}", capability="big", wait=True, input="x" * 1_000_000)
     worker = Agent("big", url=scene.server.url)
 
@@ -825,7 +825,7 @@ async def test_agent_that_reads_gets_all_the_results_that_wait_for_it(scene: Sce
         joined = await client.register("away")
         for number in range(40):
             await client.delegate(f"big-{number}", capability="bystander")
-    for number in range(40):  # More than twice what may wait for a connection that does not read.
+    for number in range(40):  # More than twice the limit of a slow consumer.
         output = f"{number}" * 250_000
         await scene.worker.request(type="result", task_id=f"big-{number}", success=True, output=output)
     scene.worker.seen.clear()
@@ -841,17 +841,17 @@ async def test_hub_with_a_full_backlog_still_stops_in_time() -> None:
     with hub_process() as (url, process):
         async with raw_client(url) as requester, deaf_agent(url, "deaf"):
             await requester.register("requester")
-            for _ in range(100):  # 8 MB are the bound; what the sockets hold comes on top.
+            for _ in range(100):  # The limit is 8 MB, in addition to the sockets' buffers.
                 await requester.request(type="broadcast", message="x" * 79_000, capability="deaf")
             process.send_signal(signal.SIGTERM)
-            # Five seconds are the promise: the sum of HUB_DRAIN_S and CLOSING_S, and some for the rest.
+            # The hub must exit within five seconds: HUB_DRAIN_S, CLOSING_S, and some reserve.
             assert await asyncio.to_thread(process.wait, 5) == 0
     assert agenthub.HUB_DRAIN_S + agenthub.CLOSING_S < 5
 
 
 @contextlib.asynccontextmanager
 async def large_answers(scene: Scene) -> AsyncIterator[tuple[RawClient, Any]]:
-    """Have a megabyte of agents to discover; yield one that does not read the answers, and the hub's link to it."""
+    """Register a megabyte of agents; yield a client that does not read replies to `discover`, and its link."""
     big = {"name": "c", "input_schema": {"a": "x" * 65_000}}
     async with contextlib.AsyncExitStack() as stack:
         for number in range(14):
@@ -884,7 +884,7 @@ async def test_requests_of_who_does_not_read_the_answers_are_left_alone(scene: S
 
 
 class GatedJournal(Journal):
-    """A journal on a disk that takes as long as it is told to."""
+    """A journal on a disk whose writes the test delays."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync="normal")
@@ -919,7 +919,7 @@ async def test_answers_that_waited_for_the_journal_do_not_go_beyond_the_backlog(
 
 
 class Clock:
-    """What a link needs of an event loop, with a time that passes when it is told to."""
+    """The part of an event loop that a link needs, with a clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -959,7 +959,7 @@ class Timer:
 
 
 class Rationed:
-    """A link with so many messages per second, on a clock of its own, whose owner charges for each message."""
+    """A link with a rate limit and its own clock, whose owner charges each message."""
 
     def __init__(self, messages_per_s_max: float, effort: float = 1.0) -> None:
         self.owner = Owner()
@@ -988,7 +988,7 @@ FLOOD = [json.dumps({"type": "heartbeat", "id": f"{number}"}).encode() for numbe
 async def test_flood_is_read_at_the_rate_and_none_of_it_is_lost() -> None:
     rationed = Rationed(100)
     rationed.link.data_received(b"".join(map(frame, FLOOD)))
-    rationed.clock.run_soon()  # The other connections have had their turns.
+    rationed.clock.run_soon()  # After the turns of other connections.
     burst = int(100 * agenthub.BURST_S)
     assert rationed.count == burst + 1
     assert rationed.link.pause_reasons == {"rate limit"}
@@ -1121,7 +1121,7 @@ def test_nothing_is_left_of_many_agents(agents: int) -> None:
             offered = [Capability(f"skill-{index}"), f"other-{index}"]
             hub.connected(index, world.now)
             hub.receive(index, Register(name=f"agent-{index}", capabilities=offered), world.now)
-            if index % 100 == 0:  # Some lose their connection, and their grace time ends.
+            if index % 100 == 0:  # Some disconnect, and their grace period ends.
                 hub.disconnected(index, world.now)
                 world.pass_time(hub.settings.grace_s)
             else:
@@ -1133,7 +1133,7 @@ def test_nothing_is_left_of_many_agents(agents: int) -> None:
     come_and_go(agents)
     gc.collect()
     assert world.is_empty()
-    assert abs(sys.getallocatedblocks() - before) < 2000  # Those of the numbers counted, and of caches.
+    assert abs(sys.getallocatedblocks() - before) < 2000  # Allocated by counters and caches.
 
 
 def test_counts_have_keys_from_a_fixed_set_whatever_is_sent() -> None:
@@ -1164,14 +1164,14 @@ async def test_close_with_a_code_and_a_reason_of_ones_own_is_counted_under_ours(
     await scene.nobody_noticed(closed={counted: 1})
 
 
-# 17. A hub that is hostile to its agents and to the command line.
+# 17. A hub that attacks its agents and the command line.
 
 REGISTERED = {"agent_id": "agent-1", "resume": "secret", "heartbeat_s": 30, "max_bytes": 1_048_576, "tasks": []}
-hostile_hub = serve  # It does with each WebSocket what a script says.
+hostile_hub = serve  # It runs a script on each WebSocket.
 
 
 def answering(then: Script | None = None, **replies: Any) -> Script:
-    """Return a script that answers requests by their type, and does something more after a registration."""
+    """Return a script that replies to requests by their type, and runs `then` after a registration."""
 
     async def script(connection: Connection) -> None:
         async for raw in connection:
@@ -1187,7 +1187,7 @@ def answering(then: Script | None = None, **replies: Any) -> Script:
 
 @contextlib.asynccontextmanager
 async def tcp_server(answer: bytes, requests: list[bytes]) -> AsyncIterator[int]:
-    """Answer whatever connects with some bytes, and keep what it asked for; yield the port."""
+    """Answer each connection with some bytes, and store its request; yield the port."""
 
     async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -1333,7 +1333,7 @@ async def test_hub_that_hands_over_more_tasks_than_the_agent_takes_is_cut(caplog
 
 
 class Network:
-    """A hub at a URL, in the form of one in this process."""
+    """A hub at a URL, with the interface of a LocalHub."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -1460,7 +1460,7 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def mute_hub(has_handshake: bool) -> AsyncIterator[str]:
-    """Accept connections, or WebSockets, and never answer."""
+    """Accept TCP connections, or WebSockets, and never reply."""
     if has_handshake:
         async with hostile_hub(answering()) as url:
             yield url
@@ -1620,7 +1620,7 @@ async def test_names_that_would_steer_a_terminal_are_shown_escaped(
     assert is_harmless(output, lines=True)
     assert "a\\nb\\rc" in output
     if argv == ():
-        assert output.count("\n") == 7  # A line for the hub, three for each table, and one between.
+        assert output.count("\n") == 7  # One line for the hub, three per table, and one between them.
 
 
 async def test_what_a_call_is_told_is_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1649,7 +1649,7 @@ async def test_what_a_call_is_told_is_shown_escaped(capsys: pytest.CaptureFixtur
 
 
 def test_rows_of_a_hostile_hub_are_cut_before_they_are_laid_out() -> None:
-    """Each row is as wide as the widest: one cell of megabytes would be so many for each of the others."""
+    """All rows are as wide as the widest one, so one cell of megabytes would fill megabytes in each row."""
     wide = agenthub.AgentInfo("x" * 200_000, "wide", "y" * 200_000, [], 0, 1, {})
     rows = [agenthub._agent_row(wide), *(agenthub._agent_row(wide) for _ in range(1000))]
     assert len(agenthub.table(rows)) < 1_000_000
@@ -1681,12 +1681,12 @@ async def test_hub_that_claims_more_tasks_than_the_agent_takes_is_cut() -> None:
         await agent.stop()
 
 
-# 18. What goes out.
+# 18. Output and logs.
 
 
 @pytest.fixture
 def formatted() -> Iterator[list[str]]:
-    """What a logger of the hub's writes, as the command line has it written."""
+    """The log lines of the hub, formatted as on the command line."""
     lines: list[str] = []
 
     class Handler(logging.Handler):
@@ -1788,7 +1788,7 @@ async def hear(message, sender):
 
 
 async def talk_of_secrets(url: str, token: str) -> list[str]:
-    """Have all secrets go through a hub and its agent; return those that the hub has made."""
+    """Send all secrets through a hub and its agent; return those that the hub created."""
     headers = {"Authorization": f"Bearer {token}"}
     async with raw_client(url, additional_headers=headers) as client, raw_client(url) as other:
         joined = await client.register("requester", metadata={"x": SECRETS["metadata"]})
@@ -1816,7 +1816,7 @@ async def talk_of_secrets(url: str, token: str) -> list[str]:
 
 
 def tells_nothing(process: subprocess.Popen[str], secrets: list[str]) -> str:
-    """End a process; assert that nothing it has said, nor its command line, holds a secret. Return what it said."""
+    """End a process; assert that its output and command line contain no secret. Return its output."""
     if sys.platform == "linux":
         arguments = Path(f"/proc/{process.pid}/cmdline").read_text()
         assert not [one for one in secrets if one in arguments]
@@ -1842,7 +1842,7 @@ async def test_no_secret_and_no_payload_is_in_a_log_at_any_level(tmp_path: Path)
             made = await talk_of_secrets(url, SECRETS["token"])
             with running("-m", "agenthub", *call, *loud, env=environment) as caller:
                 output, said = await asyncio.to_thread(caller.communicate, json.dumps(SECRETS["input"]), WAIT_S)
-            assert SECRETS["output"] in output  # Which is the answer that was asked for.
+            assert SECRETS["output"] in output  # The output itself is shown.
             secrets = [*SECRETS.values(), *made]
             assert not [one for one in secrets if one in said]
             agent_said = await asyncio.to_thread(tells_nothing, agent, secrets)
@@ -1883,7 +1883,7 @@ def test_url_with_a_password_is_refused_and_not_shown(
     argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"ws://ada:{MARK}@127.0.0.1:1/"
-    monkeypatch.setenv("AGENTHUB_URL", "ws://127.0.0.1:1")  # Comes back when the test is over.
+    monkeypatch.setenv("AGENTHUB_URL", "ws://127.0.0.1:1")  # Restored after the test.
     for given in (["--url", url], []):
         if not given:
             monkeypatch.setenv("AGENTHUB_URL", url)
@@ -1997,7 +1997,7 @@ MAKERS = [
 
 
 def scanned(folder: Path) -> dict[str, Any]:
-    """Return all that can be seen of the files of a folder."""
+    """Return the contents, modes and times of a folder's files."""
     seen: dict[str, Any] = {}
     for path in folder.iterdir():
         about = path.lstat()
