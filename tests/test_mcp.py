@@ -566,7 +566,7 @@ async def test_task_of_somebody_else_shows_no_output(bridge: mcp.Client, url: st
         assert await soon(handle.result()) == "secret"
         report = await gives(bridge, "get_task_result", task_id=handle.task_id)
         assert (report["state"], report["output"]) == ("completed", None)
-        assert "shown to none but" in report["note"]
+        assert "Only the agent that delegated it" in report["note"]
 
 
 @shared
@@ -881,11 +881,11 @@ async def test_agent_that_is_too_long_to_be_shown_does_not_hide_the_others(bridg
 
 
 def test_names_that_differ_in_nothing_that_shows_are_all_there() -> None:
-    assert len(agenthub_mcp.visible_json({"\x1b": 1, "\\x1b": 2, "\\x1b_": 3})) == 3
+    assert len(agenthub_mcp.escape_json({"\x1b": 1, "\\x1b": 2, "\\x1b_": 3})) == 3
 
 
 def test_text_with_line_ends_of_windows_stays_as_it_is() -> None:
-    assert agenthub_mcp.visible("one\r\ntwo\rthree") == "one\r\ntwo\\rthree"
+    assert agenthub_mcp.escape("one\r\ntwo\rthree") == "one\r\ntwo\\rthree"
 
 
 # Resources.
@@ -1614,7 +1614,7 @@ def test_command_that_says_something_else_is_told_without_a_traceback(url: str) 
     assert (code, output) == (1, "")
     *_, last = complaint.splitlines()
     assert sys.executable in last
-    assert "printed something that is no message" in complaint
+    assert "printed a line that is not an MCP message" in complaint
     assert "Traceback" not in complaint
 
 
@@ -1660,7 +1660,7 @@ def test_served_server_without_tools_is_one_line(url: str, tmp_path: Path) -> No
     )
     assert (code, output) == (1, "")
     assert complaint.count("\n") == 1, complaint
-    assert complaint.endswith(" has no tools that could be put on the hub\n")
+    assert complaint.endswith(" has no tools that the hub accepts\n")
 
 
 async def test_tool_that_the_protocol_does_not_allow_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
