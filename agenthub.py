@@ -5967,10 +5967,10 @@ def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozense
 # What is kept across sessions, and until when:
 #
 #   what                           by              until
-#   agent_id and its secret        Agent           the process ends, so that a restart of the agent resumes too
+#   agent_id and its secret        Agent           the hub assigns others: it has forgotten these, or the agent had left
 #   a running handler              Worker          it returns, its task ends elsewhere, or the deadline
 #   a result                       Worker          the hub acknowledges it or no longer assigns the task here
-#   a delegated task               TaskHandle      its outcome; LATE_S after its deadline it asks for that
+#   a delegated task               TaskHandle      its outcome, which it asks for LATE_S after the deadline
 #   a request that waits           its caller      the reply, within REQUEST_S of each session
 #   progress and broadcasts        nobody          sent or dropped: they may be missed
 #

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends signals that Windows does not have")
 
 
-# What the tests stand on.
+# Fixtures and helpers.
 
 
 async def eventually(condition: Callable[[], Any]) -> None:
@@ -55,7 +55,7 @@ async def soon(awaitable: Any) -> Any:
 
 
 def at(hub: Any) -> dict[str, Any]:
-    """Return the argument that leads an Agent to `hub`: a URL to a HubServer, else the hub itself."""
+    """Return the argument that connects an Agent to `hub`: the URL of a HubServer, else the hub itself."""
     return {"url": hub.url} if isinstance(hub, HubServer) else {"hub": hub}
 
 
@@ -67,14 +67,16 @@ def _quick_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 async def _nothing_is_left_over(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
-    """After each test: no task of asyncio still there, no thread that holds the process, no complaint of asyncio's."""
+    """Check that a test leaves no asyncio task, no thread that keeps the process alive, and no asyncio warning."""
     before = set(threading.enumerate())
     yield
     await eventually(lambda: len(asyncio.all_tasks()) == 1)
     gc.collect()
     assert [record.getMessage() for record in caplog.get_records("call") if record.name == "asyncio"] == []
     left = [one for one in threading.enumerate() if one not in before and not one.daemon]
-    assert [one for one in left if not one.name.startswith("asyncio_")] == []  # Those of the tests' to_thread.
+    assert [
+        one for one in left if not one.name.startswith("asyncio_")
+    ] == []  # Threads of asyncio.to_thread in the tests.
 
 
 @pytest.fixture(params=["in memory", "over WebSockets"])
@@ -90,7 +92,7 @@ async def hub(kind: Callable[..., LocalHub]) -> AsyncIterator[LocalHub]:
 
 @contextlib.asynccontextmanager
 async def working(hub: Any, *functions: Callable[..., Any], **options: Any) -> AsyncIterator[Agent]:
-    """Run an agent with these functions as its capabilities, and yield another one that can ask it."""
+    """Run an agent with these functions as its capabilities, and yield a requester."""
     worker = Agent("worker", **at(hub), **options)
     for function in functions:
         worker.capability(function)
@@ -99,7 +101,7 @@ async def working(hub: Any, *functions: Callable[..., Any], **options: Any) -> A
 
 
 class Wire:
-    """The way to a hub, as an argument for `Agent(hub=...)`: a test can listen to it, cut it and mend it.
+    """A connection to a hub, as an argument for `Agent(hub=...)`, that a test can observe, cut and restore.
 
     `lets_through(message)` is asked about all that comes from the hub.
     """
@@ -126,12 +128,12 @@ class Wire:
         return self.link
 
     def cut(self, *, for_now: bool = False) -> None:
-        """Cut the connection; without `for_now` there is none until `mend`."""
+        """Cut the connection; without `for_now` there is none until `restore`."""
         self.is_up = for_now
         if self.link is not None:
             self.link.abort()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self.is_up = True
 
     def opened(self, link: agenthub.Link) -> None:
@@ -181,7 +183,7 @@ def online(hub: LocalHub) -> int:
 
 
 def tasks_of(hub: LocalHub) -> dict[str, int]:
-    """Return the states of the tasks that the hub has a record of, with how many there are of each."""
+    """Return how many tasks the hub has a record of, by state."""
     return {str(state): count for state, count in hub.hub.summary()["tasks"].items() if count}
 
 
@@ -192,7 +194,7 @@ async def failure_of(awaitable: Any) -> tuple[str, str]:
     return caught.value.code, caught.value.message
 
 
-# Both styles.
+# Functions and methods as handlers.
 
 
 async def test_decorated_function_does_a_task(hub: LocalHub) -> None:
@@ -242,7 +244,7 @@ async def test_bare_decorator_takes_the_name_of_the_function(hub: LocalHub) -> N
     async def double(x: int) -> int:
         return 2 * x
 
-    assert await double(4) == 8  # It is still the function that it was.
+    assert await double(4) == 8  # The decorator returns the function unchanged.
     async with worker, Agent("requester", **at(hub)) as me:
         assert await me.delegate("double", {"x": 4}) == 8
 
@@ -291,7 +293,7 @@ def test_handler_with_positional_parameters_is_a_value_error() -> None:
             Agent("worker").capability(function)
 
 
-# The schema, from the signature and the docstring.
+# Schemas from signature and docstring.
 
 
 def offered(function: Callable[..., Any]) -> agenthub.Capability:
@@ -380,14 +382,14 @@ async def test_schema_is_found_by_others(hub: LocalHub) -> None:
     assert found.capabilities == [offered(double)]
 
 
-# Schemas of one's own.
+# Explicit schemas.
 
 INPUT_SCHEMA = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 5}}, "title": "A number"}
 OUTPUT_SCHEMA = {"type": "integer", "maximum": 10}
 
 
 def calculator(style: str, **said: Any) -> Agent:
-    """Return an agent that says this of both its capabilities, in one style or the other."""
+    """Return an agent with two capabilities declared with these options, in one style or the other."""
     if style == "functions":
         agent = Agent("calculator")
 
@@ -417,7 +419,7 @@ both_styles = pytest.mark.parametrize("style", ["functions", "class"])
 
 
 async def schemas_at(hub: LocalHub, agent: Agent) -> dict[str, Any]:
-    """Return what others see of an agent's capabilities: the name of each, with its two schemas."""
+    """Return the two schemas of each capability, by name, as `discover` shows them."""
     agent.use_hub(hub)
     async with agent, Agent("requester", hub=hub) as me:
         (found,) = await me.discover("double")
@@ -479,7 +481,7 @@ def test_keyword_that_there_is_not_is_a_type_error(style: str, typo: str) -> Non
         calculator(style, **{typo: {}})
 
 
-# Arguments, from the input.
+# From a task's input to arguments.
 
 
 def plain(x: int, y: int = 2) -> Any:
@@ -617,7 +619,7 @@ async def test_handler_sees_its_task(hub: LocalHub) -> None:
         assert not task.cancelled
 
 
-# Handlers run side by side.
+# Concurrent handlers.
 
 
 async def test_async_handlers_run_side_by_side(hub: LocalHub) -> None:
@@ -678,13 +680,13 @@ async def test_blocking_plain_handler_does_not_hold_up_heartbeats(kind: Callable
 
     async with kind(HubSettings(heartbeat_s=0.05)) as hub, working(hub, work) as me:
         handle = await me.submit("work")
-        await asyncio.sleep(0.4)  # Past three intervals, twice.
+        await asyncio.sleep(0.4)  # Longer than three heartbeat intervals, twice.
         assert (online(hub), away(hub)) == (2, 0)
         let_go.set()
         assert await soon(handle.result()) == "done"
 
 
-# How a handler fails.
+# Handlers that fail.
 
 
 async def test_exception_fails_the_task_with_its_text(hub: LocalHub, caplog: pytest.LogCaptureFixture) -> None:
@@ -749,7 +751,7 @@ def test_plain_handler_that_exits_fails_its_task_alone() -> None:
 
 
 class Circle(list[Any]):
-    """A list that holds itself."""
+    """A list that contains itself."""
 
     def __init__(self) -> None:
         super().__init__([self])
@@ -847,7 +849,7 @@ async def test_wrong_progress_is_told_to_the_handler(is_async: bool, progress: A
         assert await soon(me.delegate("report_async" if is_async else "report", ttl=3)) == "told"
 
 
-# Asking: refusals and limits.
+# Requests: refusals and limits.
 
 
 @pytest.mark.parametrize("given", [{1, 2}, float("nan"), [[float("inf")]], datetime.date.min, b"", "\udc80"])
@@ -930,7 +932,7 @@ async def test_agent_does_not_get_its_own_tasks(hub: LocalHub) -> None:
 
 
 async def test_many_large_inputs_at_once_arrive() -> None:
-    """All of them are more than the backlog of one connection."""
+    """Together they exceed the backlog of one connection."""
     async with HubServer(port=0) as hub, working(hub, optional, max_tasks=4) as me:
         given = "x" * 600_000
         outputs = await soon(asyncio.gather(*(me.delegate("optional", given, ttl=8) for _ in range(30))))
@@ -957,7 +959,7 @@ async def test_many_large_tasks_that_waited_for_an_agent_reach_it() -> None:
             assert {len(await soon(handle.result())) for handle in handles} == {600_000}
 
 
-# Asking: a hub that is overloaded.
+# Requests: an overloaded hub.
 
 
 def count_of(caplog: pytest.LogCaptureFixture, text: str) -> int:
@@ -968,7 +970,7 @@ def count_of(caplog: pytest.LogCaptureFixture, text: str) -> int:
 async def test_submit_tries_again_until_there_is_room(
     kind: Callable[..., LocalHub], bound: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the bound is, nothing is lost, and nothing is done twice."""
+    """With any limit no task is lost and none runs twice."""
     caplog.set_level(logging.INFO, "agenthub.agent")
     release = asyncio.Event()
     done: list[int] = []
@@ -1019,7 +1021,7 @@ async def test_submit_that_finds_no_room_within_the_ttl_is_a_timeout(kind: Calla
 async def test_refusal_that_comes_when_the_ttl_is_over_is_a_timeout(
     kind: Callable[..., LocalHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agenthub.Backoff, "next_s", lambda self: 0.0)  # So that one is always under way.
+    monkeypatch.setattr(agenthub.Backoff, "next_s", lambda self: 0.0)  # An attempt is always under way.
     async with kind(HubSettings(open_tasks_max=1)) as hub, Agent("requester", **at(hub)) as me:
         first = await me.submit("nobody", wait=True)
         for _ in range(20):
@@ -1101,11 +1103,11 @@ async def test_agent_for_which_there_is_no_connection_tries_again_until_there_is
         await second.__aexit__(None, None, None)
 
 
-# A task's end from outside: cancelled, expired.
+# Tasks that end without their handler: cancelled, expired.
 
 
 class Slow:
-    """Handlers that do not end on their own, and what has become of them."""
+    """Handlers that do not return on their own, and a record of how they ended."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
@@ -1140,7 +1142,7 @@ async def test_cancelled_task_stops_its_handler(hub: LocalHub, slow: Slow, name:
         await handle.cancel("never mind")
         assert await failure_of(handle.result()) == ("cancelled", "never mind")
         await eventually(lambda: slow.seen == ["cancelled"])
-        await handle.cancel()  # Once more does no harm.
+        await handle.cancel()  # A second time has no effect.
 
 
 @pytest.mark.parametrize("name", ["slow", "slow_plain"])
@@ -1177,7 +1179,7 @@ async def test_cancelled_delegate_cancels_the_task(hub: LocalHub, slow: Slow, na
 
 @pytest.mark.parametrize("ends", ["expired", "cancelled"])
 async def test_clean_up_of_a_handler_is_not_cut_short(hub: LocalHub, ends: str) -> None:
-    """The hub's word of the end and the agent's own clock come at nearly the same time: one of them cancels."""
+    """The hub's report and the agent's own timer arrive at nearly the same time: one of them cancels."""
     cleaned = asyncio.Event()
     begun = asyncio.Event()
 
@@ -1289,7 +1291,7 @@ async def test_progress_comes_in_order_and_ends_with_the_task(hub: LocalHub, is_
         assert [update.progress for update in updates] == [0, 0.25, 0.5, 0.75, 1, None]
         assert updates[4].detail == {"index": 4}
         assert await handle.result() == "done"
-        assert await soon(_collected(handle)) == []  # It was told once.
+        assert await soon(_collected(handle)) == []  # Each report is delivered once.
 
 
 async def _collected(handle: agenthub.TaskHandle) -> list[agenthub.Progress]:
@@ -1335,7 +1337,7 @@ async def test_two_iterators_of_one_handle_both_end(hub: LocalHub) -> None:
         assert len(one) + len(other) == 10
 
 
-# Others, and the hub.
+# Discovery, broadcasts, and the hub's status.
 
 
 async def test_discover_finds_what_others_can_do(hub: LocalHub) -> None:
@@ -1435,7 +1437,7 @@ async def test_oldest_broadcasts_go_when_the_handler_is_too_slow(
     assert "too slow" in caplog.text
 
 
-# Children.
+# Subtasks.
 
 
 async def test_handler_delegates_to_others(hub: LocalHub) -> None:
@@ -1512,7 +1514,7 @@ async def test_stopping_ends_a_plain_handler_that_waits_for_a_child(hub: LocalHu
         await eventually(ended.is_set)
 
 
-# Capabilities that come later; agents that are used twice.
+# Capabilities added later; agents that start twice.
 
 
 async def test_capability_added_while_running_is_announced(hub: LocalHub) -> None:
@@ -1530,7 +1532,7 @@ async def test_capability_added_during_the_registration_is_announced(hub: LocalH
     def lets_through(message: Any) -> bool:
         if message.type == "register" and wire.lets_through is lets_through:
             wire.lets_through = lambda message: True
-            worker.capability(nothing)  # The hub has read the registration, its agent has not heard of it.
+            worker.capability(nothing)  # The hub has read the registration, but the agent has not read the reply.
         return True
 
     wire.lets_through = lets_through
@@ -1593,7 +1595,7 @@ def test_agent_whose_threads_hung_works_on_the_next_loop() -> None:
             async with agent, Agent("requester", hub=hub) as me:
                 with contextlib.suppress(TaskTimeout):
                     await me.delegate("work", is_to_hang, ttl=0.2)
-                if is_to_hang:  # One more waits for the thread: now the lock belongs to this loop.
+                if is_to_hang:  # Another call waits for the thread: now the semaphore belongs to this loop.
                     with contextlib.suppress(TaskTimeout):
                         await me.delegate("work", False, ttl=0.2)
                 else:
@@ -1604,7 +1606,7 @@ def test_agent_whose_threads_hung_works_on_the_next_loop() -> None:
     let_go.set()
 
 
-# A lost connection.
+# Lost connections.
 
 
 async def test_result_is_kept_and_sent_after_a_reconnect(hub: LocalHub, wire: Wire) -> None:
@@ -1626,7 +1628,7 @@ async def test_result_is_kept_and_sent_after_a_reconnect(hub: LocalHub, wire: Wi
         let_go.set()
         await soon(returned.wait())
         assert not handle.done
-        wire.mend()
+        wire.restore()
         assert await soon(handle.result()) == "kept"
         assert (await me.status(handle.task_id)).attempt == 1
 
@@ -1651,7 +1653,7 @@ async def test_handler_goes_on_over_a_reconnect(hub: LocalHub, wire: Wire) -> No
             count = wire.opened_count
             wire.cut(for_now=True)
             await eventually(lambda count=count: wire.opened_count > count and online(hub) == 2)
-            await worker.connected()  # Its progress would be lost before it has heard that it is online.
+            await worker.connected()  # Progress would be dropped before the agent knows that it is online.
         let_go.set()
         assert len(await soon(_collected(handle))) == 1
         assert await soon(handle.result()) == 1
@@ -1674,7 +1676,7 @@ async def test_result_that_the_hub_has_but_did_not_confirm_is_not_sent_for_ever(
         assert await soon(me.delegate("nothing")) == "nothing"
         await eventually(lambda: wire.opened_count == 2 and worker.is_online)
         assert await soon(me.delegate("nothing")) == "nothing"
-        assert hub.hub.summary()["refused"] == {}  # As a result that is sent for an ended task would be.
+        assert hub.hub.summary()["refused"] == {}  # A result for an ended task would be refused.
 
 
 async def test_result_arrives_that_came_while_the_requester_was_away(hub: LocalHub, wire: Wire) -> None:
@@ -1691,7 +1693,7 @@ async def test_result_arrives_that_came_while_the_requester_was_away(hub: LocalH
         let_go.set()
         await eventually(lambda: tasks_of(hub) == {"completed": 1})
         assert not handle.done
-        wire.mend()
+        wire.restore()
         assert await soon(handle.result()) == "done"
 
 
@@ -1717,7 +1719,7 @@ async def test_result_lost_on_the_wire_is_not_taken_for_none_after_the_grace_tim
             wire.cut()
             await asyncio.sleep(0.2)
             wire.lets_through = lambda message: True
-            wire.mend()
+            wire.restore()
             (end,) = await soon(asyncio.gather(handle.result(), return_exceptions=True))
             assert getattr(end, "code", end) in ("nothing", "hub_lost")
 
@@ -1734,7 +1736,7 @@ async def test_task_cancelled_while_its_agent_was_away_stops_there_on_its_return
         await eventually(lambda: away(hub) == 1)
         await handle.cancel()
         assert slow.seen == []
-        wire.mend()
+        wire.restore()
         await eventually(lambda: slow.seen == ["cancelled"])
 
 
@@ -1747,7 +1749,7 @@ async def test_delegate_cancelled_while_away_calls_the_task_off_later(hub: Local
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        wire.mend()
+        wire.restore()
         async with asyncio.timeout(3):
             while slow.seen != ["cancelled"]:
                 await asyncio.sleep(0.01)
@@ -1759,7 +1761,7 @@ async def test_requests_without_a_connection_wait_for_one(hub: LocalHub, wire: W
         await eventually(lambda: away(hub) == 1)
         asking = [asyncio.create_task(one) for one in (me.delegate("nothing"), me.discover("nothing"), me.status())]
         await asyncio.sleep(0.01)
-        wire.mend()
+        wire.restore()
         output, found, _ = await soon(asyncio.gather(*asking))
         assert (output, len(found)) == ("nothing", 1)
 
@@ -1834,7 +1836,7 @@ async def test_lost_agent_has_its_task_done_by_another(kind: Callable[..., Local
             async with second:
                 wire.cut()
                 assert await soon(handle.result()) == 2
-                wire.mend()
+                wire.restore()
                 await eventually(lambda: slow.seen == ["cancelled"])
 
 
@@ -1856,16 +1858,12 @@ async def test_stale_agent_comes_back_as_the_one_it_was(kind: Callable[..., Loca
     async with kind(HubSettings(heartbeat_s=0.05)) as hub:
         wire = Wire(hub)
         wire.lets_through = lets_through
-        await _comes_back(hub, wire)
-
-
-async def _comes_back(hub: LocalHub, wire: Wire) -> None:
-    async with Agent("me", hub=wire) as me:
-        first_id = me.agent_id
-        await eventually(lambda: away(hub) == 1)
-        wire.lets_through = lambda message: True
-        await eventually(lambda: online(hub) == 1)
-        assert me.agent_id == first_id
+        async with Agent("me", hub=wire) as me:
+            first_id = me.agent_id
+            await eventually(lambda: away(hub) == 1)
+            wire.lets_through = lambda message: True
+            await eventually(lambda: online(hub) == 1)
+            assert me.agent_id == first_id
 
 
 async def test_hub_that_comes_later_is_waited_for() -> None:
@@ -1950,12 +1948,12 @@ async def test_wrong_secret_is_refused(hub: LocalHub) -> None:
         assert caught.value.code == "unauthorized"
 
 
-# A hub that restarts without memory.
+# A hub that restarts without a journal.
 
 
 @contextlib.asynccontextmanager
 async def forgetful(kind: Callable[..., LocalHub]) -> AsyncIterator[tuple[Wire, Callable[[], Any]]]:
-    """Yield a wire to a hub, and a coroutine function that puts a new hub in its place."""
+    """Yield a wire to a hub, and a coroutine function that replaces that by a new hub."""
     wire = Wire(kind())
     await wire.hub.start()
 
@@ -1964,7 +1962,7 @@ async def forgetful(kind: Callable[..., LocalHub]) -> AsyncIterator[tuple[Wire, 
         await wire.hub.stop()
         wire.hub = kind()
         await wire.hub.start()
-        wire.mend()
+        wire.restore()
 
     try:
         yield wire, restart
@@ -2067,13 +2065,13 @@ async def test_new_attempt_lost_on_the_wire_is_reported_though_the_old_one_still
             return False
 
         async with worker:
-            await worker.submit("other", wait=True)  # What the hub knows it by, when its grace time is over.
+            await worker.submit("other", wait=True)  # Keeps it known to the hub when its grace period is over.
             handle = await me.submit("work", max_retries=9, wait=True, agent_id=worker.agent_id)
             await soon(begun.wait())
             wire.lets_through = cut_before_the_task
             wire.cut()
             await eventually(lambda: tasks_of(hub) == {"pending": 2})
-            wire.mend()
+            wire.restore()
             assert await soon(handle.result(timeout_s=3)) > 2
             let_go.set()
 
@@ -2089,7 +2087,7 @@ async def test_handler_of_a_hub_without_memory_is_stopped(kind: Callable[..., Lo
             other.is_up = False
             await restart()
             other.hub = wire.hub
-            other.mend()
+            other.restore()
             await eventually(lambda: slow.seen == ["cancelled"])
             assert (await failure_of(handle.result()))[0] == "hub_lost"
 
@@ -2163,11 +2161,11 @@ async def test_every_task_ends_once_however_the_connections_are_cut(kind: Callab
                 assert caught.value.code == "duplicate_task"
 
 
-# Asking for the connection.
+# `Agent.connected`.
 
 
 class Pauses:
-    """How often an agent has paused before its next try; each pause lasts until it is cut short."""
+    """Counts the pauses before attempts to connect; each lasts until `connected` cuts it short."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -2223,7 +2221,7 @@ async def test_connected_cuts_the_pause_between_two_tries_short(
     async with Agent("me", hub=wire) as me:
         wire.cut()
         await eventually(lambda: pauses.count == 1)
-        wire.mend()
+        wire.restore()
         await soon(asyncio.gather(*(me.connected() for _ in range(count))))
         assert (online(hub), wire.tried_count, pauses.count) == (1, 2, 1)
 
@@ -2248,12 +2246,12 @@ async def test_connected_does_not_shorten_the_pause_after_a_later_loss(
     async with Agent("me", hub=wire) as me:
         wire.cut()
         await eventually(lambda: pauses.count == 1)
-        wire.mend()
+        wire.restore()
         await soon(asyncio.gather(me.connected(), me.connected(WAIT_S)))
-        await soon(me.connected())  # With a connection it asks for nothing.
+        await soon(me.connected())  # Without effect while there is a connection.
         wire.cut(for_now=True)
         await eventually(lambda: pauses.count == 2)
-        assert wire.tried_count == 2  # An end of the pause would have been a try in the same step.
+        assert wire.tried_count == 2  # The end of the pause would have been an attempt in the same step.
         await soon(me.connected())
         assert wire.tried_count == 3
 
@@ -2308,7 +2306,7 @@ async def test_connected_that_is_cancelled_leaves_the_agent_trying(hub: LocalHub
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        wire.mend()
+        wire.restore()
         await soon(me.connected())
 
 
@@ -2379,7 +2377,7 @@ def test_connected_works_on_the_next_loop(pauses: Pauses) -> None:
                 await eventually(lambda: pauses.count == paused + 1)
                 with pytest.raises(Disconnected, match="the wire is cut"):
                     await soon(me.connected(0.05))
-                wire.mend()
+                wire.restore()
                 await soon(me.connected())
                 assert online(hub) == 1
 
@@ -2443,12 +2441,12 @@ def test_backoff_starts_over_after_a_connection_that_lasted(monkeypatch: pytest.
     assert bounds == [0.5, 1, 2, 4, 0.5]
 
 
-# The hub's word of a task's end.
+# Outcomes.
 
 
 @contextlib.asynccontextmanager
 async def asked(hub: Any, way: Any) -> AsyncIterator[tuple[Agent, Agent]]:
-    """Yield an agent with a task for each kind of end, and one that asks it, whose way to the hub is `way`."""
+    """Yield a worker with a capability for each kind of outcome, and a requester connected by `way`."""
     worker = Agent("worker", **at(hub))
 
     @worker.capability
@@ -2476,14 +2474,14 @@ ENDS: dict[str, dict[str, Any]] = {
 
 
 def fields_of(settled: agenthub.TaskOutcome | None) -> dict[str, Any]:
-    """Return how a task ended; of a timeout the code without the text, which tells the seconds."""
+    """Return the fields of an outcome; of a timeout the code without the text, which names the seconds."""
     assert settled is not None
     error = settled.error and (settled.error.code, None if settled.state == "timeout" else settled.error.message)
     return {"success": settled.success, "state": settled.state, "output": settled.output, "error": error}
 
 
 async def ended(me: Agent, how: str) -> agenthub.TaskHandle:
-    """Return the handle of a task that has ended so."""
+    """Return the handle of a task with such an outcome."""
     handle = await me.submit(how if how in ("complete", "fail") else "wait", ttl=0.05 if how == "expire" else 60)
     if how == "cancel":
         await handle.cancel("never mind")
@@ -2534,7 +2532,7 @@ async def test_settled_counts_the_attempts(kind: Callable[..., LocalHub]) -> Non
 
 @pytest.mark.parametrize("how", ENDS)
 async def test_settled_is_the_same_when_it_is_told_after_a_reconnect(hub: LocalHub, wire: Wire, how: str) -> None:
-    """The word of the end is lost on the wire; what the hub says when it is asked is as good."""
+    """The outcome is lost on the wire; the report that the agent asks for instead is equivalent."""
     async with asked(hub, wire) as (_, me):
         direct = (await ended(me, how)).outcome
         wire.lets_through = lambda message: message.type != "result"
@@ -2570,10 +2568,10 @@ async def test_settled_is_none_when_the_agent_was_stopped(hub: LocalHub) -> None
         completed = await ended(me, "complete")
         await me.stop()
         assert (handle.done, handle.outcome) == (True, None)
-        assert fields_of(completed.outcome) == ENDS["complete"]  # What has been told stays told.
+        assert fields_of(completed.outcome) == ENDS["complete"]  # A delivered outcome does not change.
 
 
-# Calling off without waiting.
+# Cancelling without waiting.
 
 
 async def test_cancel_soon_calls_the_task_off_with_its_reason(hub: LocalHub, slow: Slow) -> None:
@@ -2600,7 +2598,7 @@ async def test_reason_longer_than_the_hub_takes_is_cut_and_the_task_called_off(h
         calling_off = getattr(handle, method)("x" * (agenthub.TEXT_MAX + 1))
         if calling_off is not None:
             await soon(calling_off)
-        await me.status()  # The hub has read by now what was sent.
+        await me.status()  # By now the hub has read what was sent.
         assert await failure_of(handle.result(timeout_s=1)) == ("cancelled", "x" * agenthub.REASON_MAX)
 
 
@@ -2622,7 +2620,7 @@ async def test_cancel_soon_without_a_connection_is_done_after_the_reconnect(
         await eventually(lambda: away(hub) == 1 and not me.is_online)
         handle.cancel_soon("never mind")
         assert not handle.done
-        wire.mend()
+        wire.restore()
         assert await failure_of(handle.result()) == ("cancelled", "never mind")
         await eventually(lambda: slow.seen == ["cancelled"])
 
@@ -2630,7 +2628,7 @@ async def test_cancel_soon_without_a_connection_is_done_after_the_reconnect(
 async def test_cancel_soon_that_is_lost_on_the_wire_is_done_after_the_reconnect(
     hub: LocalHub, wire: Wire, slow: Slow
 ) -> None:
-    """The connection is cut in the same step: the hub has not read it, or its answer is lost."""
+    """The connection is cut in the same step: the hub has not read the message, or its reply is lost."""
     async with working(hub, slow.slow), Agent("me", hub=wire) as me:
         handle = await me.submit("slow")
         await soon(slow.begun.wait())
@@ -2646,7 +2644,7 @@ async def test_cancel_soon_of_an_ended_task_has_no_effect(hub: LocalHub, how: st
         handle = await ended(me, how)
         before = handle.outcome
         handle.cancel_soon("too late")
-        await me.status()  # The hub has read by now whatever was sent.
+        await me.status()  # By now the hub has read whatever was sent.
         assert handle.outcome is before
         assert fields_of(before) == ENDS[how]
         assert (await me.status(handle.task_id)).state == ENDS[how]["state"]
@@ -2723,7 +2721,7 @@ async def test_stop_in_the_moment_of_the_registration_leaves_nobody_waiting(hub:
         return True
 
     wire.lets_through = stop_now
-    wire.mend()
+    wire.restore()
     await eventually(lambda: stopping)
     await soon(stopping[0])
     with pytest.raises(Disconnected):
@@ -2845,7 +2843,7 @@ SERVE = PROGRAM + "asyncio.run(serve(agent, Agent('second'), drain_s=0.3))\nprin
 
 @contextlib.asynccontextmanager
 async def program(hub: HubServer, folder: Path, source: str) -> AsyncIterator[Any]:
-    """Run a program of an agent in a process of its own, against a hub in this one."""
+    """Run an agent's program in its own process, with a hub in this one."""
     path = folder / "program.py"
     path.write_text(source)
     with running("-W", "error", str(path), env={"AGENTHUB_URL": hub.url}) as process:
@@ -2913,7 +2911,7 @@ asyncio.run(main())
 
 
 async def test_program_that_ends_leaves_nothing_open(tmp_path: Path) -> None:
-    """What is still open when the loop ends makes Python complain."""
+    """Python warns about anything that is still open when the loop closes."""
     async with HubServer(port=0) as hub, program(hub, tmp_path, LEAVE) as process:
         output, complaint = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
         assert (process.returncode, output, complaint) == (0, "1\n", "")
@@ -2972,7 +2970,7 @@ async def test_alarms_that_are_cleared_do_not_ring() -> None:
 
 @contextlib.asynccontextmanager
 async def requester_of_one_who_waits() -> AsyncIterator[tuple[Agent, asyncio.Event]]:
-    """Two agents in memory: one to ask, and one whose `wait` is done when the event is set."""
+    """Yield a requester, and the event that completes the tasks `wait` of a worker."""
     async with agenthub.LocalHub() as hub, Agent("r", hub=hub) as requester, Agent("w", hub=hub) as worker:
         go_on = asyncio.Event()
 
