@@ -34,7 +34,6 @@ docs/protocol.md.
 
 from __future__ import annotations
 
-import array
 import collections
 import contextlib
 import contextvars
@@ -291,22 +290,34 @@ class IllegalTransition(AgentHubError):
 # ============================================================================================
 # 2 Messages
 #
-# Ten types go over the wire, and each class below is one of them in one direction:
+# Ten types go over the wire. Each class below is one type in one direction:
 #
 #   type            agent -> hub    hub -> agent
 #   register        Register        Registered
 #   deregister      Deregister      Deregistered
 #   discover        Discover        Discovered
-#   delegate        Delegate        Delegated       (handed to its agent)
-#   result          Result          TaskOutcome     (to its requester)
+#   delegate        Delegate        Delegated       (to the worker)
+#   result          Result          TaskOutcome     (to the requester)
 #   status          Status          StatusReply, TaskAck
 #   broadcast       Broadcast       BroadcastReply, BroadcastDelivery
 #   heartbeat       Heartbeat
 #   heartbeat_ack                   HeartbeatAck
 #   error                           Error
 #
-# The annotations are the only place where limits are written; what checks them is derived from
-# them. In what goes out, a field that is None is left out, except where KEEP_NULLS.
+# The annotations of their fields are the only place where limits are written. Everything else is
+# derived from them: Pydantic's validators, the built-in ones, and the JSON Schema.
+#
+# Reading a message takes three steps, in `decoder`:
+#
+#   1. Pydantic, or BuiltinCodec where it is not installed, makes a message of the bytes or rejects
+#      them.
+#   2. What a parser lets through shows in the bytes: NaN, numbers that other languages cannot
+#      read, and deep nesting. So payloads are not walked after parsing, unless the bytes look
+#      suspicious.
+#   3. The built-in validator words the reason of every rejection. Pydantic's errors are not read,
+#      so the texts are the same with and without it.
+#
+# Writing leaves out the fields that are None, except in the classes of KEEP_NULLS.
 # ============================================================================================
 
 
@@ -317,33 +328,25 @@ class CloseCode(enum.IntEnum):
     GOING_AWAY = 1001
     NOT_ALLOWED = 1008
     TOO_BIG = 1009
-    REPLACED = 4000  # A newer connection has taken the agent over.
-    SILENT = 4001  # Three heartbeat intervals without a message, or nothing to begin with.
-    NOT_READING = 4002  # Its backlog is over the bound.
+    REPLACED = 4000  # A newer connection resumed the session.
+    SILENT = 4001  # No message for three heartbeat intervals, or no first message in time.
+    NOT_READING = 4002  # A slow consumer: its backlog exceeds the limit.
 
 
-MESSAGE_BYTES_MAX = 1_048_576  # By default; a hub announces its own.
-MESSAGE_BYTES_MIN = 1024  # Of that limit.
+MESSAGE_BYTES_MAX = 1_048_576  # The default; a hub announces its own.
+MESSAGE_BYTES_MIN = 1024  # The least that the limit may be set to.
+ENVELOPE_BYTES = 1024  # The most that the hub adds to a message when it passes it on.
+REF_BYTES = 168  # The most that a task takes in the reply to `register`.
 TTL_MAX_S = 604_800  # A week.
-DEPTH_MAX = 64  # Nesting of a field's value. Parsers of other languages stop at 100 or so.
-DEPTH_OF_REPLY = 5  # What the hub puts around a value: agents[].capabilities[].input_schema.
-INTEGER_MIN, INTEGER_MAX = -(2**63), 2**64 - 1  # What fits into 64 bits, with a sign or without.
 TEXT_MAX = 65_536  # Characters of an error's text.
-ENVELOPE_BYTES = 1024  # What the hub may add to a message that it passes on.
-REF_BYTES = 168  # A task in the reply to `register`, at the most.
-SCAN_BYTES = 65_536  # How far into a message that is not JSON its id is looked for.
-# A string without an end goes to the end of what there is: to look for another one in it would take quadratic time.
-JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
-BRACKETS_TO_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one deeper, or one less deep.
-NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
-SCALARS = frozenset((str, bool, types.NoneType))
-KEYS = frozenset((str,))
+DEPTH_MAX = 64  # Nesting of a field's value. Parsers of other languages stop at about 100.
+DEPTH_OF_REPLY = 5  # What the hub puts around a value: agents[].capabilities[].input_schema.
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**64 - 1  # 64 bits, signed or unsigned.
 
-# Which characters a text may hold, as regular expressions that Python, Rust and ECMAScript read alike.
+# The characters that a text may hold, as regular expressions that Python, Rust and ECMAScript read alike.
 ID_PATTERN = "^[A-Za-z0-9_.:-]+$"
-# No control characters, line separators or annotations, and nothing that Unicode 16 calls Default_Ignorable_Code_Point:
-# what is not seen (zero-width, bidi, fillers, tags) lets one name look like another.
+# Without control characters, line separators, annotations and Unicode 16's Default_Ignorable_Code_Point: invisible
+# characters (zero-width, bidi, fillers, tags) make two different names look the same.
 VISIBLE_PATTERN = (
     r"^[^\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -352,20 +355,166 @@ VISIBLE_PATTERN = (
 NO_NUL_PATTERN = r"^[^\x00]*$"
 PATTERNS: Mapping[str, str] = {
     ID_PATTERN: "may hold ASCII letters, digits and _ . : - only",
-    VISIBLE_PATTERN: "may hold no control characters, and none that cannot be seen",
+    VISIBLE_PATTERN: "may not hold control characters or invisible ones",
     NO_NUL_PATTERN: "may not hold the character NUL",
 }
-ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # In JSON, where a backslash that is meant is written twice.
+JSON_TYPES: Mapping[Any, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    types.NoneType: "null",
+    list: "array",
+    dict: "object",
+}
+
+
+class ValidationError(ValueError):
+    """A value does not fit. `path` leads to the part that is wrong; `expected` are its possible JSON types, if its
+    type is wrong.
+    """
+
+    def __init__(self, reason: str, *path: str, expected: tuple[str, ...] = (), code: str = Code.INVALID_MESSAGE):
+        super().__init__(reason)
+        self.reason, self.path, self.expected, self.code = reason, path, expected, code
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.path)}: {self.reason}" if self.path else self.reason
+
+    @classmethod
+    def of_type(cls, *expected: str) -> ValidationError:
+        return cls(f"must be of type {' or '.join(expected)}", expected=expected)
+
+    def within(self, part: str) -> ValidationError:
+        """Return the same error, as one of the whole that holds `part`."""
+        return ValidationError(self.reason, part, *self.path)
+
+
+def check_json(value: Any, depth: int = DEPTH_MAX) -> Any:
+    """Return `value` if it is JSON that every language can read, at most `depth` deep; raise ValidationError if not."""
+    if type(value) in SCALARS:
+        return value
+    if isinstance(value, dict):
+        items: Iterable[Any] = value.values()
+        if not (set(map(type, value)) <= {str} or all(isinstance(key, str | int) for key in value)):
+            raise ValidationError("holds an object with a key that is neither a string nor an integer")
+    elif isinstance(value, list | tuple):
+        items = value
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValidationError("holds a number that is not finite")
+        return value
+    elif isinstance(value, int):
+        if not INTEGER_MIN <= value <= INTEGER_MAX:
+            raise ValidationError("holds an integer of more than 64 bits; send it as a string")
+        return value
+    elif isinstance(value, str):
+        return value
+    else:
+        raise ValidationError(f"holds a {type(value).__name__}, which is not JSON")
+    if depth == 0:
+        raise ValidationError(f"is nested more than {DEPTH_MAX} deep")
+    for item in items:
+        kind = type(item)
+        if kind not in SCALARS and not (kind is int and INTEGER_MIN <= item <= INTEGER_MAX):
+            check_json(item, depth - 1)
+    return value
+
+
+SCALARS = frozenset((str, bool, types.NoneType))  # Types whose every value is JSON.
+ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # In JSON, where a literal backslash is written twice.
+
+
+_compiled = functools.cache(re.compile)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The limits of a string (one of PATTERNS, and a length), a list (length) or a number (value), for `Annotated`."""
+
+    pattern: str | None = None
+    min_length: int | None = None
+    max_length: int | None = None
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+
+    def problem_of_size(self, value: str | list[Any]) -> str | None:
+        """Return how a string or a list exceeds this limit; None if it does not."""
+        least, most = self.min_length or 0, self.max_length
+        if most is not None and not least <= len(value) <= most:
+            unit = "characters" if isinstance(value, str) else "items"
+            return f"must have {f'{least} to' if least else 'at most'} {most} {unit}"
+        if self.pattern is not None and not _compiled(self.pattern).fullmatch(value):
+            return PATTERNS[self.pattern]
+        return None
+
+    def problem_of_number(self, value: float) -> str | None:
+        """Return how a number exceeds this limit; None if it does not."""
+        if self.gt is not None and not value > self.gt:
+            return f"must be greater than {self.gt}"
+        if self.ge is not None and not value >= self.ge:
+            return f"must be at least {self.ge}"
+        if self.le is not None and not value <= self.le:
+            return f"must be at most {self.le}"
+        return None
+
+    def validator(self, validate: Validator) -> Validator:
+        """Return `validate`, limited."""
+        is_of_size = self.gt is self.ge is self.le is None
+        problem_of: Callable[[Any], str | None] = self.problem_of_size if is_of_size else self.problem_of_number
+
+        def validate_limited(value: Any) -> Any:
+            value = validate(value)
+            problem = problem_of(value)
+            if problem is not None:
+                raise ValidationError(problem)
+            return value
+
+        return validate_limited
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        limits = ((name, getattr(self, name)) for name in self.__slots__)
+        return handler(source) | {name: limit for name, limit in limits if limit is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class JsonLimit:
+    """Any JSON. What the hub itself reads has at most `bytes_max` bytes, and no NUL.
+
+    Without `bytes_max` it is a payload, whose numbers and depth `decoder` checks in the bytes of the message.
+    """
+
+    bytes_max: int | None = None
+
+    def check(self, value: Any) -> Any:
+        """Return `value`; raise ValidationError if it exceeds this limit, or is not JSON that every language reads."""
+        text = json.dumps(check_json(value))
+        if self.bytes_max is not None and len(text) > self.bytes_max:
+            raise ValidationError(f"is larger than {self.bytes_max} bytes")
+        if ESCAPED_NUL.search(text):
+            raise ValidationError(PATTERNS[NO_NUL_PATTERN])
+        return value
+
+    def validator(self, validate: Validator) -> Validator:
+        """Return `validate`, limited."""
+        return validate if self.bytes_max is None else lambda value: self.check(validate(value))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        if self.bytes_max is None:
+            return handler(source)
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 def check_text(field: str, text: str, pattern: str, max_length: int = 128) -> str:
     """Return a text of 1 to `max_length` characters that fits one of PATTERNS; raise ValueError if it does not."""
-    if not 1 <= len(text) <= max_length:
-        raise ValueError(f"{field} must have 1 to {max_length} characters")
-    if not re.fullmatch(pattern, text):
-        raise ValueError(f"{field} {PATTERNS[pattern]}")
-    if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"{field} may not hold half of a surrogate pair")
+    problem = Limit(pattern, 1, max_length).problem_of_size(text)
+    if problem is None and re.search("[\ud800-\udfff]", text):
+        problem = "may not hold half of a surrogate pair"
+    if problem is not None:
+        raise ValueError(f"{field} {problem}")
     return text
 
 
@@ -376,83 +525,13 @@ def escape_unprintable(text: str) -> str:
 
 @functools.lru_cache(maxsize=128)
 def slugify(text: str, max_length: int) -> str:
-    """Return what of a text can be part of an id."""
+    """Return the part of a text that an id may hold."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:max_length].strip("-")
 
 
-def check_json(value: Any, depth: int = DEPTH_MAX) -> Any:
-    """Return `value` if it is JSON that every language can read, at most `depth` deep; raise ValueError if not."""
-    if type(value) in SCALARS:
-        return value
-    if isinstance(value, dict):
-        items: Iterable[Any] = value.values()
-        if not (set(map(type, value)) <= KEYS or all(isinstance(key, str | int) for key in value)):
-            raise ValueError("holds an object with a key that is neither a text nor a whole number")
-    elif isinstance(value, list | tuple):
-        items = value
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError("holds a number that is not finite")
-        return value
-    elif isinstance(value, int):
-        if not INTEGER_MIN <= value <= INTEGER_MAX:
-            raise ValueError("holds an integer of more than 64 bits")
-        return value
-    elif isinstance(value, str):
-        return value
-    else:
-        raise ValueError(f"holds a {type(value).__name__}, which is not JSON")
-    if depth == 0:
-        raise ValueError(f"is nested more than {DEPTH_MAX} deep")
-    for item in items:
-        kind = type(item)
-        if kind not in SCALARS and not (kind is int and INTEGER_MIN <= item <= INTEGER_MAX):
-            check_json(item, depth - 1)
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """The bounds of one string (one of PATTERNS, and a length), list (length) or number (value), for `Annotated`."""
-
-    pattern: str | None = None
-    min_length: int | None = None
-    max_length: int | None = None
-    gt: float | None = None
-    ge: float | None = None
-    le: float | None = None
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        bounds = ((name, getattr(self, name)) for name in self.__slots__)
-        return handler(source) | {name: bound for name, bound in bounds if bound is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class JsonLimit:
-    """Any JSON that passes `check_json`. What the hub itself reads has at most `bytes_max` bytes, and no NUL."""
-
-    bytes_max: int | None = None
-
-    @property
-    def check(self) -> Callable[[Any], Any]:
-        return check_json if self.bytes_max is None else self._check_read
-
-    def _check_read(self, value: Any) -> Any:
-        text = json.dumps(check_json(value))
-        if self.bytes_max is not None and len(text) > self.bytes_max:
-            raise ValueError(f"is larger than {self.bytes_max} bytes")
-        if ESCAPED_NUL.search(text):
-            raise ValueError(PATTERNS[NO_NUL_PATTERN])
-        return value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-
 Id = Annotated[str, Limit(pattern=ID_PATTERN, min_length=1, max_length=128)]
-Opaque = Annotated[str, Limit(pattern=NO_NUL_PATTERN, min_length=1, max_length=128)]  # Its sender alone sees it.
+RequestId = Annotated[str, Limit(pattern=NO_NUL_PATTERN, min_length=1, max_length=128)]  # Only its sender sees it.
+ResumeSecret = Annotated[str, Limit(pattern=NO_NUL_PATTERN, min_length=1, max_length=128)]  # Issued by the hub.
 Name = Annotated[str, Limit(pattern=VISIBLE_PATTERN, min_length=1, max_length=128)]
 Keyword = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=128)]
 Description = Annotated[str, Limit(pattern=NO_NUL_PATTERN, max_length=4096)]
@@ -470,7 +549,7 @@ TaskLimit = Annotated[int, Limit(ge=1, le=10_000)]
 
 @dataclass(slots=True)
 class Capability:
-    """Something that an agent can do. The schemas are JSON Schemas of a task's input and output."""
+    """Something that an agent offers to do. The schemas are JSON Schemas of a task's input and output."""
 
     name: Name
     description: Description = ""
@@ -480,7 +559,7 @@ class Capability:
 
 @dataclass(slots=True)
 class ErrorInfo:
-    """Why a task ended without an output."""
+    """Why a task failed."""
 
     code: Name
     message: Text = ""
@@ -488,7 +567,7 @@ class ErrorInfo:
 
 @dataclass(slots=True)
 class TaskRef:
-    """A task that the hub holds to be in progress at an agent, and the attempt it is on."""
+    """A task in progress at an agent, and its current attempt."""
 
     task_id: str
     attempt: int
@@ -496,7 +575,7 @@ class TaskRef:
 
 @dataclass(slots=True)
 class AgentInfo:
-    """What one agent may know of another. `running` and `max_tasks` are counts of tasks."""
+    """What agents see of one another. `running` and `max_tasks` are counts of tasks."""
 
     agent_id: str
     name: str
@@ -509,10 +588,10 @@ class AgentInfo:
 
 @dataclass(slots=True, kw_only=True)
 class TaskInfo:
-    """What anybody may know of a task: no input, output or error text.
+    """What every agent may see of a task: no input, output or error text.
 
     `agent_id` is its assignee, or the agent that it waits for; `ttl` the seconds left, `age_s` the seconds since
-    the hub accepted it; `code` why it ended, if it failed.
+    the hub accepted it; `code` the reason of its failure.
     """
 
     task_id: str
@@ -535,36 +614,44 @@ class TaskInfo:
 
 @dataclass(slots=True, kw_only=True)
 class Register:
+    """Join, resume a session (`agent_id` with its secret, `resume`), or change what this connection registered."""
+
     type: Literal["register"] = "register"
-    id: Opaque | None = None
+    id: RequestId | None = None
     name: Name
     description: Description = ""
     capabilities: Annotated[list[Name | Capability], Limit(max_length=64)] = field(default_factory=list)
     max_tasks: TaskLimit = 16
     metadata: Metadata = field(default_factory=dict)
     agent_id: Id | None = None
-    resume: Opaque | None = None
+    resume: ResumeSecret | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Deregister:
+    """Leave: at once, or with `drain` after the last task."""
+
     type: Literal["deregister"] = "deregister"
-    id: Opaque | None = None
+    id: RequestId | None = None
     drain: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class Discover:
+    """Find online agents by a keyword in their capabilities; an empty one finds all."""
+
     type: Literal["discover"] = "discover"
-    id: Opaque | None = None
+    id: RequestId | None = None
     capability: Keyword = ""
     limit: Annotated[int, Limit(ge=1, le=1000)] = 100
 
 
 @dataclass(slots=True, kw_only=True)
 class Delegate:
+    """Hand over a task to `agent_id`, or to the least loaded agent that offers `capability`. `ttl` is in seconds."""
+
     type: Literal["delegate"] = "delegate"
-    id: Opaque | None = None
+    id: RequestId | None = None
     task_id: Id
     agent_id: Id | None = None
     capability: Name | None = None
@@ -578,8 +665,10 @@ class Delegate:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
+    """End a task: the worker's outcome, or a requester's cancellation (`success` is false)."""
+
     type: Literal["result"] = "result"
-    id: Opaque | None = None
+    id: RequestId | None = None
     task_id: Id
     success: bool
     output: Json = None
@@ -589,8 +678,10 @@ class Result:
 
 @dataclass(slots=True, kw_only=True)
 class Status:
+    """Ask for the hub's status, one task or the list of `tasks`; or report the `progress` of a task."""
+
     type: Literal["status"] = "status"
-    id: Opaque | None = None
+    id: RequestId | None = None
     task_id: Id | None = None
     tasks: bool = False
     progress: Fraction | None = None
@@ -599,16 +690,20 @@ class Status:
 
 @dataclass(slots=True, kw_only=True)
 class Broadcast:
+    """Send any JSON to all other agents, or to those that offer `capability`."""
+
     type: Literal["broadcast"] = "broadcast"
-    id: Opaque | None = None
+    id: RequestId | None = None
     message: Json
     capability: Name | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Heartbeat:
+    """Show that this agent is alive."""
+
     type: Literal["heartbeat"] = "heartbeat"
-    id: Opaque | None = None
+    id: RequestId | None = None
 
 
 # What the hub sends. A reply carries the `id` of its request as `reply_to`.
@@ -616,6 +711,10 @@ class Heartbeat:
 
 @dataclass(slots=True, kw_only=True)
 class Registered:
+    """The session: `resume` is its secret, `heartbeat_s` the interval, `tasks` those that the hub holds to be in
+    progress at this agent.
+    """
+
     type: Literal["register"] = "register"
     reply_to: str | None = None
     agent_id: Id
@@ -627,12 +726,16 @@ class Registered:
 
 @dataclass(slots=True, kw_only=True)
 class Deregistered:
+    """The agent left; the hub closes the connection."""
+
     type: Literal["deregister"] = "deregister"
     reply_to: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Discovered:
+    """The agents found, best match first. `total` also counts those beyond the limit."""
+
     type: Literal["discover"] = "discover"
     reply_to: str | None = None
     agents: list[AgentInfo]
@@ -641,7 +744,7 @@ class Discovered:
 
 @dataclass(slots=True, kw_only=True)
 class Delegated:
-    """A task handed to its agent. `ttl` is the seconds left, `attempt` the number of this delivery, from 1."""
+    """A task, delivered to its worker. `ttl` is the seconds left, `attempt` counts deliveries from 1."""
 
     type: Literal["delegate"] = "delegate"
     task_id: str
@@ -658,7 +761,7 @@ class Delegated:
 
 @dataclass(slots=True, kw_only=True)
 class TaskOutcome:
-    """A task's end, told to its requester. `sender` is None when the hub itself ended it."""
+    """A task's outcome, delivered to its requester. `sender` is None if the hub itself ended the task."""
 
     type: Literal["result"] = "result"
     task_id: str
@@ -672,10 +775,10 @@ class TaskOutcome:
 
 @dataclass(slots=True, kw_only=True)
 class StatusReply:
-    """A `status` from the hub: of itself, of all tasks or of one; progress; or word that a task has ended.
+    """The status of the hub, of all tasks or of one; a worker's progress; or, to a worker, the end of its task.
 
-    The fields of one task are those of TaskInfo. `input`, `output`, `error` and `detail` are shown to the task's
-    requester and assignee only.
+    The fields of one task are those of TaskInfo. Only its requester and its assignee see `input`, `output`, `error`
+    and `detail`.
     """
 
     type: Literal["status"] = "status"
@@ -706,7 +809,7 @@ class StatusReply:
 
 @dataclass(slots=True, kw_only=True)
 class TaskAck:
-    """The part of StatusReply that answers most requests about a task; it goes out far more often than the rest."""
+    """The few fields of StatusReply that acknowledge a task: the message that a hub writes most often."""
 
     type: Literal["status"] = "status"
     reply_to: str | None = None
@@ -717,7 +820,7 @@ class TaskAck:
 
 @dataclass(slots=True, kw_only=True)
 class BroadcastReply:
-    """A broadcast on its way to an agent (`message`, `sender`), or the reply to its sender (`recipients`)."""
+    """A broadcast (`message`, `sender`), or the reply to its sender (`recipients`)."""
 
     type: Literal["broadcast"] = "broadcast"
     reply_to: str | None = None
@@ -729,7 +832,7 @@ class BroadcastReply:
 
 @dataclass(slots=True, kw_only=True)
 class BroadcastDelivery:
-    """The part of BroadcastReply that goes to those who are meant to hear it."""
+    """The fields of BroadcastReply that its recipients get."""
 
     type: Literal["broadcast"] = "broadcast"
     sender: str
@@ -739,12 +842,16 @@ class BroadcastDelivery:
 
 @dataclass(slots=True, kw_only=True)
 class HeartbeatAck:
+    """The reply to a heartbeat."""
+
     type: Literal["heartbeat_ack"] = "heartbeat_ack"
     reply_to: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Error:
+    """A request was rejected and had no effect. `code` is one of Code."""
+
     type: Literal["error"] = "error"
     reply_to: str | None = None
     code: str
@@ -764,75 +871,174 @@ HubMessage = (
     | HeartbeatAck
     | Error
 )
-HubOutput = HubMessage | TaskAck | BroadcastDelivery  # What the hub writes. An agent reads the last two as the wholes.
+HubOutput = HubMessage | TaskAck | BroadcastDelivery  # Agents read the last two as StatusReply and BroadcastReply.
 KEEP_NULLS = (Broadcast, Delegated, TaskOutcome, BroadcastDelivery)
 
 
-class PydanticCodec:
-    """Messages checked and written by Pydantic, from the annotations above.
+# The built-in validator: one function for each kind of annotation, for the messages above and for the parameters of
+# handlers (section 8). It rejects a value by the first thing that is wrong with it.
 
-    Strict: no string for a number, no bool for a number, no number that is not finite.
+Validator = Callable[[Any], Any]  # Returns the value as its annotation has it, or raises ValidationError.
+
+
+def accept(value: Any) -> Any:
+    """Return `value`, whatever it is."""
+    return value
+
+
+def validator_for(annotation: Any, of_class: Callable[[Any], Validator] = lambda kind: accept) -> Validator:
+    """Return the validator of an annotation. `of_class` makes those of the types that JSON does not have."""
+    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
+        inner = validator_for(arguments[0], of_class)
+        return arguments[1].validator(inner) if isinstance(arguments[1], Limit | JsonLimit) else inner
+    if kind in (typing.Union, types.UnionType):
+        branches = [validator_for(branch, of_class) for branch in arguments if branch is not types.NoneType]
+        return union_validator(branches, is_nullable=types.NoneType in arguments)
+    if kind is Literal:
+        return literal_validator(arguments)
+    if kind is list and arguments:
+        return list_validator(validator_for(arguments[0], of_class))
+    if kind is dict and arguments:
+        return dict_validator(validator_for(arguments[1], of_class))
+    if kind is float:
+        return validate_number
+    if json_type(kind) is not None:
+        return type_validator(kind)
+    return accept if kind is Any else of_class(kind)
+
+
+def json_type(kind: Any) -> str | None:
+    """Return the name of a Python type in JSON Schema; None if JSON does not have it."""
+    return JSON_TYPES.get(kind) if isinstance(kind, Hashable) else None
+
+
+def type_validator(kind: type) -> Validator:
+    def validate(value: Any) -> Any:
+        if type(value) is not kind:
+            raise ValidationError.of_type(JSON_TYPES[kind])
+        return value
+
+    return validate
+
+
+def validate_number(value: Any) -> Any:
+    """Return a finite number, as a float."""
+    if type(value) is int:
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    elif type(value) is not float:
+        raise ValidationError.of_type(JSON_TYPES[float])
+    if not math.isfinite(value):
+        raise ValidationError("must be a finite number")
+    return value
+
+
+def literal_validator(literals: tuple[Any, ...]) -> Validator:
+    def validate(value: Any) -> Any:
+        if value not in literals:
+            raise ValidationError(f"must be one of {json.dumps(literals)}")
+        return value
+
+    return validate
+
+
+def list_validator(validate_item: Validator) -> Validator:
+    def validate(value: Any) -> Any:
+        if type(value) is not list:
+            raise ValidationError.of_type(JSON_TYPES[list])
+        items: list[Any] = []
+        try:
+            for item in value:
+                items.append(validate_item(item))
+        except ValidationError as error:
+            raise error.within(str(len(items))) from None
+        return items
+
+    return validate
+
+
+def dict_validator(validate_item: Validator) -> Validator:
+    def validate(value: Any) -> Any:
+        if type(value) is not dict:
+            raise ValidationError.of_type(JSON_TYPES[dict])
+        try:
+            return value if validate_item is accept else {key: validate_item(item) for key, item in value.items()}
+        except ValidationError as error:
+            raise error.within("*") from None  # An error never repeats a key: it may be a secret.
+
+    return validate
+
+
+def union_validator(branches: list[Validator], *, is_nullable: bool) -> Validator:
+    """Return the validator of a value that fits one of several annotations: the first that accepts it."""
+
+    def validate(value: Any) -> Any:
+        if value is None and is_nullable:
+            return None
+        errors = []
+        for branch in branches:
+            try:
+                return branch(value)
+            except ValidationError as error:
+                errors.append(error)
+        if fitting := [error for error in errors if not error.expected]:
+            raise max(fitting, key=lambda error: len(error.path))
+        expected = [name for error in errors for name in error.expected]
+        raise ValidationError.of_type(*expected, *[JSON_TYPES[types.NoneType]] * is_nullable)
+
+    return validate
+
+
+def object_validator(
+    make: Callable[..., Any], fields: list[tuple[str, Validator, bool]], *, is_open: bool = True
+) -> Validator:
+    """Return the validator of an object that becomes `make(**fields)`.
+
+    `fields` are the name, the validator and whether it is required, of each. Others are ignored if it `is_open`, and
+    else refused.
     """
+    names = [name for name, _, _ in fields]
 
-    def __init__(self, version: str) -> None:
-        import pydantic
+    def validate(value: Any) -> Any:
+        if type(value) is not dict:
+            raise ValidationError.of_type(JSON_TYPES[dict])
+        found = {}
+        for name, validate_field, is_required in fields:
+            if name in value:
+                try:
+                    found[name] = validate_field(value[name])
+                except ValidationError as error:
+                    raise error.within(name) from None
+            elif is_required:
+                raise ValidationError("is required", name)
+        if not is_open and not value.keys() <= set(names):
+            raise ValidationError(f"has a field that is not one of {', '.join(names) or 'none'}")
+        return make(**found)
 
-        self.name = f"pydantic {version}"
-        self.invalid: type[Exception] = pydantic.ValidationError
-        self._adapter = pydantic.TypeAdapter
-        self._discriminator = pydantic.Field(discriminator="type")
-        self._config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-
-    def validator(self, union: Any) -> Callable[[bytes], Any]:
-        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
-        one_of = typing.cast(Any, Annotated[union, self._discriminator])
-        adapter: pydantic.TypeAdapter[Any] = self._adapter(one_of, config=self._config)
-        return adapter.validator.validate_json
-
-    def errors_of(self, error: Any) -> list[Any]:
-        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and perhaps `ctx`."""
-        return list(error.errors(include_url=False, include_input=False))
-
-    def encoder(self, message: type) -> Callable[[Any], bytes]:
-        """Return the function that writes messages of one class."""
-        serializer = self._adapter(message).serializer
-        return functools.partial(serializer.to_json, exclude_none=message not in KEEP_NULLS)
+    return validate
 
 
-# Messages, built in
-#
-# What Pydantic does with the annotations above, for where it is not installed: the same is taken
-# and refused, and the same is said of it, but for what is no JSON at all, of which each parser
-# speaks in its own words. tests/test_builtin_messages.py compares the two. A check gives back the
-# value as it is to be, or raises ValidationError.
+@functools.cache
+def class_validator(made: Any) -> Validator:
+    """Return the validator of an object that becomes a `made`: a message, or a part of one."""
+    hints = typing.get_type_hints(made, include_extras=True)
+    fields = [
+        (one.name, validator_for(hints[one.name], class_validator), not has_default(one))
+        for one in dataclasses.fields(made)
+    ]
+    return object_validator(made, fields)
 
-PARSE_DEPTH_MAX = 200  # Where Pydantic's parser stops, which counts nothing that is empty, and before Python's does.
-EMPTY = re.compile(rb"\[[ \t\r\n]*\]|\{[ \t\r\n]*\}")
-DIGITS_MAX = 4300  # Of a number's whole part. To convert them takes quadratic time, so Python has this bound too.
+
+# From bytes to messages and back: by the standard library, or by Pydantic. Both accept and reject the same messages;
+# tests/test_builtin_messages.py compares them.
+
+DIGITS_MAX = 4300  # Of a number's whole part. Converting is quadratic, so Pydantic and Python's int have this limit.
 SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-Check = Callable[[Any], Any]
-
-
-class ValidationError(Exception):
-    """A value is not what it should be. `errors` are those of Pydantic."""
-
-    def __init__(self, errors: list[dict[str, Any]]) -> None:
-        super().__init__(errors)
-        self.errors = errors
-
-    @classmethod
-    def because(cls, kind: str, text: str, **context: Any) -> ValidationError:
-        return cls([{"type": kind, "loc": (), "msg": text, "ctx": context}])
-
-    def within(self, part: str | int) -> list[dict[str, Any]]:
-        """Return the errors as those of a part of something."""
-        return [{**error, "loc": (part, *error["loc"])} for error in self.errors]
-
 
 class BuiltinCodec:
-    """Messages checked and written with nothing but the standard library."""
+    """Parse and write messages with nothing but the standard library."""
 
     name = "built in"
     invalid: type[Exception] = ValidationError
@@ -842,29 +1048,23 @@ class BuiltinCodec:
             ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=self._fields_of
         ).encode
 
-    def validator(self, union: Any) -> Callable[[bytes], Any]:
-        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
-        checks = {type_of(message): object_check(message) for message in typing.get_args(union)}
+    def parser(self, union: Any) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
+        validators = {type_of(message): class_validator(message) for message in typing.get_args(union)}
+        types_known = ", ".join(sorted(validators))
 
-        def validate(raw: bytes) -> Any:
+        def parse(raw: bytes) -> Any:
             document = parse_json(raw)
             if type(document) is not dict:
-                raise ValidationError.because("dict_type", "Input should be an object")
-            if "type" not in document:
-                raise ValidationError.because("union_tag_not_found", "There is no `type`")
-            tag = document["type"]
-            if type(tag) is not str or tag not in checks:
-                raise ValidationError.because("union_tag_invalid", "There is no such `type`")
-            try:
-                return checks[tag](document)
-            except ValidationError as unfit:
-                raise ValidationError(unfit.within(tag)) from None
+                raise ValidationError.of_type(JSON_TYPES[dict]).within("message")
+            tag = document.get("type")
+            if type(tag) is not str:
+                raise ValidationError(f"must be a string, one of {types_known}", "type")
+            if tag not in validators:
+                raise ValidationError(f"must be one of {types_known}", "type", code=Code.UNSUPPORTED_TYPE)
+            return validators[tag](document)
 
-        return validate
-
-    def errors_of(self, error: Any) -> list[Any]:
-        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and `ctx`."""
-        return list(error.errors)
+        return parse
 
     def encoder(self, message: type) -> Callable[[Any], bytes]:
         """Return the function that writes messages of one class."""
@@ -885,7 +1085,7 @@ class BuiltinCodec:
         return encode
 
     def _written(self, value: Any) -> str:
-        """Return a field's value in JSON. For most the encoder would be a detour."""
+        """Return a field's value in JSON. Most are scalars, for which the encoder would be a detour."""
         if type(value) is str:
             return json.encoder.encode_basestring(value)
         if type(value) is int or (type(value) is float and math.isfinite(value)):
@@ -894,228 +1094,109 @@ class BuiltinCodec:
             return "null"
         try:
             return self._write(value)
-        except ValueError:  # There may be numbers in it that are not finite. They become null, as Pydantic has it.
+        except ValueError:  # It may hold numbers that are not finite. Pydantic writes them as null.
             text = json.dumps(value, default=self._fields_of)
             return self._write(json.loads(text, parse_constant=lambda constant: None))
 
     def _fields_of(self, part: Any) -> dict[str, Any]:
-        """Return what is to be written of a part of a message that is an object."""
+        """Return the fields of a message's part that are written."""
         kind = type(part)
         if not dataclasses.is_dataclass(kind) or kind.__module__ != __name__:
             raise TypeError(f"{kind.__name__} is not JSON")
         return {name: value for name in field_names(kind) if (value := getattr(part, name)) is not None}
 
 
+class PydanticCodec:
+    """Parse and write messages with Pydantic, from the same annotations.
+
+    Strict: no string or bool for a number, and no number that is not finite.
+    """
+
+    def __init__(self, version: str) -> None:
+        import pydantic
+
+        self.name = f"pydantic {version}"
+        self.invalid: type[Exception] = pydantic.ValidationError
+        self._adapter = pydantic.TypeAdapter
+        self._discriminator = pydantic.Field(discriminator="type")
+        self._config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+    def parser(self, union: Any) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
+        one_of = typing.cast(Any, Annotated[union, self._discriminator])
+        adapter: pydantic.TypeAdapter[Any] = self._adapter(one_of, config=self._config)
+        return adapter.validator.validate_json
+
+    def encoder(self, message: type) -> Callable[[Any], bytes]:
+        """Return the function that writes messages of one class."""
+        serializer = self._adapter(message).serializer
+        return functools.partial(serializer.to_json, exclude_none=message not in KEEP_NULLS)
+
+
+@functools.cache
+def codec() -> PydanticCodec | BuiltinCodec:
+    """Return the codec in use. It is made at the first use: importing this module imports no package."""
+    version = usable_version("pydantic", oldest=(2, 11))
+    return BuiltinCodec() if version is None else PydanticCodec(version)
+
+
 def parse_json(raw: bytes) -> Any:
-    """Return the JSON in some bytes, also with NaN and infinities; raise ValidationError if it is none."""
+    """Return the JSON in some bytes; raise ValidationError if they hold none.
+
+    Stricter than `json.loads`, as Pydantic is: no NaN, no half of a surrogate pair, no number of thousands of digits.
+    """
     try:
-        if nests_deeper_than(raw, PARSE_DEPTH_MAX) and nests_deeper_than(EMPTY.sub(b"", raw), PARSE_DEPTH_MAX):
-            raise ValueError("recursion limit exceeded")
         if b"\\" in raw and SURROGATE.search(SURROGATE_PAIR.sub(b"", raw.replace(b"\\\\", b"  "))):
-            raise ValueError("lone surrogate in hex escape")
+            raise ValueError("lone surrogate in an escape")
         parse = parse_small if len(raw) <= DIGITS_MAX else parse_large
         return parse(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValidationError.because("json_invalid", f"Invalid JSON: {error}") from None
+    except RecursionError:
+        raise ValidationError("Invalid JSON: it is nested too deep") from None
+    except ValueError as error:
+        raise ValidationError(f"Invalid JSON: {error}") from None
 
 
-def parse_number(convert: Callable[[str], float], text: str) -> float:
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number in JSON")
+
+
+def _parse_number(convert: Callable[[str], float], text: str) -> float:
     if len(text) > DIGITS_MAX and len(re.split("[.eE]", text.removeprefix("-"), maxsplit=1)[0]) > DIGITS_MAX:
         raise ValueError("number out of range")
     return convert(text)
 
 
-parse_small = json.JSONDecoder().decode
+parse_small = json.JSONDecoder(parse_constant=_refuse_constant).decode
 parse_large = json.JSONDecoder(
-    parse_int=functools.partial(parse_number, int), parse_float=functools.partial(parse_number, float)
+    parse_int=functools.partial(_parse_number, int),
+    parse_float=functools.partial(_parse_number, float),
+    parse_constant=_refuse_constant,
 ).decode
 
 
-def check_of(annotation: Any, limit: Limit | None = None) -> Check:
-    """Return the check of an annotation, which is of one of the kinds that messages have."""
-    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if kind is Annotated:
-        inner, mark = arguments
-        return payload_check(check_of(inner), mark) if isinstance(mark, JsonLimit) else check_of(inner, mark)
-    if kind in (typing.Union, types.UnionType):
-        return union_check(arguments)
-    if kind is list:
-        return list_check(check_of(*arguments), limit or Limit())
-    if kind in (str, int, float):
-        return {str: string_check, int: integer_check, float: number_check}[kind](limit or Limit())
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return object_check(kind)
-    if kind is Any or kind is Literal:  # Of literals there is only the type, by which the check was chosen.
-        return lambda value: value
-    return type_check(kind, *{bool: ("bool_type", "a valid boolean"), dict: ("dict_type", "an object")}[kind])
-
-
-def type_check(kind: type, error: str, wanted: str) -> Check:
-    def check(value: Any) -> Any:
-        if type(value) is not kind:
-            raise ValidationError.because(error, f"Input should be {wanted}")
-        return value
-
-    return check
-
-
-def string_check(limit: Limit) -> Check:
-    shortest, longest = limit.min_length or 0, sys.maxsize if limit.max_length is None else limit.max_length
-    fits = None if limit.pattern is None else re.compile(limit.pattern).fullmatch
-
-    def check(value: Any) -> Any:
-        if type(value) is not str:
-            raise ValidationError.because("string_type", "Input should be a valid string")
-        if len(value) < shortest:
-            few = f"{shortest} character{'s' if shortest > 1 else ''}"
-            raise ValidationError.because("string_too_short", f"String should have at least {few}")
-        if len(value) > longest:
-            raise ValidationError.because("string_too_long", f"String should have at most {longest} characters")
-        if fits is not None and not fits(value):
-            raise ValidationError.because(
-                "string_pattern_mismatch", "String should match a pattern", pattern=limit.pattern
-            )
-        return value
-
-    return check
-
-
-def integer_check(limit: Limit) -> Check:
-    def check(value: Any) -> Any:
-        if type(value) is not int:
-            raise ValidationError.because("int_type", "Input should be a valid integer")
-        return check_bounds(value, limit)
-
-    return check
-
-
-def number_check(limit: Limit) -> Check:
-    def check(value: Any) -> Any:
-        if type(value) is int:
-            value = float(value) if abs(value) <= sys.float_info.max else math.inf
-        elif type(value) is not float:
-            raise ValidationError.because("float_type", "Input should be a valid number")
-        if not math.isfinite(value):
-            raise ValidationError.because("finite_number", "Input should be a finite number")
-        return check_bounds(value, limit)
-
-    return check
-
-
-def check_bounds(value: float, limit: Limit) -> float:
-    if limit.gt is not None and not value > limit.gt:
-        raise ValidationError.because("greater_than", f"Input should be greater than {limit.gt}")
-    if limit.ge is not None and not value >= limit.ge:
-        raise ValidationError.because("greater_than_equal", f"Input should be greater than or equal to {limit.ge}")
-    if limit.le is not None and not value <= limit.le:
-        raise ValidationError.because("less_than_equal", f"Input should be less than or equal to {limit.le}")
-    return value
-
-
-def payload_check(inner: Check, payload: JsonLimit) -> Check:
-    def check(value: Any) -> Any:
-        try:
-            return payload.check(inner(value))
-        except ValueError as error:
-            raise ValidationError.because("value_error", f"Value error, {error}", error=error) from None
-
-    return check
-
-
-def list_check(check_item: Check, limit: Limit) -> Check:
-    longest = sys.maxsize if limit.max_length is None else limit.max_length
-
-    def check(value: Any) -> Any:
-        if type(value) is not list:
-            raise ValidationError.because("list_type", "Input should be a valid array")
-        if len(value) > longest:
-            text = f"List should have at most {longest} items after validation, not {len(value)}"
-            raise ValidationError.because("too_long", text)
-        items, errors = [], []
-        for index, item in enumerate(value):
-            try:
-                items.append(check_item(item))
-            except ValidationError as unfit:
-                errors += unfit.within(index)
-        if errors:
-            raise ValidationError(errors)
-        return items
-
-    return check
-
-
-def union_check(branches: tuple[Any, ...]) -> Check:
-    """Return the check of what may be one of several things: None, or the first that it fits."""
-    is_nullable = types.NoneType in branches
-    checks = {branch.__name__: check_of(branch) for branch in branches if branch is not types.NoneType}
-    only = next(iter(checks.values())) if len(checks) == 1 else None  # Then the path to an error does not name it.
-
-    def check(value: Any) -> Any:
-        if value is None and is_nullable:
-            return None
-        if only is not None:
-            return only(value)
-        errors = []
-        for name, check_branch in checks.items():
-            try:
-                return check_branch(value)
-            except ValidationError as unfit:
-                errors += unfit.within(name)
-        raise ValidationError(errors)
-
-    return check
-
-
-def object_check(made: type) -> Check:
-    """Return the check of an object that becomes a `made`; fields that it does not know are passed over."""
-    hints = typing.get_type_hints(made, include_extras=True)
-    checks = [(one.name, check_of(hints[one.name]), has_default(one)) for one in dataclasses.fields(made)]
-
-    def check(value: Any) -> Any:
-        if type(value) is not dict:
-            raise ValidationError.because("dataclass_type", "Input should be an object")
-        fields, errors = {}, []
-        for name, check_field, is_optional in checks:
-            if name in value:
-                try:
-                    fields[name] = check_field(value[name])
-                except ValidationError as unfit:
-                    errors += unfit.within(name)
-            elif not is_optional:
-                errors += ValidationError.because("missing", "Field required").within(name)
-        if errors:
-            raise ValidationError(errors)
-        return made(**fields)
-
-    return check
-
-
-# What both have in common
-
-
-@functools.cache
-def codec() -> PydanticCodec | BuiltinCodec:
-    """Return what checks and writes messages. It is made at the first use: importing this module imports no package."""
-    version = usable_version("pydantic", oldest=(2, 11))
-    return BuiltinCodec() if version is None else PydanticCodec(version)
-
-
 def decoder(union: Any, id_field: str, depth_max: int) -> Callable[[bytes], Any]:
-    """Return a function that gives the message of `union` in some bytes, or raises InvalidMessage."""
-    validate, invalid, errors_of = codec().validator(union), codec().invalid, codec().errors_of
+    """Return the function that makes a message of `union` from bytes, or raises InvalidMessage, naming the field."""
+    parse_fast, parse_builtin, invalid = codec().parser(union), BuiltinCodec().parser(union), codec().invalid
+    payloads = {message: payload_name(message) for message in typing.get_args(union)}
 
-    def decode(raw: bytes) -> Any:
+    def decode(raw: bytes, parse: Callable[[bytes], Any] = parse_fast) -> Any:
         try:
-            message = validate(raw)
-        except invalid as error:
-            raise _invalid_message(_parse_leniently(raw, id_field), union, errors_of(error), id_field) from None
-        # To look for one byte is much cheaper, and answers it for most.
-        if (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw):
-            _refuse_constants(raw, id_field)
-        if nests_deeper_than(raw, depth_max):
-            text = f"a field is nested more than {DEPTH_MAX} deep"
-            raise InvalidMessage(text, reply_to=_reply_id(_parse_leniently(raw, id_field), id_field))
-        return message
+            message = parse(raw)
+            # Looking for one byte is much faster, and settles most cases.
+            if (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw):
+                parse_json(raw)
+            is_deep = nests_deeper_than(raw, depth_max)
+            name = payloads[type(message)]
+            if name is not None and type(payload := getattr(message, name)) not in SCALARS:
+                check_payload(name, payload, raw, is_deep)
+            if is_deep:
+                raise ValidationError(f"a field is nested more than {DEPTH_MAX} deep", "message")
+            return message
+        except ValidationError as error:
+            raise _rejection(error, raw, id_field) from None
+        except invalid:
+            decode(raw, parse_builtin)  # Raises InvalidMessage with the reason. A test shows that it always does.
+            raise _rejection(ValidationError("is not valid", "message"), raw, id_field) from None
 
     return decode
 
@@ -1143,13 +1224,19 @@ def encode(message: AgentMessage | HubOutput) -> bytes:
 
 
 def envelope_bytes(message_bytes_max: int) -> int:
-    """Return what is kept free in a message for what the hub adds to it."""
+    """Return the part of a message's limit that is reserved for what the hub adds to it."""
     return min(ENVELOPE_BYTES, message_bytes_max // 4)
 
 
 @functools.cache
 def field_names(made: type) -> tuple[str, ...]:
     return tuple(one.name for one in dataclasses.fields(made))
+
+
+def payload_name(message: type) -> str | None:
+    """Return the name of the field whose JSON the hub passes on without reading it; None if there is none."""
+    hints = typing.get_type_hints(message, include_extras=True)
+    return next((name for name, hint in hints.items() if hint == Json), None)
 
 
 def has_default(one: dataclasses.Field[Any]) -> bool:
@@ -1161,62 +1248,66 @@ def type_of(message: type) -> str:
     return str(next(one.default for one in dataclasses.fields(message) if one.name == "type"))
 
 
+# What shows in the bytes. Walking through a parsed value in Python takes longer than parsing it did.
+
+NUMBER_SHAPES = bytes.maketrans(b"123456789E", b"000000000e")  # 0 stands for any digit.
+NESTING = bytes.maketrans(b"{}", b"[]")  # One kind of bracket stands for both.
+NOT_NESTING = bytes(set(range(256)) - set(b'[]{}"'))
+NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
+
+
+def check_payload(name: str, value: Any, raw: bytes, is_deep: bool) -> None:
+    """Raise ValidationError if the payload in field `name` of the message `raw` is not JSON that every language reads.
+
+    Walking through a few values, or through a few long strings, is faster than looking at their bytes.
+    """
+    if is_deep or raw.count(b",", 0, 1024) < 25 or may_hold_large_number(raw):
+        try:
+            check_json(value)
+        except ValidationError as error:
+            raise error.within(name) from None
+
+
+def may_hold_large_number(raw: bytes) -> bool:
+    """Return whether some JSON may hold an integer beyond 64 bits or a number like 1e999; False is certain.
+
+    Those have 19 digits in a row, or an exponent of three.
+    """
+    shapes = raw.translate(NUMBER_SHAPES, b"+")
+    return b"0e000" in shapes or (b"0" * 19 in shapes and (b"0" * 20 in shapes or b"-" + b"0" * 19 in shapes))
+
+
 def nests_deeper_than(raw: bytes, depth: int) -> bool:
-    """Say whether some JSON is nested deeper than that. To count its brackets answers it for most."""
-    return len(raw.translate(None, NOT_OPENING)) > depth and nesting_depth(raw) > depth
+    """Return whether some JSON nests deeper than `depth`. Counting the opening brackets settles most cases."""
+    if len(raw) <= 2 * depth or len(raw.translate(None, NOT_OPENING)) <= depth:
+        return False
+    if b"\\" in raw:
+        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = raw.translate(NESTING, NOT_NESTING)
+    # Most strings are empty now. Removing "" leaves all other quotes in their roles, and every second part is a string.
+    brackets = b"".join(marks.replace(b'""', b"").split(b'"')[::2])
+    for _ in range(depth):
+        inner = brackets.replace(b"[]", b"")  # Removes the innermost brackets, everywhere.
+        if len(inner) == len(brackets):
+            return False
+        brackets = inner
+    return bool(brackets)
 
 
-def nesting_depth(raw: bytes) -> int:
-    """Return how deep some JSON is nested."""
-    without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside_of_strings = b"".join(without_escapes.split(b'"')[::2])
-    steps = array.array("b", outside_of_strings.translate(BRACKETS_TO_STEPS, NO_BRACKETS))
-    return max(itertools.accumulate(steps), default=0)
+# Rejected messages.
+
+SCAN_BYTES = 65_536  # How much of a message that is not JSON is searched for its id.
+# An unterminated string matches to the end; rescanning inside it would be quadratic.
+JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
 
 
-def _refuse_constants(raw: bytes, id_field: str) -> None:
-    """Refuse NaN and Infinity where the fast parser let them through: in payloads and in unknown fields."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise InvalidMessage(f"{constant} is not JSON", reply_to=_reply_id(_parse_leniently(raw, id_field), id_field))
-
-    json.loads(raw, parse_constant=refuse)
-
-
-def _invalid_message(readable: dict[str, Any], union: Any, errors: list[Any], id_field: str) -> InvalidMessage:
-    """Put the first of a checker's errors into a sentence that names the field and never echoes its value."""
-    error = errors[0]
-    kind = error["type"]
-    code = Code.INVALID_MESSAGE
-    if kind == "json_invalid":
-        text = error["msg"]
-    elif kind == "union_tag_invalid" and isinstance(readable.get("type"), str):
-        code = Code.UNSUPPORTED_TYPE
-        text = "type: must be one of " + ", ".join(_types_of(union))
-    elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        text = "type: must be a string, one of " + ", ".join(_types_of(union))
-    else:
-        text = _field_error(errors)
-    return InvalidMessage(text, code=code, reply_to=_reply_id(readable, id_field))
-
-
-def _field_error(errors: list[Any]) -> str:
-    """Say which field is wrong and how. Of the branches of a union, the one that came furthest knows best."""
-    error = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
-    # Of the branches of a union the path has the type, as `str`, `constrained-str` or `Capability`.
-    parts = (str(part) for part in error["loc"][1:])
-    path = [part for part in parts if re.fullmatch("[a-z0-9_]+", part) and part != "str"]
-    context = error.get("ctx", {})
-    reason = PATTERNS.get(context.get("pattern"), context.get("error", error["msg"]))
-    return f"{'.'.join(path) or 'message'}: {reason}"
-
-
-def _types_of(union: Any) -> list[str]:
-    return sorted(map(type_of, typing.get_args(union)))
+def _rejection(error: ValidationError, raw: bytes, id_field: str) -> InvalidMessage:
+    """Return the error that rejects a message. Its text names the field and never repeats a value."""
+    return InvalidMessage(str(error), code=error.code, reply_to=_reply_id(_parse_leniently(raw, id_field), id_field))
 
 
 def _parse_leniently(raw: bytes, id_field: str) -> dict[str, Any]:
-    """Return what can be read of a refused message: all of it if it is a JSON object, else its id at the most."""
+    """Return what can be read of a rejected message: all of it if it is a JSON object, else at most its id."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
@@ -1225,7 +1316,7 @@ def _parse_leniently(raw: bytes, id_field: str) -> dict[str, Any]:
 
 
 def _find_string_field(wanted: str, raw: bytes) -> Any:
-    """Return the value of a string field at the top level of what need not be JSON to its end; None if not found."""
+    """Return the value of a string at the top level of JSON that may be malformed or cut off; None if not found."""
     depth, name, is_value = 0, b"", False
     for match in JSON_TOKENS.finditer(raw):
         token = match[0]
@@ -1247,15 +1338,27 @@ def _find_string_field(wanted: str, raw: bytes) -> Any:
     return None
 
 
-def _reply_id(readable: dict[str, Any], id_field: str) -> str | None:
-    """Return the id if it is one that a reply can carry."""
-    found = readable.get(id_field)
+def _reply_id(document: dict[str, Any], id_field: str) -> str | None:
+    """Return the id of a rejected message if a reply can carry it, else None."""
+    found = document.get(id_field)
     if not isinstance(found, str):
         return None
     try:
         return check_text(id_field, found, NO_NUL_PATTERN)
     except ValueError:
         return None
+
+
+# JSON Schema, for the messages and for what handlers take and return.
+
+KEYWORDS: Mapping[str, str] = {  # The fields of a Limit in JSON Schema.
+    "pattern": "pattern",
+    "min_length": "minLength",
+    "max_length": "maxLength",
+    "gt": "exclusiveMinimum",
+    "ge": "minimum",
+    "le": "maximum",
+}
 
 
 def json_schema() -> dict[str, Any]:
@@ -1272,71 +1375,71 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-JSON_TYPES: Mapping[Any, str] = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    types.NoneType: "null",
-    list: "array",
-    dict: "object",
-}
-KEYWORDS: Mapping[str, Mapping[str, str]] = {  # What JSON Schema calls the bounds of a Limit.
-    "string": {"pattern": "pattern", "min_length": "minLength", "max_length": "maxLength"},
-    "array": {"min_length": "minItems", "max_length": "maxItems"},
-    "integer": {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum"},
-    "number": {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum"},
-}
+def schema_of(annotation: Any, of_class: Callable[[Any], dict[str, Any]] = lambda kind: {}) -> dict[str, Any]:
+    """Return the JSON Schema of an annotation, as Pydantic makes it. `of_class` makes those of the types that JSON does
+    not have: by default {}, which is anything.
+    """
+    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
+        schema = schema_of(arguments[0], of_class)
+        return _in_order(schema | _keywords(arguments[1], schema)) if isinstance(arguments[1], Limit) else schema
+    if kind in (typing.Union, types.UnionType):
+        return {"anyOf": [schema_of(branch, of_class) for branch in arguments]}
+    if kind is Literal:
+        return (
+            {"enum": list(arguments)} if len(arguments) > 1 else {"const": arguments[0]} | schema_of(type(arguments[0]))
+        )
+    if kind is list and arguments:
+        return {"items": schema_of(arguments[0], of_class), "type": "array"}
+    if kind is dict and arguments:
+        return {"additionalProperties": schema_of(arguments[1], of_class) or True, "type": "object"}
+    name = json_type(kind)
+    if name is not None:
+        return {"type": name}
+    return {} if kind is Any else of_class(kind)
+
+
+def _keywords(limit: Limit, schema: dict[str, Any]) -> dict[str, Any]:
+    unit = "Items" if schema["type"] == "array" else "Length"
+    limits = ((keyword, getattr(limit, name)) for name, keyword in KEYWORDS.items())
+    return {keyword.replace("Length", unit): value for keyword, value in limits if value is not None}
 
 
 def _schema_of_messages(union: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    messages = {type_of(message): _schema_of(message, definitions) for message in typing.get_args(union)}
+    messages = {type_of(message): _reference(message, definitions) for message in typing.get_args(union)}
     mapping = {name: schema["$ref"] for name, schema in messages.items()}
     return {"oneOf": list(messages.values()), "discriminator": {"propertyName": "type", "mapping": mapping}}
 
 
-def _schema_of(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON Schema of an annotation, in the words of Pydantic; `definitions` gets those it refers to."""
-    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if kind is Annotated:
-        schema = _schema_of(arguments[0], definitions)
-        limits = KEYWORDS.get(schema.get("type", ""), {}) if isinstance(arguments[1], Limit) else {}
-        bounds = {keyword: getattr(arguments[1], name) for name, keyword in limits.items()}
-        return in_order(schema | {keyword: bound for keyword, bound in bounds.items() if bound is not None})
-    if kind in (typing.Union, types.UnionType):
-        return {"anyOf": [_schema_of(branch, definitions) for branch in arguments]}
-    if kind is Any:
-        return {}
-    if kind is Literal:
-        return {"const": arguments[0], "type": "string"}
-    if kind is list:
-        return {"items": _schema_of(arguments[0], definitions), "type": "array"}
-    if kind is dict:
-        return {"additionalProperties": True, "type": "object"}
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if kind.__name__ not in definitions:
-            definitions[kind.__name__] = _schema_of_object(kind, definitions)
-        return {"$ref": f"#/$defs/{kind.__name__}"}
-    return {"type": JSON_TYPES[kind]}
+def _reference(made: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return a reference to the schema of a class, and put that into `definitions`."""
+    if made.__name__ not in definitions:
+        definitions[made.__name__] = _schema_of_class(made, definitions)
+    return {"$ref": f"#/$defs/{made.__name__}"}
 
 
-def _schema_of_object(made: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+def _schema_of_class(made: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     hints, properties = typing.get_type_hints(made, include_extras=True), {}
     for one in dataclasses.fields(made):
-        schema = _schema_of(hints[one.name], definitions)
-        if "$ref" not in schema.get("anyOf", [schema])[0]:  # What it refers to has a title.
+        schema = schema_of(hints[one.name], lambda kind: _reference(kind, definitions))
+        if "$ref" not in schema.get("anyOf", [schema])[0]:  # A class has a title of its own.
             schema["title"] = one.name.replace("_", " ").title()
         if one.default is not dataclasses.MISSING:
             schema["default"] = one.default
-        properties[one.name] = in_order(schema)
-    schema = {"properties": properties, "title": made.__name__, "type": "object"}
-    if not made.__doc__.startswith(f"{made.__name__}("):  # Which is what dataclasses have that were given none.
-        schema["description"] = inspect.cleandoc(made.__doc__)
+        properties[one.name] = _in_order(schema)
     required = [one.name for one in dataclasses.fields(made) if not has_default(one)]
-    return in_order(schema | ({"required": required} if required else {}))
+    return _in_order(
+        {
+            "properties": properties,
+            "title": made.__name__,
+            "type": "object",
+            "description": inspect.cleandoc(made.__doc__),
+        }
+        | ({"required": required} if required else {})
+    )
 
 
-def in_order(schema: dict[str, Any]) -> dict[str, Any]:
+def _in_order(schema: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(schema.items()))
 
 
@@ -6459,11 +6562,9 @@ class Handler:
 
     function: Callable[..., Any]
     capability: Capability
-    schema: dict[str, Any] | None  # Of the arguments that the function takes; None if it takes none but the Task.
+    validate: Validator | None  # Of an input; None if the function takes nothing but the Task.
     task_parameter: str | None  # The one that takes the Task.
-    sole_parameter: (
-        str | None
-    )  # The one that takes an input which is no object: the only one, or the only required one.
+    sole_parameter: str | None  # Takes an input that is not an object: the only parameter, or the only required one.
     is_async: bool
 
     @classmethod
@@ -6474,7 +6575,7 @@ class Handler:
         hints = hints_of(function)
         task_parameter = None
         properties: dict[str, Any] = {}
-        required: list[str] = []
+        fields: list[tuple[str, Validator, bool]] = []
         is_open = False
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
@@ -6484,17 +6585,19 @@ class Handler:
             elif hints.get(parameter.name) is Task:
                 task_parameter = parameter.name
             else:
-                properties[parameter.name] = parameter_schema(parameter, hints.get(parameter.name))
-                if parameter.default is parameter.empty:
-                    required.append(parameter.name)
+                annotation = hints.get(parameter.name)
+                properties[parameter.name] = parameter_schema(parameter, annotation)
+                fields.append((parameter.name, validator_for(annotation), parameter.default is parameter.empty))
+        required = [name for name, _, is_required in fields if is_required]
         schema: dict[str, Any] | None = {
             "type": "object",
             "properties": properties,
             "required": required,
             "additionalProperties": is_open,
         }
+        validate: Validator | None = object_validator(dict, fields, is_open=is_open)
         if task_parameter is not None and not properties and not is_open:
-            schema = None  # It reads whatever it wants from the task.
+            schema = validate = None  # It reads whatever it wants from the task.
         for given in (mark.input_schema, mark.output_schema):
             if given is not None and not isinstance(check_json(given), dict):
                 raise ValueError(f"{function.__name__}: a schema is a JSON object")
@@ -6507,20 +6610,21 @@ class Handler:
         )
         alone = required or list(properties)
         sole_parameter = alone[0] if len(alone) == 1 else None
-        return cls(function, offered, schema, task_parameter, sole_parameter, inspect.iscoroutinefunction(function))
+        return cls(function, offered, validate, task_parameter, sole_parameter, inspect.iscoroutinefunction(function))
 
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
         given: Any = {}
-        if self.schema is not None:
+        if self.validate is not None:
             given = task.input
             if given is None:
                 given = {}
             elif not isinstance(given, dict) and self.sole_parameter is not None:
                 given = {self.sole_parameter: given}
-            problem = schema_problem(given, self.schema, "input")
-            if problem is not None:
-                raise TaskFailed(problem, code=Code.INVALID_INPUT)
+            try:
+                self.validate(given)
+            except ValidationError as error:
+                raise TaskFailed(str(error.within("input")), code=Code.INVALID_INPUT) from None
         return given if self.task_parameter is None else {**given, self.task_parameter: task}
 
 
@@ -6540,26 +6644,6 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     return hints
 
 
-PYTHON_TYPES: Mapping[str, Any] = {name: kind for kind, name in JSON_TYPES.items()} | {"number": (int, float)}
-
-
-def schema_of(annotation: Any) -> dict[str, Any]:
-    """Return the JSON Schema of an annotation; {} (anything) for what JSON has no word for."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return schema_of(arguments[0])
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin in (typing.Union, types.UnionType):
-        return {"anyOf": [schema_of(argument) for argument in arguments]}
-    if origin is list and arguments:
-        return {"type": "array", "items": schema_of(arguments[0])}
-    if origin is dict and arguments:
-        return {"type": "object", "additionalProperties": schema_of(arguments[1])}
-    kind = JSON_TYPES.get(origin or annotation) if isinstance(annotation, Hashable) else None
-    return {"type": kind} if kind is not None else {}
-
-
 def parameter_schema(parameter: inspect.Parameter, annotation: Any) -> dict[str, Any]:
     schema = schema_of(annotation)
     if parameter.default is not parameter.empty:
@@ -6569,51 +6653,6 @@ def parameter_schema(parameter: inspect.Parameter, annotation: Any) -> dict[str,
             return schema  # A default that JSON cannot show is the function's own affair.
         schema["default"] = parameter.default
     return schema
-
-
-def schema_problem(value: Any, schema: Mapping[str, Any], path: str) -> str | None:
-    """Say how `value` does not fit a schema made by `schema_of`, naming the place; None if it fits."""
-    if "anyOf" in schema:
-        fits = any(schema_problem(value, one, path) is None for one in schema["anyOf"])
-        return None if fits else f"{path}: has none of the types it may have"
-    if "enum" in schema:
-        return None if value in schema["enum"] else f"{path}: must be one of {json.dumps(schema['enum'])}"
-    expected = schema.get("type")
-    if expected is not None and not is_of_type(value, expected):
-        return f"{path}: must be of type {expected}"
-    if expected == "object":
-        return object_problem(value, schema, path)
-    if expected == "array":
-        for index, item in enumerate(value):
-            problem = schema_problem(item, schema.get("items", {}), f"{path}[{index}]")
-            if problem is not None:
-                return problem
-    return None
-
-
-def object_problem(value: dict[str, Any], schema: Mapping[str, Any], path: str) -> str | None:
-    properties = schema.get("properties", {})
-    others = schema.get("additionalProperties", True)
-    for name in schema.get("required", ()):
-        if name not in value:
-            return f"{path}.{name}: is required"
-    for name in value:
-        if name not in properties and others is False:
-            return f"{path}: has a field that is not one of {', '.join(properties) or 'none'}"
-    rest = others if isinstance(others, dict) else {}
-    for name, item in value.items():
-        problem = schema_problem(
-            item, properties.get(name, rest), f"{path}.{name}" if name in properties else path + ".*"
-        )
-        if problem is not None:
-            return problem
-    return None
-
-
-def is_of_type(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    return isinstance(value, PYTHON_TYPES.get(kind, ()))
 
 
 class CapabilityDecorator:

@@ -124,7 +124,7 @@ def test_missing_field_is_refused_by_its_name(type: str, field: str) -> None:
     document = message_of(type)
     del document[field]
     error = refusal(document)
-    assert (error.code, error.reply_to, error.message) == ("invalid_message", "1", f"{field}: Field required")
+    assert (error.code, error.reply_to, error.message) == ("invalid_message", "1", f"{field}: is required")
 
 
 def test_unknown_fields_are_ignored() -> None:
@@ -442,6 +442,88 @@ def test_integers_of_64_bits_are_taken_and_larger_ones_refused() -> None:
     assert refusal(raw=with_number("register", "metadata.a", "1" * 4097)).message.startswith("metadata: ")
 
 
+# Numbers and depth, which show in the bytes of a message: nothing is walked unless they look suspicious.
+
+AROUND = [*range(100), {"a": 1.5, "b": "c"}]  # Many short values: looking at the bytes is faster than a walk.
+TAKEN = [
+    *("18446744073709551615", "-9223372036854775808", "1700000000000000000", "9999999999999999999", "1e308", "1E+99"),
+    *("1e-999", "0.00000000000000000001", "-1.7976931348623157e308", "0e999", "12345678901234567890e-5"),
+    *('"123456789012345678901234567890"', '"1e999"', '"a\\"1e999"', '{"1e999": 1}', '"-9999999999999999999"'),
+]
+REFUSED = [
+    *("18446744073709551616", "-9223372036854775809", "-9999999999999999999", "123456789012345678901234567890"),
+    *("1e999", "-1E+999", "1e309", "1.5E0400", "1e00000309", "123456789012345678901e289", "9" * 310 + ".5"),
+    *('["\\"", 1e999]', '{"a": {"b": [-1e400]}}', '["1e999", 1e999]'),
+]
+
+
+def crowded(type: str, field: str, value: str) -> bytes:
+    """Return a message with a value among many others in one of its payloads."""
+    document = json.dumps(message_of(type, **{field: [*AROUND, "HERE", *AROUND]}))
+    return document.replace('"HERE"', value).encode()
+
+
+@pytest.mark.parametrize(("type", "field"), PAYLOADS)
+@pytest.mark.parametrize("value", TAKEN)
+def test_number_that_only_looks_large_is_taken_among_many_values(type: str, field: str, value: str) -> None:
+    message = read(None, raw=crowded(type, field, value))
+    assert getattr(message, field)[len(AROUND)] == json.loads(value)
+
+
+@pytest.mark.parametrize(("type", "field"), PAYLOADS)
+@pytest.mark.parametrize("value", REFUSED)
+def test_number_that_is_too_large_is_refused_among_many_values(type: str, field: str, value: str) -> None:
+    error = refusal(raw=crowded(type, field, value))
+    assert (error.code, error.reply_to) == ("invalid_message", "1")
+    assert error.message.startswith((f"{field}: holds a number that is not", f"{field}: holds an integer of more than"))
+
+
+@pytest.mark.parametrize(("type", "field"), PAYLOADS)
+def test_payload_of_numbers_is_not_walked(type: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "check_json", None)
+    for value in ("1700000000000000000", "0.1234567890123456789", "-1e-10", "1e99"):
+        read(None, raw=crowded(type, field, value))
+
+
+LARGE = st.builds(
+    lambda sign, whole, rest, exponent: f"{sign}{whole}{rest}{exponent}",
+    st.sampled_from(["", "-"]),
+    st.one_of(st.integers(0, 10**25), st.integers(2**63 - 5, 2**64 + 5), st.sampled_from([10**308, 10**309])),
+    st.sampled_from(["", ".0", ".123456789012345678901"]),
+    st.builds(lambda e, value: f"{e}{value}", st.sampled_from(["e", "E", "e+", "e-", "e0"]), st.integers(0, 500))
+    | st.just(""),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(LARGE)
+def test_number_among_many_values_is_taken_if_it_passes_check_json(number: str) -> None:
+    try:
+        check_json(json.loads(number))
+    except ValueError:
+        refusal(raw=crowded("delegate", "input", number))
+    else:
+        read(None, raw=crowded("delegate", "input", number))
+
+
+TRICKY = st.recursive(
+    st.text(st.sampled_from('[]{}"\\a'), max_size=6) | st.integers(0, 9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.sampled_from('[]{}"\\'), max_size=3), inner),
+    max_leaves=30,
+)
+
+
+def depth_of(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if items is None else 1 + max(map(depth_of, items), default=0)
+
+
+@settings(max_examples=500, deadline=None)
+@given(TRICKY, st.integers(0, 8))
+def test_depth_is_counted_outside_of_strings(value: Any, depth: int) -> None:
+    assert agenthub.nests_deeper_than(json.dumps(value).encode(), depth) == (depth_of(value) > depth)
+
+
 # How a refusal is put
 
 
@@ -721,7 +803,7 @@ def test_check_json_names_the_type_that_is_not_json(value: Any) -> None:
 
 @pytest.mark.parametrize("key", [None, 1.5, float("nan"), (1, 2), b"b", TaskState])
 def test_check_json_refuses_keys_that_parsers_make_different_texts_of(key: Any) -> None:
-    with pytest.raises(ValueError, match="a key that is neither a text nor a whole number"):
+    with pytest.raises(ValueError, match="a key that is neither a string nor an integer"):
         check_json({"a": [{"b": 1, key: 2}]})
 
 
