@@ -49,7 +49,8 @@ class LoadFailed(Unavailable):
 class Shape:
     """A load: each of some requesters keeps `open_each` tasks open, with inputs and outputs of `payload_bytes`.
 
-    Tasks are assigned `by` agent, in turn, or by capability, where the hub chooses the agent.
+    Tasks are assigned `by` agent, in turn, or by capability, where the hub chooses the agent. The payload is one
+    `string`, or `objects`: records with numbers, Unicode text, lists and nulls.
     """
 
     requesters: int = 8
@@ -57,6 +58,27 @@ class Shape:
     payload_bytes: int = 100
     by: str = "capability"
     workers: int = 8
+    payload: str = "string"
+
+    def payload_json(self) -> bytes:
+        """Return the payload: `objects` are as many whole records as fit into `payload_bytes`."""
+        if self.payload == "string":
+            return orjson.dumps("x" * self.payload_bytes)
+        count = self.payload_bytes // len(orjson.dumps(record(self.payload_bytes)))
+        return orjson.dumps([record(number) for number in range(count)])
+
+
+def record(number: int) -> dict[str, Any]:
+    """Return an object as programs send them, with a value of each kind that JSON has."""
+    return {
+        "id": 1_000_000 + number,
+        "name": f"Zoë 東京 {number:06}",
+        "score": 0.1234567890123 + number,
+        "is_active": number % 2 == 0,
+        "tags": ["red", "grün", "blue"],
+        "position": {"latitude": 52.520008, "longitude": -13.404954},
+        "parent": None,
+    }
 
 
 def contestants(*options: str) -> dict[str, Callable[[], contextlib.AbstractContextManager[Server]]]:
@@ -197,7 +219,7 @@ class Traffic:
     def __init__(self, clients: Clients, shape: Shape) -> None:
         self.clients = clients
         self.shape = shape
-        self.payload = orjson.dumps("x" * shape.payload_bytes)
+        self.payload = shape.payload_json()
         self.open: dict[str, float] = {}  # The (scheduled) start of each open task.
         self.ended = 0
         self.on_end: Callable[[Client, float], None] = lambda requester, began: None

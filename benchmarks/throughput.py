@@ -39,9 +39,12 @@ def _shapes(is_quick: bool) -> list[Shape]:
     from benchmarks.load import Shape
 
     if is_quick:
-        return [Shape(), Shape(1, 1, 500_000, "agent")]
+        return [Shape(), Shape(payload_bytes=10_000, payload="objects"), Shape(1, 1, 500_000, "agent")]
     sizes, ways = (100, 10_000, 500_000), ("capability", "agent")
-    return [Shape(*shape) for shape in itertools.product((1, 8, 64), (1, 16), sizes, ways)]
+    return [
+        *(Shape(*shape) for shape in itertools.product((1, 8, 64), (1, 16), sizes, ways)),
+        Shape(payload_bytes=10_000, payload="objects"),
+    ]
 
 
 def _compare(shape: Shape, which: str, options: Options) -> list[Row]:
@@ -52,6 +55,7 @@ def _compare(shape: Shape, which: str, options: Options) -> list[Row]:
         "requesters": shape.requesters,
         "open_each": shape.open_each,
         "payload_bytes": shape.payload_bytes,
+        "payload": shape.payload,
         "by": shape.by,
         "options": which,
     }
@@ -103,7 +107,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
     drawn = []
     for by in ("capability", "agent"):
         chosen = [row for row in rows if row["options"] == "open" and row["by"] == by]
-        sizes = sorted({row["payload_bytes"] for row in chosen})
+        sizes = sorted({(row["payload_bytes"], row["payload"]) for row in chosen})
         if not sizes:
             continue
         canvas, panels = figure(2, len(sizes))
@@ -111,11 +115,11 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
             enumerate(("tasks_per_s", "hub_cpu_us_per_task")), enumerate(sizes)
         ):
             panel = panels[line][at]
-            of_size = [row for row in chosen if row["payload_bytes"] == size]
+            of_size = [row for row in chosen if (row["payload_bytes"], row["payload"]) == size]
             shapes = dict.fromkeys((row["requesters"], row["open_each"]) for row in of_size)
             heights = {server: [row[column] for row in of_size if row["server"] == server] for server in SERVER_COLORS}
             bars(panel, [f"{many} x {each}" for many, each in shapes], heights)
-            panel.set_title(f"{size:,} bytes" if line == 0 else "")
+            panel.set_title(f"{size[0]:,} bytes, {size[1]}" if line == 0 else "")
             panel.set_xlabel("requesters x open tasks" if line else "")
         panels[0][0].set_ylabel("tasks per second")
         panels[1][0].set_ylabel("CPU time of the server per task (µs)")
