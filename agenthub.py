@@ -1,8 +1,8 @@
 """AgentHub: programs register what they can do, find each other, delegate tasks and get results.
 
 One file, to install (`pip install 'agenthub[standard]'`) or to copy into a project. It needs nothing
-but Python; `pydantic` and `websockets` are used where they are installed. A hub is started with
-`python -m agenthub hub`; an agent is a decorated function:
+but Python; it uses `pydantic` and `websockets` where they are installed. `python -m agenthub hub`
+starts a hub; an agent is a decorated function:
 
     from agenthub import Agent
 
@@ -14,22 +14,23 @@ but Python; `pydantic` and `websockets` are used where they are installed. A hub
 
     agent.run()
 
-and any other agent calls it with `await me.delegate("greet", {"name": "Ada"})`.
+Any other agent calls it with `await me.delegate("greet", {"name": "Ada"})`.
 
-The sections, top to bottom; each uses only those above it:
+The sections, top to bottom. Each uses only those above it:
 
-    1 Errors         what can go wrong, by whose fault it is
-    2 Messages       the ten messages of the wire, their limits, decode and encode; a checker, built in
-    3 Task states    the table that is the life of a task
-    4 Hub            every decision; no socket, no clock, no loop
-    5 Journal        what must survive the hub's death, in a file of SQLite
-    6 Transport      links: WebSocket and in memory; the protocol of WebSockets, built in
-    7 Server         the hub on an event loop, with sockets and timers
-    8 Agent          the SDK: both styles over one registry and one connection loop
+    1 Errors         the exceptions, by whose fault they are, and the codes on the wire
+    2 Messages       the ten messages, their limits, validation, decode and encode, JSON Schema
+    3 Task states    the transition table of a task, and the priority queue with lazy deletion
+    4 Hub            every decision about agents and tasks; no socket, no clock, no event loop
+    5 Journal        tasks and agents in an SQLite file, so that they survive the hub
+    6 Transport      links that carry messages: over a WebSocket, or in memory
+    7 Server         the hub on an event loop: sockets, timers, authentication, HTTP
+    8 Agent          the SDK: handlers, sessions, task handles, the connection loop
     9 Command line   hub, agent, status, call, bridge, schema, token
 
-What a deployer may tune stands in `HubSettings` (section 4). The wire is described in
-docs/protocol.md.
+Where to add what: a message or a field of one, in section 2 (a class in AgentMessage or HubMessage,
+and its `_on_` method in Hub); a state, in TRANSITIONS (section 3); a limit for deployers, in
+HubSettings (section 4); a command, in section 9. docs/protocol.md describes the wire.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ else:
     AsyncioProtocol = object
 
     class LazyModule:
-        """Stands for a module until it is first used. These would take half the time of the import of this one."""
+        """A module imported on first use. Importing these eagerly would double import time."""
 
         def __init__(self, name: str) -> None:
             self._name = name
@@ -98,8 +99,8 @@ else:
     pathlib, random, shutil, socket = map(LazyModule, ("pathlib", "random", "shutil", "socket"))
 
 if __name__ == "__main__":
-    # Run as a program this file is the module __main__, and what an agent's file imports would be a second copy, with
-    # classes of its own. So the copy that everybody imports is the one that runs, and of this one no more than this.
+    # Run as a program, this file is the module __main__, and `import agenthub` in an agent's file makes a second copy
+    # with other classes. So run the copy that others import, and stop this one here.
     sys.exit(importlib.import_module(__spec__.name if __spec__ else pathlib.Path(__file__).stem).main())
 
 __version__ = "0.1.0"
@@ -155,15 +156,17 @@ URL_DEFAULT = "ws://127.0.0.1:8765"
 
 
 def usable_version(package: str, oldest: tuple[int, int]) -> str | None:
-    """Return the version of a package to be used; None if it is missing or too old, or AGENTHUB_BUILTIN forbids it."""
+    """Return the version of an installed package; None if it is missing, broken, too old or AGENTHUB_BUILTIN is set."""
     if os.environ.get("AGENTHUB_BUILTIN", "0") not in ("", "0"):
         return None
     try:
         version = str(importlib.import_module(package).__version__)
     except (ImportError, AttributeError):
         return None
-    except Exception as error:  # As of a pydantic whose other half is of another version.
-        logging.getLogger("agenthub").warning("%s is installed, but cannot be used: %s", package, error)
+    except Exception as error:  # Such as a pydantic that does not match its pydantic_core.
+        logging.getLogger("agenthub").warning(
+            "%s is installed but broken, so the built-in parts are used; reinstall it: %s", package, error
+        )
         return None
     release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     return version if release >= oldest else None
@@ -173,14 +176,14 @@ def usable_version(package: str, oldest: tuple[int, int]) -> str | None:
 # 1 Errors
 #
 #   AgentHubError
-#   ├── InvalidMessage      the peer's fault: what came in is not a message
-#   ├── Refused             the caller's fault: the hub would not do what it was asked
-#   ├── Disconnected        life's: no connection to the hub, and none to come
-#   ├── TaskFailed          life's: the task has ended without an output
+#   ├── InvalidMessage      the peer's fault: it sent something that is not a message of the protocol
+#   ├── Refused             the caller's fault: the hub rejected its request
+#   ├── Disconnected        nobody's fault: the connection to the hub is lost and will not come back
+#   ├── TaskFailed          nobody's fault: the task ended without an output
 #   │   └── TaskTimeout       ... because its time to live was over
-#   ├── PackageMissing      the installation's: this needs a package that is not there
-#   ├── JournalError        the deployment's: the journal cannot be used as it is
-#   └── IllegalTransition   ours: a step that the table of task states does not have
+#   ├── PackageMissing      the installation's fault: a package is not installed
+#   ├── JournalError        the deployment's fault: the journal cannot be used
+#   └── IllegalTransition   our fault: the table of task states has no such transition
 # ============================================================================================
 
 
@@ -203,7 +206,7 @@ class Code(enum.StrEnum):
     OVERLOADED = "overloaded"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
-    # In a failed result only.
+    # Only in failed results.
     FAILED = "failed"
     CANCELLED = "cancelled"
     AGENT_LOST = "agent_lost"
@@ -214,7 +217,7 @@ class Code(enum.StrEnum):
 
 
 class AgentHubError(Exception):
-    """The base of all errors raised here. `code` is stable; `message` is for people."""
+    """The base of all errors of this module. `code` is stable, for programs; `message` is for people."""
 
     message: str
     code: str
@@ -226,7 +229,7 @@ class AgentHubError(Exception):
 
 
 class InvalidMessage(AgentHubError):
-    """What came in is not a message of the protocol. `reply_to` is its id, where one could be read."""
+    """A peer sent something that is not a message of the protocol. `reply_to` is its id, if that was readable."""
 
     reply_to: str | None
 
@@ -236,7 +239,7 @@ class InvalidMessage(AgentHubError):
 
 
 class Refused(AgentHubError):
-    """The hub refused a request, and nothing changed. `task_id` names the task it was about, if any."""
+    """The hub rejected a request, which had no effect. `task_id` is the task that it was about, if any."""
 
     task_id: str | None
 
@@ -246,7 +249,7 @@ class Refused(AgentHubError):
 
 
 class Disconnected(AgentHubError):
-    """There is no connection to the hub. `close_code` is the WebSocket close code, if there was one."""
+    """The connection to the hub is lost. `close_code` is the close code of the WebSocket, if it had one."""
 
     close_code: int | None
 
@@ -256,7 +259,7 @@ class Disconnected(AgentHubError):
 
 
 class TaskFailed(AgentHubError):
-    """A task ended without an output. A handler may raise it too, to fail its task with a code of its choice."""
+    """A task ended without an output. A handler raises it to fail its task with a code of its choice."""
 
     task_id: str | None
 
@@ -266,25 +269,25 @@ class TaskFailed(AgentHubError):
 
 
 class TaskTimeout(TaskFailed):
-    """A task's time to live was over before it ended."""
+    """A task did not end within its time to live."""
 
     def __init__(self, message: str, *, task_id: str | None = None) -> None:
         super().__init__(message, code=Code.TIMEOUT, task_id=task_id)
 
 
 class PackageMissing(AgentHubError, ImportError):
-    """A package is needed that is not installed. The message says which, and the command to install it."""
+    """A feature needs a package that is not installed. The message names the command that installs it."""
 
     def __init__(self, package: str, purpose: str) -> None:
         AgentHubError.__init__(self, f"{purpose} needs the package {package}: pip install {package}")
 
 
 class JournalError(AgentHubError):
-    """A journal cannot be used: it is no journal, damaged, of another version, or in use. The file is left as it is."""
+    """A journal cannot be used: it is not one, damaged, of another version or in use. The file was not changed."""
 
 
 class IllegalTransition(AgentHubError):
-    """The table of task states has no such step: a bug in the hub. Nothing has changed."""
+    """The table of task states has no such transition: a bug in the hub. Nothing has changed."""
 
 
 # ============================================================================================
@@ -1446,16 +1449,19 @@ def _in_order(schema: dict[str, Any]) -> dict[str, Any]:
 # ============================================================================================
 # 3 Task states
 #
-# A task is PENDING from its acceptance until an agent takes it, and whenever it is to be tried
-# again; IN_PROGRESS while exactly one agent, its assignee, holds it. The three other states are
-# final: an empty row has no way out, and the record is kept only for late fetching.
+# A task is PENDING from its acceptance until the hub assigns it to an agent, and again while it
+# waits for a retry. It is IN_PROGRESS while exactly one agent, its assignee, holds it. The other
+# three states are final: their rows are empty, and the record is kept only for late fetching.
 #
-# LazyHeap, the queue for what is due, stands here too, because both ends of a task have one.
+# `next_state` is the only reader of the table, and Hub._transition the only place that assigns a
+# task's state. README.md's diagram is generated from the table.
+#
+# LazyHeap stands here because both the hub and the SDK keep their deadlines in one.
 # ============================================================================================
 
 
 class TaskState(enum.StrEnum):
-    """Where a task stands."""
+    """The state of a task."""
 
     PENDING = "pending"
     IN_PROGRESS = "in_progress"
@@ -1465,15 +1471,15 @@ class TaskState(enum.StrEnum):
 
 
 class TaskEvent(enum.StrEnum):
-    """What can happen to a task."""
+    """The events that change a task's state."""
 
-    ASSIGNED = "assigned"  # The hub handed it to a free agent.
+    ASSIGNED = "assigned"  # The hub delivered it to an agent.
     SUCCEEDED = "succeeded"  # Its assignee sent an output.
     ERRED = "erred"  # Its assignee sent an error.
-    RETRIED = "retried"  # Its agent was lost, and it may be tried again.
-    LOST = "lost"  # Its agent was lost, and it may not.
-    CANCELLED = "cancelled"  # Its requester called it off, or its parent ended.
-    EXPIRED = "expired"  # Its deadline has come.
+    RETRIED = "retried"  # Its assignee is gone, and a retry is left.
+    LOST = "lost"  # Its assignee is gone, and no retry is left.
+    CANCELLED = "cancelled"  # Its requester cancelled it, or its parent task ended.
+    EXPIRED = "expired"  # Its deadline has passed.
 
 
 TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]] = {
@@ -1496,12 +1502,12 @@ TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]] = {
     TaskState.TIMEOUT: {},
 }
 FINAL_STATES: frozenset[TaskState] = frozenset(state for state, row in TRANSITIONS.items() if not row)
-# What every task goes through; to look up a member of an enum costs as much as a call before Python 3.12.
+# Used for every task: before Python 3.12, reading an enum member costs as much as a call.
 PENDING, ASSIGNED, SUCCEEDED = TaskState.PENDING, TaskEvent.ASSIGNED, TaskEvent.SUCCEEDED
 
 
 def next_state(state: TaskState, event: TaskEvent) -> TaskState:
-    """Return the state that follows; raise IllegalTransition if the table has no such step."""
+    """Return the state after an event; raise IllegalTransition if the table has no such transition."""
     try:
         return TRANSITIONS[state][event]
     except KeyError:
@@ -1512,10 +1518,11 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class LazyHeap(Generic[Item]):
-    """A priority queue whose items can be moved and taken back.
+    """A priority queue with lazy deletion: items can be moved and discarded.
 
-    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
-    is bounded by what is in the queue, and every operation is O(log n) on average.
+    Moving or discarding an item leaves its old entry in the heap as a dead one. The heap is rebuilt before it holds
+    twice as many entries as items, plus 64. So memory is proportional to the number of items, and every operation takes
+    O(log n) time, amortized.
     """
 
     __slots__ = ("_alive", "_entries", "_serial")
@@ -1529,7 +1536,7 @@ class LazyHeap(Generic[Item]):
         return len(self._alive)
 
     def push(self, item: Item, key: Any) -> None:
-        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
+        """Add `item` at `key`, or move it there. Items with equal keys come out in the order of their pushes."""
         self._serial += 1
         self._alive[item] = self._serial
         heapq.heappush(self._entries, (key, self._serial, item))
@@ -1537,6 +1544,7 @@ class LazyHeap(Generic[Item]):
             self._sweep()
 
     def discard(self, item: Item) -> None:
+        """Remove `item` if it is in the queue."""
         if self._alive.pop(item, None) is not None and len(self._entries) > 2 * len(self._alive) + 64:
             self._sweep()
 

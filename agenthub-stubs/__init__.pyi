@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 Id = str
-Opaque = str
+RequestId = str
+ResumeSecret = str
 Name = str
 Keyword = str
 Description = str
@@ -96,49 +97,49 @@ class Code(enum.StrEnum):
     HUB_LOST = "hub_lost"
 
 class AgentHubError(Exception):
-    """The base of all errors raised here. `code` is stable; `message` is for people."""
+    """The base of all errors of this module. `code` is stable, for programs; `message` is for people."""
 
     message: str
     code: str
     def __init__(self, message: str, *, code: str = ...) -> None: ...
 
 class InvalidMessage(AgentHubError):
-    """What came in is not a message of the protocol. `reply_to` is its id, where one could be read."""
+    """A peer sent something that is not a message of the protocol. `reply_to` is its id, if that was readable."""
 
     reply_to: str | None
     def __init__(self, message: str, *, code: str = ..., reply_to: str | None = None) -> None: ...
 
 class Refused(AgentHubError):
-    """The hub refused a request, and nothing changed. `task_id` names the task it was about, if any."""
+    """The hub rejected a request, which had no effect. `task_id` is the task that it was about, if any."""
 
     task_id: str | None
     def __init__(self, message: str, *, code: str, task_id: str | None = None) -> None: ...
 
 class Disconnected(AgentHubError):
-    """There is no connection to the hub. `close_code` is the WebSocket close code, if there was one."""
+    """The connection to the hub is lost. `close_code` is the close code of the WebSocket, if it had one."""
 
     close_code: int | None
     def __init__(self, message: str, *, close_code: int | None = None) -> None: ...
 
 class TaskFailed(AgentHubError):
-    """A task ended without an output. A handler may raise it too, to fail its task with a code of its choice."""
+    """A task ended without an output. A handler raises it to fail its task with a code of its choice."""
 
     task_id: str | None
     def __init__(self, message: str, *, code: str = ..., task_id: str | None = None) -> None: ...
 
 class TaskTimeout(TaskFailed):
-    """A task's time to live was over before it ended."""
+    """A task did not end within its time to live."""
     def __init__(self, message: str, *, task_id: str | None = None) -> None: ...
 
 class PackageMissing(AgentHubError, ImportError):
-    """A package is needed that is not installed. The message says which, and the command to install it."""
+    """A feature needs a package that is not installed. The message names the command that installs it."""
     def __init__(self, package: str, purpose: str) -> None: ...
 
 class JournalError(AgentHubError):
-    """A journal cannot be used: it is no journal, damaged, of another version, or in use. The file is left as it is."""
+    """A journal cannot be used: it is not one, damaged, of another version or in use. The file was not changed."""
 
 class IllegalTransition(AgentHubError):
-    """The table of task states has no such step: a bug in the hub. Nothing has changed."""
+    """The table of task states has no such transition: a bug in the hub. Nothing has changed."""
 
 class CloseCode(enum.IntEnum):
     """The WebSocket close codes that the hub uses."""
@@ -151,9 +152,19 @@ class CloseCode(enum.IntEnum):
     SILENT = 4001
     NOT_READING = 4002
 
+class ValidationError(ValueError):
+    """A value does not fit. `path` leads to the part that is wrong; `expected` are its possible JSON types, if its
+    type is wrong.
+    """
+    def __init__(self, reason: str, *path: str, expected: tuple[str, ...] = (), code: str = ...) -> None: ...
+    @classmethod
+    def of_type(cls, *expected: str) -> ValidationError: ...
+    def within(self, part: str) -> ValidationError:
+        """Return the same error, as one of the whole that holds `part`."""
+
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bounds of one string (one of PATTERNS, and a length), list (length) or number (value), for `Annotated`."""
+    """The limits of a string (one of PATTERNS, and a length), a list (length) or a number (value), for `Annotated`."""
 
     pattern: str | None = ...
     min_length: int | None = ...
@@ -161,20 +172,31 @@ class Limit:
     gt: float | None = ...
     ge: float | None = ...
     le: float | None = ...
+    def problem_of_size(self, value: str | list[Any]) -> str | None:
+        """Return how a string or a list exceeds this limit; None if it does not."""
+    def problem_of_number(self, value: float) -> str | None:
+        """Return how a number exceeds this limit; None if it does not."""
+    def validator(self, validate: Validator) -> Validator:
+        """Return `validate`, limited."""
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any: ...
 
 @dataclass(frozen=True, slots=True)
 class JsonLimit:
-    """Any JSON that passes `check_json`. What the hub itself reads has at most `bytes_max` bytes, and no NUL."""
+    """Any JSON. What the hub itself reads has at most `bytes_max` bytes, and no NUL.
+
+    Without `bytes_max` it is a payload, whose numbers and depth `decoder` checks in the bytes of the message.
+    """
 
     bytes_max: int | None = ...
-    @property
-    def check(self) -> Callable[[Any], Any]: ...
+    def check(self, value: Any) -> Any:
+        """Return `value`; raise ValidationError if it exceeds this limit, or is not JSON that every language reads."""
+    def validator(self, validate: Validator) -> Validator:
+        """Return `validate`, limited."""
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any: ...
 
 @dataclass(slots=True)
 class Capability:
-    """Something that an agent can do. The schemas are JSON Schemas of a task's input and output."""
+    """Something that an agent offers to do. The schemas are JSON Schemas of a task's input and output."""
 
     name: Name
     description: Description = ...
@@ -183,21 +205,21 @@ class Capability:
 
 @dataclass(slots=True)
 class ErrorInfo:
-    """Why a task ended without an output."""
+    """Why a task failed."""
 
     code: Name
     message: Text = ...
 
 @dataclass(slots=True)
 class TaskRef:
-    """A task that the hub holds to be in progress at an agent, and the attempt it is on."""
+    """A task in progress at an agent, and its current attempt."""
 
     task_id: str
     attempt: int
 
 @dataclass(slots=True)
 class AgentInfo:
-    """What one agent may know of another. `running` and `max_tasks` are counts of tasks."""
+    """What agents see of one another. `running` and `max_tasks` are counts of tasks."""
 
     agent_id: str
     name: str
@@ -209,10 +231,10 @@ class AgentInfo:
 
 @dataclass(slots=True, kw_only=True)
 class TaskInfo:
-    """What anybody may know of a task: no input, output or error text.
+    """What every agent may see of a task: no input, output or error text.
 
     `agent_id` is its assignee, or the agent that it waits for; `ttl` the seconds left, `age_s` the seconds since
-    the hub accepted it; `code` why it ended, if it failed.
+    the hub accepted it; `code` the reason of its failure.
     """
 
     task_id: str
@@ -231,33 +253,41 @@ class TaskInfo:
 
 @dataclass(slots=True, kw_only=True)
 class Register:
+    """Join, resume a session (`agent_id` with its secret, `resume`), or change what this connection registered."""
+
     type: Literal["register"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
     name: Name
     description: Description = ...
     capabilities: Annotated[list[Name | Capability], None] = field(default_factory=list)
     max_tasks: TaskLimit = ...
     metadata: Metadata = field(default_factory=dict)
     agent_id: Id | None = ...
-    resume: Opaque | None = ...
+    resume: ResumeSecret | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Deregister:
+    """Leave: at once, or with `drain` after the last task."""
+
     type: Literal["deregister"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
     drain: bool = ...
 
 @dataclass(slots=True, kw_only=True)
 class Discover:
+    """Find online agents by a keyword in their capabilities; an empty one finds all."""
+
     type: Literal["discover"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
     capability: Keyword = ...
     limit: Annotated[int, None] = ...
 
 @dataclass(slots=True, kw_only=True)
 class Delegate:
+    """Hand over a task to `agent_id`, or to the least loaded agent that offers `capability`. `ttl` is in seconds."""
+
     type: Literal["delegate"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
     task_id: Id
     agent_id: Id | None = ...
     capability: Name | None = ...
@@ -270,8 +300,10 @@ class Delegate:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
+    """End a task: the worker's outcome, or a requester's cancellation (`success` is false)."""
+
     type: Literal["result"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
     task_id: Id
     success: bool
     output: Json = ...
@@ -280,8 +312,10 @@ class Result:
 
 @dataclass(slots=True, kw_only=True)
 class Status:
+    """Ask for the hub's status, one task or the list of `tasks`; or report the `progress` of a task."""
+
     type: Literal["status"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
     task_id: Id | None = ...
     tasks: bool = ...
     progress: Fraction | None = ...
@@ -289,18 +323,26 @@ class Status:
 
 @dataclass(slots=True, kw_only=True)
 class Broadcast:
+    """Send any JSON to all other agents, or to those that offer `capability`."""
+
     type: Literal["broadcast"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
     message: Json
     capability: Name | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Heartbeat:
+    """Show that this agent is alive."""
+
     type: Literal["heartbeat"] = ...
-    id: Opaque | None = ...
+    id: RequestId | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Registered:
+    """The session: `resume` is its secret, `heartbeat_s` the interval, `tasks` those that the hub holds to be in
+    progress at this agent.
+    """
+
     type: Literal["register"] = ...
     reply_to: str | None = ...
     agent_id: Id
@@ -311,11 +353,15 @@ class Registered:
 
 @dataclass(slots=True, kw_only=True)
 class Deregistered:
+    """The agent left; the hub closes the connection."""
+
     type: Literal["deregister"] = ...
     reply_to: str | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Discovered:
+    """The agents found, best match first. `total` also counts those beyond the limit."""
+
     type: Literal["discover"] = ...
     reply_to: str | None = ...
     agents: list[AgentInfo]
@@ -323,7 +369,7 @@ class Discovered:
 
 @dataclass(slots=True, kw_only=True)
 class Delegated:
-    """A task handed to its agent. `ttl` is the seconds left, `attempt` the number of this delivery, from 1."""
+    """A task, delivered to its worker. `ttl` is the seconds left, `attempt` counts deliveries from 1."""
 
     type: Literal["delegate"] = ...
     task_id: str
@@ -339,7 +385,7 @@ class Delegated:
 
 @dataclass(slots=True, kw_only=True)
 class TaskOutcome:
-    """A task's end, told to its requester. `sender` is None when the hub itself ended it."""
+    """A task's outcome, delivered to its requester. `sender` is None if the hub itself ended the task."""
 
     type: Literal["result"] = ...
     task_id: str
@@ -352,10 +398,10 @@ class TaskOutcome:
 
 @dataclass(slots=True, kw_only=True)
 class StatusReply:
-    """A `status` from the hub: of itself, of all tasks or of one; progress; or word that a task has ended.
+    """The status of the hub, of all tasks or of one; a worker's progress; or, to a worker, the end of its task.
 
-    The fields of one task are those of TaskInfo. `input`, `output`, `error` and `detail` are shown to the task's
-    requester and assignee only.
+    The fields of one task are those of TaskInfo. Only its requester and its assignee see `input`, `output`, `error`
+    and `detail`.
     """
 
     type: Literal["status"] = ...
@@ -385,7 +431,7 @@ class StatusReply:
 
 @dataclass(slots=True, kw_only=True)
 class TaskAck:
-    """The part of StatusReply that answers most requests about a task; it goes out far more often than the rest."""
+    """The few fields of StatusReply that acknowledge a task: the message that a hub writes most often."""
 
     type: Literal["status"] = ...
     reply_to: str | None = ...
@@ -395,7 +441,7 @@ class TaskAck:
 
 @dataclass(slots=True, kw_only=True)
 class BroadcastReply:
-    """A broadcast on its way to an agent (`message`, `sender`), or the reply to its sender (`recipients`)."""
+    """A broadcast (`message`, `sender`), or the reply to its sender (`recipients`)."""
 
     type: Literal["broadcast"] = ...
     reply_to: str | None = ...
@@ -406,7 +452,7 @@ class BroadcastReply:
 
 @dataclass(slots=True, kw_only=True)
 class BroadcastDelivery:
-    """The part of BroadcastReply that goes to those who are meant to hear it."""
+    """The fields of BroadcastReply that its recipients get."""
 
     type: Literal["broadcast"] = ...
     sender: str
@@ -415,11 +461,15 @@ class BroadcastDelivery:
 
 @dataclass(slots=True, kw_only=True)
 class HeartbeatAck:
+    """The reply to a heartbeat."""
+
     type: Literal["heartbeat_ack"] = ...
     reply_to: str | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Error:
+    """A request was rejected and had no effect. `code` is one of Code."""
+
     type: Literal["error"] = ...
     reply_to: str | None = ...
     code: str
@@ -439,50 +489,35 @@ HubMessage = (
     | Error
 )
 HubOutput = HubMessage | TaskAck | BroadcastDelivery
+Validator = Callable[[Any], Any]
+
+class BuiltinCodec:
+    """Parse and write messages with nothing but the standard library."""
+
+    name: str
+    invalid: type[Exception]
+    def __init__(self) -> None: ...
+    def parser(self, union: Any) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
+    def encoder(self, message: type) -> Callable[[Any], bytes]:
+        """Return the function that writes messages of one class."""
 
 class PydanticCodec:
-    """Messages checked and written by Pydantic, from the annotations above.
+    """Parse and write messages with Pydantic, from the same annotations.
 
-    Strict: no string for a number, no bool for a number, no number that is not finite.
+    Strict: no string or bool for a number, and no number that is not finite.
     """
 
     name: Incomplete
     invalid: type[Exception]
     def __init__(self, version: str) -> None: ...
-    def validator(self, union: Any) -> Callable[[bytes], Any]:
-        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
-    def errors_of(self, error: Any) -> list[Any]:
-        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and perhaps `ctx`."""
-    def encoder(self, message: type) -> Callable[[Any], bytes]:
-        """Return the function that writes messages of one class."""
-
-Check = Callable[[Any], Any]
-
-class ValidationError(Exception):
-    """A value is not what it should be. `errors` are those of Pydantic."""
-
-    errors: Incomplete
-    def __init__(self, errors: list[dict[str, Any]]) -> None: ...
-    @classmethod
-    def because(cls, kind: str, text: str, **context: Any) -> ValidationError: ...
-    def within(self, part: str | int) -> list[dict[str, Any]]:
-        """Return the errors as those of a part of something."""
-
-class BuiltinCodec:
-    """Messages checked and written with nothing but the standard library."""
-
-    name: str
-    invalid: type[Exception]
-    def __init__(self) -> None: ...
-    def validator(self, union: Any) -> Callable[[bytes], Any]:
-        """Return a function that gives the message of `union` in some bytes, or raises `invalid`."""
-    def errors_of(self, error: Any) -> list[Any]:
-        """Return what was wrong: dicts of `type`, `loc` (the path to it), `msg` and `ctx`."""
+    def parser(self, union: Any) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
     def encoder(self, message: type) -> Callable[[Any], bytes]:
         """Return the function that writes messages of one class."""
 
 class TaskState(enum.StrEnum):
-    """Where a task stands."""
+    """The state of a task."""
 
     PENDING = "pending"
     IN_PROGRESS = "in_progress"
@@ -491,7 +526,7 @@ class TaskState(enum.StrEnum):
     TIMEOUT = "timeout"
 
 class TaskEvent(enum.StrEnum):
-    """What can happen to a task."""
+    """The events that change a task's state."""
 
     ASSIGNED = "assigned"
     SUCCEEDED = "succeeded"
@@ -506,16 +541,18 @@ FINAL_STATES: frozenset[TaskState]
 Item = TypeVar("Item", bound=Hashable)
 
 class LazyHeap(Generic[Item]):
-    """A priority queue whose items can be moved and taken back.
+    """A priority queue with lazy deletion: items can be moved and discarded.
 
-    Taking back leaves a dead entry behind; they are swept out before they outnumber the living by much, so that memory
-    is bounded by what is in the queue, and every operation is O(log n) on average.
+    Moving or discarding an item leaves its old entry in the heap as a dead one. The heap is rebuilt before it holds
+    twice as many entries as items, plus 64. So memory is proportional to the number of items, and every operation takes
+    O(log n) time, amortized.
     """
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
     def push(self, item: Item, key: Any) -> None:
-        """Put `item` in at `key`, or move it there. Equal keys come out in the order they went in."""
-    def discard(self, item: Item) -> None: ...
+        """Add `item` at `key`, or move it there. Items with equal keys come out in the order of their pushes."""
+    def discard(self, item: Item) -> None:
+        """Remove `item` if it is in the queue."""
     def first(self) -> tuple[Any, Item] | None:
         """Return the least key and its item, or None."""
 
@@ -1472,7 +1509,7 @@ class Handler:
 
     function: Callable[..., Any]
     capability: Capability
-    schema: dict[str, Any] | None
+    validate: Validator | None
     task_parameter: str | None
     sole_parameter: str | None
     is_async: bool

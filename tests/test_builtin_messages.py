@@ -758,7 +758,8 @@ def test_package_that_is_broken_is_not_used_and_the_log_says_so(
     monkeypatch.delenv("AGENTHUB_BUILTIN", raising=False)
     monkeypatch.setattr(agenthub.importlib, "import_module", broken)
     assert usable_version("pydantic", oldest=(2, 11)) is None
-    assert caplog.messages == ["pydantic is installed, but cannot be used: the other half is of another version"]
+    text = "pydantic is installed but broken, so the built-in parts are used; reinstall it: "
+    assert caplog.messages == [text + "the other half is of another version"]
 
 
 def test_object_of_a_class_of_ones_own_is_no_payload() -> None:
