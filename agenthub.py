@@ -1568,13 +1568,13 @@ class LazyHeap(Generic[Item]):
 # Facts go in with the time; each returns one Step: effects in order, and the changes to journal
 # before any of them is carried out:
 #
-#   connected(connection, now)                         a link has opened
-#   receive(connection, message, now, message_bytes)   a message, or what was wrong with it
-#   disconnected(connection, now)                      a link has closed
+#   connected(link, now)                               a link has opened
+#   receive(link, message, now, message_bytes)         a message, or what was wrong with it
+#   disconnected(link, now)                            a link has closed
 #   redeliver(task_id, now)                            an outcome was not sent
 #   tick(now)                                          next_deadline() has come
 #
-# Nothing here touches a socket, a file, a clock or a source of randomness; a `connection` is any
+# Nothing here touches a socket, a file, a clock or a source of randomness; a `link` is any
 # hashable thing of the caller's. The same calls in the same order give the same effects, so
 # whatever is iterated is a dict or a list, never a set.
 # ============================================================================================
@@ -1659,7 +1659,7 @@ class TaskRecord:
     depth: int
     accepted_at: float
     deadline: float
-    arrival: int  # Its place in the order of acceptance; kept over retries.
+    sequence: int  # Its place in the order of acceptance; kept over retries.
     bytes: int
     state: TaskState = TaskState.PENDING
     assignee: AgentRecord | None = None
@@ -1678,9 +1678,9 @@ class TaskRecord:
     is_journaled: bool = False  # A row of it has left in the changes of some step.
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands in a queue: the higher priority first, then the earlier arrival."""
-        return -self.request.priority, self.arrival
+    def queue_key(self) -> tuple[int, int]:
+        """Where it stands in a queue: the higher priority first, then the order of acceptance."""
+        return -self.request.priority, self.sequence
 
     @property
     def waits_for_agent(self) -> bool:
@@ -1699,7 +1699,7 @@ class AgentRecord:
     agent_id: str
     resume: str  # Its secret; empty after a restart, until it has said it.
     resume_hash: str = ""  # SHA-256 of that, in hex.
-    peer: Peer | None = None
+    connection: Connection | None = None
     there: bool = True
     departed: bool = False  # It deregistered: nothing is kept for it.
     leaving: Deregister | None = None  # The request to drain, until it is granted.
@@ -1716,16 +1716,16 @@ class AgentRecord:
     awaited: dict[str, TaskRecord] = field(default_factory=dict)  # Pending, and naming it.
     requested: dict[str, TaskRecord] = field(default_factory=dict)  # Open, and asked for by it.
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)  # Ended while it was away.
-    told: int = 0  # Records kept of ended tasks that it was told of, which does not mean that it heard.
+    delivered: int = 0  # Records kept of ended tasks that it was told of, which does not mean that it heard.
 
     @property
     def is_available(self) -> bool:
-        return self.peer is not None and self.leaving is None and len(self.running) < self.max_tasks
+        return self.connection is not None and self.leaving is None and len(self.running) < self.max_tasks
 
     @property
     def is_needed(self) -> bool:
         """Whether a gone agent still has a reason to come back."""
-        return bool(self.awaited) or (not self.departed and bool(self.requested or self.undelivered or self.told))
+        return bool(self.awaited) or (not self.departed and bool(self.requested or self.undelivered or self.delivered))
 
     @property
     def info(self) -> AgentInfo:
@@ -1741,10 +1741,10 @@ class AgentRecord:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Peer:
+class Connection:
     """One connection, and the agent that has registered on it (None: an observer)."""
 
-    connection: Hashable
+    link: Hashable
     last_seen: float
     agent: AgentRecord | None = None
     is_known: bool = False  # It has registered, or asked something.
@@ -1764,7 +1764,7 @@ class AgentRow(NamedTuple):
 class TaskRow(NamedTuple):
     """What a journal keeps of a task. Times are in seconds of the hub's clock; `end` is there if it has ended."""
 
-    arrival: int
+    sequence: int
     requester: str
     request: Delegate
     depth: int
@@ -1774,7 +1774,7 @@ class TaskRow(NamedTuple):
     state: TaskState
     assignee: str | None
     attempt: int
-    told: bool  # Its requester was told of the end.
+    is_delivered: bool  # Its requester was told of the end.
     ended_at: float
     end: TaskOutcome | None
 
@@ -1783,7 +1783,7 @@ class TaskRow(NamedTuple):
 class Changes:
     """What a journal writes at once: the latest row of each task and agent that changed."""
 
-    inserted: dict[int, TaskRow] = field(default_factory=dict)  # By arrival, as the next two.
+    inserted: dict[int, TaskRow] = field(default_factory=dict)  # By sequence, as the next two.
     updated: dict[int, TaskRow] = field(default_factory=dict)
     deleted: dict[int, None] = field(default_factory=dict)
     agents: dict[str, AgentRow | None] = field(default_factory=dict)  # By agent_id; None deletes the row.
@@ -1791,14 +1791,14 @@ class Changes:
     def merge(self, later: Changes) -> None:
         """Add later changes, whose rows supersede the earlier ones. Costs no more than `later` is long."""
         self.inserted.update(later.inserted)
-        for arrival, row in later.updated.items():
-            rows = self.inserted if arrival in self.inserted else self.updated
-            rows[arrival] = row
-        for arrival in later.deleted:
+        for sequence, row in later.updated.items():
+            rows = self.inserted if sequence in self.inserted else self.updated
+            rows[sequence] = row
+        for sequence in later.deleted:
             # A task that was both accepted and forgotten between two writes leaves no trace.
-            if self.inserted.pop(arrival, None) is None:
-                self.updated.pop(arrival, None)
-                self.deleted[arrival] = None
+            if self.inserted.pop(sequence, None) is None:
+                self.updated.pop(sequence, None)
+                self.deleted[sequence] = None
         self.agents.update(later.agents)
 
 
@@ -1861,7 +1861,7 @@ class PendingQueue:
         heap = self._by_requester.get(task.requester)
         if heap is None:
             heap = self._by_requester[task.requester] = LazyHeap()
-        heap.push(task, task.place)
+        heap.push(task, task.queue_key)
         self._update_head(task.requester, heap)
 
     def discard(self, task: TaskRecord) -> None:
@@ -2022,10 +2022,10 @@ class Hub:
         # What comes in with so many bytes fits into a message without trying: written again it may be longer, but not
         # by more than INFLATION_MAX.
         self._small_bytes_max = (settings.message_bytes_max - ENVELOPE_BYTES) // INFLATION_MAX
-        self.effort = 0  # What the last message cost to handle; a plain one costs 1.
+        self.cost = 0  # What the last message cost to handle; a plain one costs 1.
         self._refusals: dict[str, int] = {}  # How many, by code.
         self._closes: dict[str, int] = {}  # How many connections ended, by close code.
-        self._peers: dict[Hashable, Peer] = {}
+        self._connections: dict[Hashable, Connection] = {}
         self._agents: dict[str, AgentRecord] = {}
         self._gone: dict[str, AgentRecord] = {}  # Those of them past their grace time.
         self._pools: dict[str, Pool] = {}
@@ -2035,11 +2035,11 @@ class Hub:
         self._undelivered: dict[str, TaskRecord] = {}  # Whose requester is away. In the order of their ends.
         self._queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By agent_id and capability.
         self._deferred: dict[str, AgentRecord] = {}  # Who can take a task when all that is due has ended.
-        self._deadlines: LazyHeap[TaskRecord | AgentRecord | Peer] = LazyHeap()
+        self._deadlines: LazyHeap[TaskRecord | AgentRecord | Connection] = LazyHeap()
         # Where records are kept for a second, they are not left lying for thirty.
         self._sweep_interval_s = min(settings.reap_s, max(0.1, settings.retention_s / 10))
         self._next_sweep = now + self._sweep_interval_s
-        self._arrivals = 0
+        self._sequence = 0
         self._records_bytes = 0
         self._ended_bytes = 0  # Of those whose requester was told.
         self._counts = dict.fromkeys(TaskState, 0)
@@ -2047,16 +2047,16 @@ class Hub:
 
     # What happens.
 
-    def connected(self, connection: Hashable, now: float) -> Step:
+    def connected(self, link: Hashable, now: float) -> Step:
         """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
         self._advance(now)
-        peer = self._peers[connection] = Peer(connection, self._now)
-        self._deadlines.push(peer, self._now + min(self.settings.join_s, self.settings.silence_s))
+        connection = self._connections[link] = Connection(link, self._now)
+        self._deadlines.push(connection, self._now + min(self.settings.join_s, self.settings.silence_s))
         return self._take_step()
 
     def receive(
         self,
-        connection: Hashable,
+        link: Hashable,
         message: AgentMessage | InvalidMessage,
         now: float,
         message_bytes: int = 0,
@@ -2066,34 +2066,34 @@ class Hub:
 
         With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
         """
-        peer = self._peers.get(connection)
-        if peer is None:  # It was closed from this side, and this was still on its way.
+        connection = self._connections.get(link)
+        if connection is None:  # It was closed from this side, and this was still on its way.
             return Step([])
         if now > self._now:
             self._now = now
-        peer.last_seen = self._now
+        connection.last_seen = self._now
         self._message_bytes = message_bytes
-        self.effort = 1 + message_bytes // COST_BYTES
+        self.cost = 1 + message_bytes // COST_BYTES
         try:
             if refusal is not None:
                 raise refusal
-            self._RECEIVERS[type(message)](self, peer, message)
+            self._RECEIVERS[type(message)](self, connection, message)
         except Refused as refused:
-            self._refuse(peer, refused, getattr(message, "id", None), getattr(message, "task_id", None))
+            self._refuse(connection, refused, getattr(message, "id", None), getattr(message, "task_id", None))
         return self._take_step()
 
-    def failed(self, connection: Hashable, reply_to: str | None) -> Step:
+    def failed(self, link: Hashable, reply_to: str | None) -> Step:
         """Answer a message whose handling has raised an unexpected exception; what it did before that stays done."""
         text = "the hub failed while it handled this message; its log has the traceback"
-        self._effects.append((connection, Error(reply_to=reply_to, code=Code.INTERNAL, message=text)))
+        self._effects.append((link, Error(reply_to=reply_to, code=Code.INTERNAL, message=text)))
         return self._take_step()
 
-    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> Step:
+    def disconnected(self, link: Hashable, now: float, code: int = 1006) -> Step:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
         self._advance(now)
-        peer = self._peers.get(connection)
-        if peer is not None:
-            self._forget_connection(peer, code)
+        connection = self._connections.get(link)
+        if connection is not None:
+            self._forget_connection(connection, code)
         return self._take_step()
 
     def tick(self, now: float) -> Step:
@@ -2137,14 +2137,14 @@ class Hub:
 
     def summary(self) -> dict[str, Any]:
         """Return what `status` says of the hub itself."""
-        online = sum(1 for peer in self._peers.values() if peer.agent is not None)
+        online = sum(1 for connection in self._connections.values() if connection.agent is not None)
         return {
             "version": __version__,
             "protocol": PROTOCOL_VERSION,
             "uptime_s": round(self._now - self._started_at, 3),
             "agents": online,
-            "agents_away": sum(1 for agent in self._agents.values() if agent.peer is None),
-            "connections": len(self._peers),
+            "agents_away": sum(1 for agent in self._agents.values() if agent.connection is None),
+            "connections": len(self._connections),
             "tasks": {state.value: count for state, count in self._counts.items()},
             "ended": {state.value: count for state, count in self._totals.items()},
             "refused": dict(self._refusals),
@@ -2169,10 +2169,10 @@ class Hub:
         changes = Changes()
         for task, is_kept in tasks.items():
             if is_kept:
-                (changes.updated if task.is_journaled else changes.inserted)[task.arrival] = self._task_row(task)
+                (changes.updated if task.is_journaled else changes.inserted)[task.sequence] = self._task_row(task)
                 task.is_journaled = True
             elif task.is_journaled:
-                changes.deleted[task.arrival] = None
+                changes.deleted[task.sequence] = None
         for agent, is_kept in agents.items():
             changes.agents[agent.agent_id] = self._agent_row(agent) if is_kept else None
         return changes
@@ -2189,7 +2189,7 @@ class Hub:
 
     def _task_row(self, task: TaskRecord) -> TaskRow:
         return TaskRow(
-            arrival=task.arrival,
+            sequence=task.sequence,
             requester=task.requester.agent_id,
             request=task.request,
             depth=task.depth,
@@ -2199,7 +2199,7 @@ class Hub:
             state=task.state,
             assignee=task.assignee.agent_id if task.assignee is not None else None,
             attempt=task.attempt,
-            told=task.is_delivered,
+            is_delivered=task.is_delivered,
             ended_at=task.ended_at,
             end=self._outcome(task) if task.state in FINAL_STATES else None,
         )
@@ -2213,23 +2213,23 @@ class Hub:
         if self._is_journaled:
             self._changed_agents[agent] = is_kept
 
-    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> Step:
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
         """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
 
-        Requesters are told again of what ended after `retell_after`: the word of it may have been lost with the hub.
+        Requesters are told again of what ended after `redeliver_after`: the word of it may have been lost with the hub.
         """
         known: dict[str, AgentRecord] = {}
         for agent_row in agents:
             known[agent_row.agent_id] = self._restore_agent(agent_row)
         ended = []
-        for row in sorted(tasks, key=lambda row: row.arrival):
+        for row in sorted(tasks, key=lambda row: row.sequence):
             task = self._restore_task(row, known)
             if task.state in FINAL_STATES:
-                ended.append((task, row.told and row.ended_at < retell_after))
+                ended.append((task, row.is_delivered and row.ended_at < redeliver_after))
             else:
                 self._restore_open(task)
-        for task, is_told in sorted(ended, key=lambda one: one[0].ended_at):
-            self._restore_ended(task, is_told)
+        for task, is_delivered in sorted(ended, key=lambda one: one[0].ended_at):
+            self._restore_ended(task, is_delivered)
         self._forget_gone_agents()
         return self._take_step()
 
@@ -2251,7 +2251,7 @@ class Hub:
             return known.setdefault(agent_id, AgentRecord(agent_id, "", "", there=False, departed=True))
 
         request = row.request
-        self._arrivals = row.arrival
+        self._sequence = row.sequence
         # However the machine's clock was set meanwhile, nothing is older than now or lives longer than it should.
         now = self._now
         task = TaskRecord(
@@ -2262,7 +2262,7 @@ class Hub:
             row.depth,
             min(row.accepted_at, now),
             min(row.deadline, now + request.ttl),
-            row.arrival,
+            row.sequence,
             row.bytes,
             state=row.state,
             assignee=agent(row.assignee) if row.assignee is not None else None,
@@ -2283,9 +2283,9 @@ class Hub:
         elif task.assignee is not None:
             task.assignee.running[task.task_id] = task
 
-    def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
+    def _restore_ended(self, task: TaskRecord, is_delivered: bool) -> None:
         self._totals[task.state] += 1
-        if is_told or task.requester.departed:
+        if is_delivered or task.requester.departed:
             self._keep_delivered(task)
         else:
             self._keep_undelivered(task)
@@ -2293,17 +2293,17 @@ class Hub:
 
     # Joining and leaving.
 
-    def _on_register(self, peer: Peer, message: Register) -> None:
-        self.effort += len(message.capabilities)
+    def _on_register(self, connection: Connection, message: Register) -> None:
+        self.cost += len(message.capabilities)
         self._check_description(message)
-        agent = peer.agent
+        agent = connection.agent
         if agent is None:
-            agent = self._resumed(peer, message) or self._new_agent(message.name)
-            self._attach(agent, peer)
+            agent = self._resumed(connection, message) or self._new_agent(message.name)
+            self._attach(agent, connection)
             log_hub.info("joined agent=%s", agent.agent_id)
         self._describe(agent, message)
         if message.id is not None:
-            self._send(peer, self._registered(agent, message.id))
+            self._send(connection, self._registered(agent, message.id))
         for task in list(agent.undelivered.values()):
             del agent.undelivered[task.task_id], self._undelivered[task.task_id]
             self._mark_task(task)
@@ -2323,18 +2323,18 @@ class Hub:
             text = f"capabilities: their schemas are larger than {SCHEMAS_BYTES_MAX} bytes together"
             raise Refused(text, code=Code.TOO_LARGE)
 
-    def _resumed(self, peer: Peer, message: Register) -> AgentRecord | None:
+    def _resumed(self, connection: Connection, message: Register) -> AgentRecord | None:
         """Return the agent whose identity a connection takes up again, if the hub knows it."""
         agent = self._agents.get(message.agent_id or "")
         if agent is None:
             return None
         secret = message.resume or ""
         if not hmac.compare_digest(agent.resume_hash, hash_of(secret)):
-            peer.wrong_secrets += message.resume is not None
+            connection.wrong_secrets += message.resume is not None
             raise Refused("resume: is not the secret of that agent_id", code=Code.UNAUTHORIZED)
         agent.resume = secret
-        if agent.peer is not None:
-            self._close(agent.peer, CloseCode.REPLACED, "a newer connection has taken this agent over")
+        if agent.connection is not None:
+            self._close(agent.connection, CloseCode.REPLACED, "a newer connection has taken this agent over")
         return agent
 
     def _new_agent(self, name: str) -> AgentRecord:
@@ -2348,11 +2348,11 @@ class Hub:
         agent = self._agents[agent_id] = AgentRecord(agent_id, secret, hash_of(secret))
         return agent
 
-    def _attach(self, agent: AgentRecord, peer: Peer) -> None:
+    def _attach(self, agent: AgentRecord, connection: Connection) -> None:
         self._deadlines.discard(agent)
         self._gone.pop(agent.agent_id, None)
-        self._set_known(peer)
-        agent.peer, peer.agent = peer, agent
+        self._set_known(connection)
+        agent.connection, connection.agent = connection, agent
         agent.there, agent.departed, agent.leaving = True, False, None
 
     def _describe(self, agent: AgentRecord, message: Register) -> None:
@@ -2380,8 +2380,8 @@ class Hub:
             tasks=[TaskRef(task.task_id, task.attempt) for task in agent.running.values()],
         )
 
-    def _on_deregister(self, peer: Peer, message: Deregister) -> None:
-        agent = self._registered_agent(peer)
+    def _on_deregister(self, connection: Connection, message: Deregister) -> None:
+        agent = self._registered_agent(connection)
         if message.drain and agent.leaving is not None:
             raise Refused("drain: is under way", code=Code.SHUTTING_DOWN)
         if message.drain:
@@ -2393,42 +2393,44 @@ class Hub:
             self._leave_hub(agent, message)
 
     def _leave_if_drained(self, agent: AgentRecord) -> None:
-        if agent.leaving is not None and agent.peer is not None and not agent.running:
+        if agent.leaving is not None and agent.connection is not None and not agent.running:
             self._leave_hub(agent, agent.leaving)
 
     def _leave_hub(self, agent: AgentRecord, message: Deregister) -> None:
         """Grant a wish to leave."""
-        peer = agent.peer
-        if peer is None:
+        connection = agent.connection
+        if connection is None:
             raise AssertionError("an agent whose connection is lost waits out its grace time")
         for request in [message] if agent.leaving in (None, message) else [agent.leaving, message]:
             if request is not None and request.id is not None:
-                self._send(peer, Deregistered(reply_to=request.id))
-        self._close(peer, CloseCode.DONE, "deregistered")
+                self._send(connection, Deregistered(reply_to=request.id))
+        self._close(connection, CloseCode.DONE, "deregistered")
         agent.departed = True
         self._remove_agent(agent)
 
-    def _close(self, peer: Peer, code: int, reason: str) -> None:
-        self._effects.append((peer.connection, Close(code, reason)))
-        self._forget_connection(peer, code)
+    def _close(self, connection: Connection, code: int, reason: str) -> None:
+        self._effects.append((connection.link, Close(code, reason)))
+        self._forget_connection(connection, code)
 
-    def _set_known(self, peer: Peer) -> None:
+    def _set_known(self, connection: Connection) -> None:
         """Take note that a connection has said what it is here for."""
-        if not peer.is_known:
-            peer.is_known = True
-            self._deadlines.push(peer, self._now + self.settings.silence_s)
+        if not connection.is_known:
+            connection.is_known = True
+            self._deadlines.push(connection, self._now + self.settings.silence_s)
 
-    def _forget_connection(self, peer: Peer, code: int) -> None:
+    def _forget_connection(self, connection: Connection, code: int) -> None:
         """Forget a connection, and start the grace time of its agent."""
-        del self._peers[peer.connection]
-        self._deadlines.discard(peer)
+        del self._connections[connection.link]
+        self._deadlines.discard(connection)
         key = str(code) if code in CLOSE_CODES else "other"
         count(self._closes, key)
         level = logging.WARNING if code in WARNING_CLOSE_CODES else logging.DEBUG
-        log_hub.log(level, "closed code=%s agent=%s", key, peer.agent.agent_id if peer.agent is not None else None)
-        agent, peer.agent = peer.agent, None
+        log_hub.log(
+            level, "closed code=%s agent=%s", key, connection.agent.agent_id if connection.agent is not None else None
+        )
+        agent, connection.agent = connection.agent, None
         if agent is not None:
-            agent.peer = None
+            agent.connection = None
             self._update_load(agent)
             self._deadlines.push(agent, self._now + self.settings.grace_s)
 
@@ -2455,7 +2457,7 @@ class Hub:
             if not task.waits_for_agent:
                 self._end(task, TaskEvent.LOST, ErrorInfo(Code.AGENT_LOST, "its agent left before it began"))
 
-    def _on_deadline(self, subject: TaskRecord | AgentRecord | Peer) -> None:
+    def _on_deadline(self, subject: TaskRecord | AgentRecord | Connection) -> None:
         if isinstance(subject, TaskRecord):
             self._expire(subject)
         elif isinstance(subject, AgentRecord):
@@ -2463,36 +2465,38 @@ class Hub:
         else:
             self._on_silence(subject)
 
-    def _on_silence(self, peer: Peer) -> None:
-        silent_since = peer.last_seen + self.settings.silence_s
+    def _on_silence(self, connection: Connection) -> None:
+        silent_since = connection.last_seen + self.settings.silence_s
         if silent_since <= self._now:
-            self._close(peer, CloseCode.SILENT, "silent for three heartbeat intervals")
-        elif not peer.is_known:
+            self._close(connection, CloseCode.SILENT, "silent for three heartbeat intervals")
+        elif not connection.is_known:
             # Not 1008: a program that was only slow may try again.
-            self._close(peer, CloseCode.SILENT, f"neither registered nor asked anything in {self.settings.join_s:g} s")
+            self._close(
+                connection, CloseCode.SILENT, f"neither registered nor asked anything in {self.settings.join_s:g} s"
+            )
         else:
-            self._deadlines.push(peer, silent_since)
+            self._deadlines.push(connection, silent_since)
 
     def _expire(self, task: TaskRecord) -> None:
         text = f"its time to live of {task.deadline - task.accepted_at:g} s is over"
         self._end(task, TaskEvent.EXPIRED, ErrorInfo(Code.TIMEOUT, text))
 
-    def _on_heartbeat(self, peer: Peer, message: Heartbeat) -> None:
-        self._registered_agent(peer)
+    def _on_heartbeat(self, connection: Connection, message: Heartbeat) -> None:
+        self._registered_agent(connection)
         if message.id is not None:
-            self._send(peer, HeartbeatAck(reply_to=message.id))
+            self._send(connection, HeartbeatAck(reply_to=message.id))
 
     # Finding.
 
-    def _on_discover(self, peer: Peer, message: Discover) -> None:
-        self._set_known(peer)
+    def _on_discover(self, connection: Connection, message: Discover) -> None:
+        self._set_known(connection)
         keyword = message.capability.lower()
         ranks = self._finder.ranks(keyword) if keyword else dict.fromkeys(self._agents.values(), 0)
-        self.effort += (self._finder.scanned if keyword else len(ranks)) // COST_AGENTS
+        self.cost += (self._finder.scanned if keyword else len(ranks)) // COST_AGENTS
         ranked = [
             (rank, len(agent.running), agent.name, agent.agent_id)
             for agent, rank in ranks.items()
-            if agent.peer is not None and agent.leaving is None
+            if agent.connection is not None and agent.leaving is None
         ]
         found: list[AgentInfo] = []
         room = self.settings.message_bytes_max - self.settings.envelope_bytes
@@ -2502,41 +2506,41 @@ class Hub:
                 room -= agent.info_bytes
                 found.append(agent.info)
         if message.id is not None:
-            self._send(peer, Discovered(reply_to=message.id, agents=found, total=len(ranked)))
+            self._send(connection, Discovered(reply_to=message.id, agents=found, total=len(ranked)))
 
-    def _on_broadcast(self, peer: Peer, message: Broadcast) -> None:
-        sender = self._registered_agent(peer)
+    def _on_broadcast(self, connection: Connection, message: Broadcast) -> None:
+        sender = self._registered_agent(connection)
         self._check_size(message)
         relayed = BroadcastDelivery(sender=sender.agent_id, message=message.message, capability=message.capability)
         recipients = 0
         for agent in list(self._audience(message.capability)):
-            if agent is not sender and agent.peer is not None:
-                self._send(agent.peer, relayed)
+            if agent is not sender and agent.connection is not None:
+                self._send(agent.connection, relayed)
                 recipients += 1
-        self.effort *= max(1, recipients)
+        self.cost *= max(1, recipients)
         if message.id is not None:
-            self._send(peer, BroadcastReply(reply_to=message.id, recipients=recipients))
+            self._send(connection, BroadcastReply(reply_to=message.id, recipients=recipients))
 
     def _audience(self, capability: str | None) -> Iterable[AgentRecord]:
         if capability is None:
-            return (peer.agent for peer in self._peers.values() if peer.agent is not None)
+            return (connection.agent for connection in self._connections.values() if connection.agent is not None)
         pool = self._pools.get(capability)
         return pool.members.values() if pool is not None else ()
 
     # Asking.
 
-    def _on_status(self, peer: Peer, message: Status) -> None:
+    def _on_status(self, connection: Connection, message: Status) -> None:
         reply: StatusReply | TaskAck
         if message.task_id is None:
             reply = self._task_list() if message.tasks else StatusReply(hub=self.summary())
         elif message.progress is not None or message.detail is not None:
-            reply = self._on_progress(self._registered_agent(peer), message)
+            reply = self._on_progress(self._registered_agent(connection), message)
         else:
-            reply = self._task_report(self._known_task(message.task_id), peer.agent, message.id)
-        self._set_known(peer)
+            reply = self._task_report(self._known_task(message.task_id), connection.agent, message.id)
+        self._set_known(connection)
         if message.id is not None:
             reply.reply_to = message.id
-            self._send(peer, reply)
+            self._send(connection, reply)
 
     def _on_progress(self, agent: AgentRecord, message: Status) -> TaskAck:
         task = self._open_task(message.task_id or "")
@@ -2547,7 +2551,7 @@ class Hub:
         task.progress, task.detail = message.progress, message.detail
         self._grow(task, self._message_bytes - task.detail_bytes)
         task.detail_bytes = self._message_bytes
-        if task.requester.peer is not None:
+        if task.requester.connection is not None:
             report = StatusReply(
                 task_id=task.task_id,
                 state=task.state,
@@ -2557,7 +2561,7 @@ class Hub:
                 progress=task.progress,
                 detail=task.detail,
             )
-            self._send(task.requester.peer, report)
+            self._send(task.requester.connection, report)
         return self._acknowledged(task)
 
     def _acknowledged(self, task: TaskRecord, reply_to: str | None = None) -> TaskAck:
@@ -2614,32 +2618,32 @@ class Hub:
             if room < 0:
                 break
             listed.append(one)
-        self.effort += len(listed) // COST_TASKS
+        self.cost += len(listed) // COST_TASKS
         return StatusReply(tasks=listed, total=sum(map(len, records)))
 
     # Delegating.
 
-    def _on_delegate(self, peer: Peer, message: Delegate) -> None:
-        agent = self._registered_agent(peer)
+    def _on_delegate(self, connection: Connection, message: Delegate) -> None:
+        agent = self._registered_agent(connection)
         known = self._find(message.task_id)
         if known is not None:
-            self._repeat(peer, agent, known, message)
+            self._repeat(connection, agent, known, message)
             return
         parent = self._admit(agent, message)
         task = self._accept(agent, message, parent)
         worker = self._place(task)
-        self._acknowledge(peer, message, task)
+        self._acknowledge(connection, message, task)
         if worker is not None:
             self._hand_out(task, worker)
 
-    def _repeat(self, peer: Peer, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
+    def _repeat(self, connection: Connection, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
         """Answer a delegate that has been accepted before."""
         if task.requester is not agent or not same_content(task.request, message):
             raise Refused("task_id: belongs to another task", code=Code.DUPLICATE_TASK)
         if message.id is not None:
-            self._send(peer, self._acknowledged(task, message.id))
+            self._send(connection, self._acknowledged(task, message.id))
         if task.state in FINAL_STATES:
-            self._send(peer, self._outcome(task))
+            self._send(connection, self._outcome(task))
 
     def _admit(self, agent: AgentRecord, message: Delegate) -> TaskRecord | None:
         """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
@@ -2703,9 +2707,9 @@ class Hub:
         if parent is not None:
             deadline = min(deadline, parent.deadline)
             depth = parent.depth + 1
-        self._arrivals += 1
+        self._sequence += 1
         size = self._message_bytes + RECORD_BYTES
-        task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._arrivals, size)
+        task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._sequence, size)
         self._count(task)
         self._list_open(task)
         self._mark_task(task)
@@ -2764,7 +2768,7 @@ class Hub:
         agent.running[task.task_id] = task
 
     def _hand_out(self, task: TaskRecord, agent: AgentRecord) -> None:
-        if agent.peer is None:
+        if agent.connection is None:
             raise AssertionError("only an agent that is online is free")
         request = task.request
         delivery = Delegated(
@@ -2779,7 +2783,7 @@ class Hub:
             parent_id=request.parent_id,
             attempt=task.attempt,
         )
-        self._send(agent.peer, delivery)
+        self._send(agent.connection, delivery)
 
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
@@ -2808,7 +2812,7 @@ class Hub:
             queues = [self._queues.get((agent.agent_id, capability)) for capability in (None, *agent.capabilities)]
             candidates += [queue.first(None) for queue in queues if queue is not None]
         waiting = [task for task in candidates if task is not None]
-        return min(waiting, key=lambda task: task.place) if waiting else None
+        return min(waiting, key=lambda task: task.queue_key) if waiting else None
 
     def _unqueue(self, task: TaskRecord) -> None:
         target = self._target(task)
@@ -2853,8 +2857,8 @@ class Hub:
 
     # Ending.
 
-    def _on_result(self, peer: Peer, message: Result) -> None:
-        agent = self._registered_agent(peer)
+    def _on_result(self, connection: Connection, message: Result) -> None:
+        agent = self._registered_agent(connection)
         task = self._open_task(message.task_id)
         self._check_result(agent, task, message)
         self._check_size(message)
@@ -2865,7 +2869,7 @@ class Hub:
         else:
             reason = error_info(message.error).message or "its requester called it off"
             self._settle(task, TaskEvent.CANCELLED, error=ErrorInfo(Code.CANCELLED, reason))
-        self._acknowledge(peer, message, task)
+        self._acknowledge(connection, message, task)
         self._follow_up(task, worker)
 
     def _check_result(self, agent: AgentRecord, task: TaskRecord, message: Result) -> None:
@@ -2933,8 +2937,8 @@ class Hub:
                 self._hand_out(task, taker)
         else:
             self._deliver_outcome(task)
-            if worker is not None and worker is not task.settled_by and worker.peer is not None:
-                self._send(worker.peer, self._acknowledged(task))
+            if worker is not None and worker is not task.settled_by and worker.connection is not None:
+                self._send(worker.connection, self._acknowledged(task))
         if worker is not None:
             self._assign_waiting(worker)
             if worker.leaving is not None:
@@ -2949,12 +2953,12 @@ class Hub:
     def _deliver_outcome(self, task: TaskRecord) -> None:
         """Tell a task's end to its requester, or keep it until that one is back."""
         requester = task.requester
-        if requester.peer is None and not requester.departed and requester.agent_id in self._agents:
+        if requester.connection is None and not requester.departed and requester.agent_id in self._agents:
             self._keep_undelivered(task)
             return
         self._keep_delivered(task)
-        if requester.peer is not None:
-            self._send(requester.peer, self._outcome(task))
+        if requester.connection is not None:
+            self._send(requester.connection, self._outcome(task))
         if self._records_bytes > self.settings.records_bytes_max:
             self._make_room()
 
@@ -2965,7 +2969,7 @@ class Hub:
         self._ended[task.task_id] = task
         self._ended_bytes += task.bytes
         task.is_delivered = True
-        task.requester.told += 1
+        task.requester.delivered += 1
 
     def _forget_delivered(self, task_id: str) -> TaskRecord | None:
         """Take an ended task out of those whose requester was told; return it if it was one of them."""
@@ -2973,7 +2977,7 @@ class Hub:
         if task is not None:
             self._ended_bytes -= task.bytes
             task.is_delivered = False
-            task.requester.told -= 1
+            task.requester.delivered -= 1
         return task
 
     def _outcome(self, task: TaskRecord) -> TaskOutcome:
@@ -3040,29 +3044,31 @@ class Hub:
 
     # What the others share.
 
-    def _acknowledge(self, peer: Peer, message: Delegate | Result, task: TaskRecord) -> None:
+    def _acknowledge(self, connection: Connection, message: Delegate | Result, task: TaskRecord) -> None:
         """Answer a message with the state that it has led to, before what follows from that."""
         if message.id is not None:
-            self._send(peer, self._acknowledged(task, message.id))
+            self._send(connection, self._acknowledged(task, message.id))
 
     def _advance(self, now: float) -> None:
         if now > self._now:
             self._now = now
 
-    def _send(self, peer: Peer, message: HubOutput) -> None:
-        self._effects.append((peer.connection, message))
+    def _send(self, connection: Connection, message: HubOutput) -> None:
+        self._effects.append((connection.link, message))
 
-    def _refuse(self, peer: Peer, why: AgentHubError, reply_to: str | None, task_id: str | None = None) -> None:
-        self._send(peer, Error(reply_to=reply_to, code=why.code, message=why.message, task_id=task_id))
+    def _refuse(
+        self, connection: Connection, why: AgentHubError, reply_to: str | None, task_id: str | None = None
+    ) -> None:
+        self._send(connection, Error(reply_to=reply_to, code=why.code, message=why.message, task_id=task_id))
         count(self._refusals, why.code)
-        log_hub.warning("refused code=%s agent=%s", why.code, peer.agent.agent_id if peer.agent else None)
-        if peer.wrong_secrets >= TRIES_MAX:
-            self._close(peer, CloseCode.NOT_ALLOWED, "tried too many secrets")
+        log_hub.warning("refused code=%s agent=%s", why.code, connection.agent.agent_id if connection.agent else None)
+        if connection.wrong_secrets >= TRIES_MAX:
+            self._close(connection, CloseCode.NOT_ALLOWED, "tried too many secrets")
 
-    def _registered_agent(self, peer: Peer) -> AgentRecord:
-        if peer.agent is None:
+    def _registered_agent(self, connection: Connection) -> AgentRecord:
+        if connection.agent is None:
             raise Refused("register first; before that only status and discover", code=Code.NOT_REGISTERED)
-        return peer.agent
+        return connection.agent
 
     def _find(self, task_id: str) -> TaskRecord | None:
         return self._open.get(task_id) or self._ended.get(task_id) or self._undelivered.get(task_id)
@@ -3080,10 +3086,10 @@ class Hub:
             raise Refused("that task has ended", code=Code.TASK_OVER)
         return task
 
-    def _on_invalid(self, peer: Peer, message: InvalidMessage) -> None:
-        self._refuse(peer, message, message.reply_to)
+    def _on_invalid(self, connection: Connection, message: InvalidMessage) -> None:
+        self._refuse(connection, message, message.reply_to)
 
-    _RECEIVERS: typing.ClassVar[dict[type, Callable[[Hub, Peer, Any], None]]] = {
+    _RECEIVERS: typing.ClassVar[dict[type, Callable[[Hub, Connection, Any], None]]] = {
         Register: _on_register,
         Deregister: _on_deregister,
         Discover: _on_discover,
@@ -3357,7 +3363,7 @@ class Journal:
         if abs(step_s) <= CLOCK_STEP_S:  # All times in the file are by the same offset.
             clock_offset = self._clock_offset
         new = [(*self._kept(row, clock_offset), *self._moving(row, clock_offset)) for row in changes.inserted.values()]
-        moved = [(*self._moving(row, clock_offset), row.arrival) for row in changes.updated.values()]
+        moved = [(*self._moving(row, clock_offset), row.sequence) for row in changes.updated.values()]
         agents = [
             (row.agent_id, row.resume_hash, encode(row.register), row.there, row.departed)
             for row in changes.agents.values()
@@ -3376,7 +3382,7 @@ class Journal:
                 " WHERE arrival = ?",
                 moved,
             )
-            database.executemany("DELETE FROM tasks WHERE arrival = ?", [(arrival,) for arrival in changes.deleted])
+            database.executemany("DELETE FROM tasks WHERE arrival = ?", [(sequence,) for sequence in changes.deleted])
             database.executemany("DELETE FROM agents WHERE agent_id = ?", gone)
             database.execute("COMMIT")
         except BaseException:
@@ -3396,13 +3402,13 @@ class Journal:
         """Return the columns that never change."""
         request = encode(dataclasses.replace(row.request, id=None))
         accepted_at, deadline = row.accepted_at + clock_offset, row.deadline + clock_offset
-        return row.arrival, row.requester, request, row.depth, accepted_at, deadline
+        return row.sequence, row.requester, request, row.depth, accepted_at, deadline
 
     def _moving(self, row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
         """Return the columns that change with the state."""
         end = encode(row.end) if row.end is not None else None
         ended_at = row.ended_at + clock_offset if row.end is not None else 0.0
-        told = self._writes if row.told else 0
+        told = self._writes if row.is_delivered else 0
         return row.bytes, row.state.value, row.assignee, row.attempt, told, ended_at, end
 
     def take_reserve(self) -> bool:
@@ -5013,6 +5019,52 @@ def websockets_used() -> WebSockets:
     return WebSockets(f"websockets {version}", server, client, InvalidHandshake)
 
 
+class Timers:
+    """Calls functions at set times, with one timer of the loop for all: most are cancelled long before they are due."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due: LazyHeap[Callable[[], None]] = LazyHeap()
+        self._timer: asyncio.TimerHandle | None = None
+        self._armed_for = math.inf
+
+    def set(self, function: Callable[[], None], when: float) -> None:
+        """Call `function` at `when` by the loop's clock; one that is set already is moved there."""
+        self._due.push(function, when)
+        if when < self._armed_for:
+            self._arm(when)
+
+    def cancel(self, function: Callable[[], None]) -> None:
+        """Do not call `function`. Without effect if it is not set."""
+        self._due.discard(function)
+
+    def clear(self) -> None:
+        """Call none of them."""
+        self._due = LazyHeap()
+        self._disarm()
+
+    def _arm(self, when: float) -> None:
+        self._disarm()
+        self._armed_for = when
+        self._timer = self._loop.call_at(when, self._ring)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._armed_for = None, math.inf
+
+    def _ring(self) -> None:
+        now = max(self._loop.time(), self._armed_for)  # A timer may fire up to the clock's resolution early.
+        self._timer, self._armed_for = None, math.inf
+        try:
+            while (first := self._due.first()) is not None and first[0] <= now:
+                self._due.discard(first[1])
+                first[1]()
+        finally:  # If one raises, the others are called nevertheless.
+            if (first := self._due.first()) is not None and first[0] < self._armed_for:
+                self._arm(first[0])
+
+
 # ============================================================================================
 # 7 Server
 #
@@ -5437,7 +5489,7 @@ class GroupCommit:
         self._thread = ThreadPoolExecutor(1, "agenthub-journal")
         self._changes: Changes | None = None  # To be in the next write ...
         self._held: list[Effect] = []  # ... and the effects to be carried out after it.
-        self._efforts: dict[Link, int] = {}  # What the messages cost whose effects are held back.
+        self._costs: dict[Link, int] = {}  # What the messages cost whose effects are held back.
         self._is_closed = False
         self._idle = asyncio.Event()  # Nothing is held back.
         self._idle.set()
@@ -5460,11 +5512,11 @@ class GroupCommit:
             self._idle.clear()
             self._loop.call_soon(self._write)  # With what else comes in during this turn of the loop.
 
-    def spend(self, link: Link, effort: int) -> None:
+    def charge(self, link: Link, cost: int) -> None:
         """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
         if not self._idle.is_set():
-            spent = self._efforts[link] = self._efforts.get(link, 0) + effort
-            if spent > COST_PER_WRITE_MAX:
+            total = self._costs[link] = self._costs.get(link, 0) + cost
+            if total > COST_PER_WRITE_MAX:
                 link.pause_reading(PauseReason.JOURNAL)
 
     async def close(self, within_s: float) -> None:
@@ -5530,8 +5582,8 @@ class GroupCommit:
                 self._idle.set()
 
     def _read_on(self) -> None:
-        efforts, self._efforts = self._efforts, {}
-        for link in efforts:
+        costs, self._costs = self._costs, {}
+        for link in costs:
             link.resume_reading(PauseReason.JOURNAL)
 
     def _on_failure(self, error: BaseException, changes: Changes, held: list[Effect]) -> None:
@@ -5584,8 +5636,7 @@ class LocalHub:
         self._journal = journal
         self._commit: GroupCommit | None = None
         self._links: dict[Link, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._armed_for = math.inf
+        self._tick_at = math.inf  # When `_tick` is to be called; it may be early.
         self._is_arming = False
         self._is_running = False
 
@@ -5600,6 +5651,7 @@ class LocalHub:
         codec()  # Compiled now, not when the first message waits for it.
         self._is_verbose = log_hub.isEnabledFor(logging.DEBUG)  # Asked once, not for each message.
         self._loop = asyncio.get_running_loop()
+        self._timers = Timers()
         now = self._loop.time()
         self.hub = Hub(self.settings, entropy=os.urandom, now=now, is_journaled=self._journal is not None)
         if self._journal is not None:
@@ -5637,8 +5689,7 @@ class LocalHub:
         if self._commit is not None:
             await self._commit.flush(CLOSING_S)
         self._is_running = False
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timers.clear()
         links = self._stop_listening()
         for link in links:
             link.close(CloseCode.GOING_AWAY, "the hub is shutting down")
@@ -5687,8 +5738,8 @@ class LocalHub:
             step = self.hub.failed(link, getattr(message, "id", None))
         self._apply(step)
         if commit is not None:
-            commit.spend(link, self.hub.effort)
-        link.charge(self.hub.effort)
+            commit.charge(link, self.hub.cost)
+        link.charge(self.hub.cost)
 
     @staticmethod
     def _refusal(link: Link, message: Any) -> Refused | None:
@@ -5738,25 +5789,20 @@ class LocalHub:
             self._apply(self.hub.redeliver(action.task_id, self._loop.time()))
 
     def _arm(self) -> None:
-        """See to it that `_tick` is called at the hub's next deadline. A timer that is too early does no harm."""
+        """Have `_tick` called at the hub's next deadline, or before: an early tick costs less than moving it."""
         self._is_arming = False
         deadline = self.hub.next_deadline()
-        if self._timer is not None:
-            if self._armed_for <= deadline:
-                return
-            self._timer.cancel()
-        if not self._is_running:
-            return
-        self._armed_for = deadline
-        self._timer = self._loop.call_at(deadline, self._tick)
+        if deadline < self._tick_at and self._is_running:
+            self._tick_at = deadline
+            self._timers.set(self._tick, deadline)
 
     def _tick(self) -> None:
-        self._timer = None
+        now = max(self._loop.time(), self._tick_at)  # A timer may fire up to the clock's resolution early.
+        self._tick_at = math.inf
         try:
-            # A timer may fire up to the clock's resolution early.
-            self._apply(self.hub.tick(max(self._loop.time(), self._armed_for)))
+            self._apply(self.hub.tick(now))
         finally:
-            self._arm()  # Whatever fails, deadlines go on.
+            self._arm()  # A tick that fails must not stop the deadlines.
 
 
 class HubServer(LocalHub):
@@ -6505,52 +6551,6 @@ class HubConnection:
         self._next_session.exception()  # Marks it as retrieved: perhaps nobody waits.
         self._tell_followers(Disconnected(str(error)))
         self.followers.clear()
-
-
-class Timers:
-    """Calls functions at set times, by one timer of the loop for all: most are taken back long before they are due."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._due: LazyHeap[Callable[[], None]] = LazyHeap()
-        self._timer: asyncio.TimerHandle | None = None
-        self._armed_for = math.inf
-
-    def set(self, function: Callable[[], None], when: float) -> None:
-        """Call `function` when it is `when` by the loop's clock; one that is set already is moved there."""
-        self._due.push(function, when)
-        if when < self._armed_for:
-            self._arm(when)
-
-    def cancel(self, function: Callable[[], None]) -> None:
-        """Take it back. Without effect if it is not set."""
-        self._due.discard(function)
-
-    def clear(self) -> None:
-        """Take all back."""
-        self._due = LazyHeap()
-        self._disarm()
-
-    def _arm(self, when: float) -> None:
-        self._disarm()
-        self._armed_for = when
-        self._timer = self._loop.call_at(when, self._ring)
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._armed_for = None, math.inf
-
-    def _ring(self) -> None:
-        now = max(self._loop.time(), self._armed_for)  # A timer may fire up to the clock's resolution early.
-        self._timer, self._armed_for = None, math.inf
-        try:
-            while (first := self._due.first()) is not None and first[0] <= now:
-                self._due.discard(first[1])
-                first[1]()
-        finally:  # Whatever fails, the others are called.
-            if (first := self._due.first()) is not None and first[0] < self._armed_for:
-                self._arm(first[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -600,7 +600,7 @@ class TaskRecord:
     depth: int
     accepted_at: float
     deadline: float
-    arrival: int
+    sequence: int
     bytes: int
     state: TaskState = ...
     assignee: AgentRecord | None = ...
@@ -618,8 +618,8 @@ class TaskRecord:
     is_delivered: bool = ...
     is_journaled: bool = ...
     @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands in a queue: the higher priority first, then the earlier arrival."""
+    def queue_key(self) -> tuple[int, int]:
+        """Where it stands in a queue: the higher priority first, then the order of acceptance."""
     @property
     def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
@@ -635,7 +635,7 @@ class AgentRecord:
     agent_id: str
     resume: str
     resume_hash: str = ...
-    peer: Peer | None = ...
+    connection: Connection | None = ...
     there: bool = ...
     departed: bool = ...
     leaving: Deregister | None = ...
@@ -652,7 +652,7 @@ class AgentRecord:
     awaited: dict[str, TaskRecord] = field(default_factory=dict)
     requested: dict[str, TaskRecord] = field(default_factory=dict)
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)
-    told: int = ...
+    delivered: int = ...
     @property
     def is_available(self) -> bool: ...
     @property
@@ -662,10 +662,10 @@ class AgentRecord:
     def info(self) -> AgentInfo: ...
 
 @dataclass(slots=True, eq=False, repr=False)
-class Peer:
+class Connection:
     """One connection, and the agent that has registered on it (None: an observer)."""
 
-    connection: Hashable
+    link: Hashable
     last_seen: float
     agent: AgentRecord | None = ...
     is_known: bool = ...
@@ -683,7 +683,7 @@ class AgentRow(NamedTuple):
 class TaskRow(NamedTuple):
     """What a journal keeps of a task. Times are in seconds of the hub's clock; `end` is there if it has ended."""
 
-    arrival: int
+    sequence: int
     requester: str
     request: Delegate
     depth: int
@@ -693,7 +693,7 @@ class TaskRow(NamedTuple):
     state: TaskState
     assignee: str | None
     attempt: int
-    told: bool
+    is_delivered: bool
     ended_at: float
     end: TaskOutcome | None
 
@@ -775,15 +775,15 @@ class Hub:
     settings: HubSettings
     shutting_down: bool
     is_full: bool
-    effort: int
+    cost: int
     def __init__(
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None: ...
-    def connected(self, connection: Hashable, now: float) -> Step:
+    def connected(self, link: Hashable, now: float) -> Step:
         """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
     def receive(
         self,
-        connection: Hashable,
+        link: Hashable,
         message: AgentMessage | InvalidMessage,
         now: float,
         message_bytes: int = 0,
@@ -793,9 +793,9 @@ class Hub:
 
         With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
         """
-    def failed(self, connection: Hashable, reply_to: str | None) -> Step:
+    def failed(self, link: Hashable, reply_to: str | None) -> Step:
         """Answer a message whose handling has raised an unexpected exception; what it did before that stays done."""
-    def disconnected(self, connection: Hashable, now: float, code: int = 1006) -> Step:
+    def disconnected(self, link: Hashable, now: float, code: int = 1006) -> Step:
         """Take note of a lost connection: its agent's place is kept for the grace time."""
     def tick(self, now: float) -> Step:
         """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
@@ -810,10 +810,10 @@ class Hub:
         """How many tasks are in progress."""
     def summary(self) -> dict[str, Any]:
         """Return what `status` says of the hub itself."""
-    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], retell_after: float) -> Step:
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
         """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
 
-        Requesters are told again of what ended after `retell_after`: the word of it may have been lost with the hub.
+        Requesters are told again of what ended after `redeliver_after`: the word of it may have been lost with the hub.
         """
 
 Kept = TypeVar("Kept")
@@ -1202,6 +1202,16 @@ class WebSockets(NamedTuple):
     client: Callable[[str, int], WebSocketProtocol]
     refused: type[Exception]
 
+class Timers:
+    """Calls functions at set times, with one timer of the loop for all: most are cancelled long before they are due."""
+    def __init__(self) -> None: ...
+    def set(self, function: Callable[[], None], when: float) -> None:
+        """Call `function` at `when` by the loop's clock; one that is set already is moved there."""
+    def cancel(self, function: Callable[[], None]) -> None:
+        """Do not call `function`. Without effect if it is not set."""
+    def clear(self) -> None:
+        """Call none of them."""
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What one token allows: in which namespace, which of RIGHTS, and for which capabilities.
@@ -1295,7 +1305,7 @@ class GroupCommit:
     def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None: ...
     def add(self, step: Step) -> None:
         """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
-    def spend(self, link: Link, effort: int) -> None:
+    def charge(self, link: Link, cost: int) -> None:
         """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
     async def close(self, within_s: float) -> None:
         """Write what is left, for at most `within_s` seconds, and close the journal."""
@@ -1482,16 +1492,6 @@ class HubConnection:
         """Run a coroutine in the background until the connection is closed."""
     async def close(self) -> None:
         """Close the session, cancel what runs in the background, and fail whatever waits."""
-
-class Timers:
-    """Calls functions at set times, by one timer of the loop for all: most are taken back long before they are due."""
-    def __init__(self) -> None: ...
-    def set(self, function: Callable[[], None], when: float) -> None:
-        """Call `function` when it is `when` by the loop's clock; one that is set already is moved there."""
-    def cancel(self, function: Callable[[], None]) -> None:
-        """Take it back. Without effect if it is not set."""
-    def clear(self) -> None:
-        """Take all back."""
 
 @dataclass(frozen=True, slots=True)
 class HandlerOptions:

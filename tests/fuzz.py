@@ -731,7 +731,7 @@ async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: li
         demand(socket.link.gone.is_set(), "a link outlives its server")
         demand(server.told.get(socket.link) in (None, "closed"), "nobody was told that a link has closed")
         check_written(bytes(socket.written))
-    demand(not server.hub._peers, "the hub remembers a connection that has ended")
+    demand(not server.hub._connections, "the hub remembers a connection that has ended")
 
 
 class Frame(NamedTuple):
@@ -1089,13 +1089,13 @@ class Story:
         self.said: list[bytes] = []
         self.secrets: dict[str, str] = {}  # By agent_id.
         self.owners: dict[bytes, list[TaskRecord]] = {}  # Of what is private: the tasks it belongs to.
-        self.known: dict[int, tuple[TaskRecord, TaskState, bool]] = {}  # By arrival; and whether the hub has it still.
+        self.known: dict[int, tuple[TaskRecord, TaskState, bool]] = {}  # By sequence; and whether the hub has it still.
         self.told: collections.Counter[int] = collections.Counter()
         self.asked: collections.Counter[int] = collections.Counter()
         self.draining: set[tuple[str, str]] = set()  # Connections, and the ids of their wishes to leave.
         self.effects: list[tuple[str, Any]] = []  # Of this step.
         self.agent_before: dict[str, AgentRecord] = {}  # By connection.
-        self.assignee_before: dict[int, AgentRecord | None] = {}  # By arrival.
+        self.assignee_before: dict[int, AgentRecord | None] = {}  # By sequence.
 
     def agents(self) -> dict[str, AgentRecord]:
         return self.world.hub._agents
@@ -1105,8 +1105,8 @@ class Story:
         return [*hub._open.values(), *hub._ended.values(), *hub._undelivered.values()]
 
     def agents_by_connection(self) -> dict[str, AgentRecord]:
-        peers = self.world.hub._peers.items()
-        return {str(connection): peer.agent for connection, peer in peers if peer.agent is not None}
+        connections = self.world.hub._connections.items()
+        return {str(link): one.agent for link, one in connections if one.agent is not None}
 
     def look_at(self, step: agenthub.Step) -> None:
         self.effects += step.effects
@@ -1117,7 +1117,7 @@ class Story:
     def begin(self) -> None:
         self.effects = []
         self.agent_before = self.agents_by_connection()
-        self.assignee_before = {task.arrival: task.assignee for task in self.records()}
+        self.assignee_before = {task.sequence: task.assignee for task in self.records()}
 
     def connection(self, number: int) -> str | None:
         connections = list(self.world.programs)
@@ -1143,7 +1143,7 @@ class Story:
         else:
             task = known or self.task_of(message)
             if task is not None:
-                self.asked[task.arrival] += isinstance(message, Delegate) and was_over
+                self.asked[task.sequence] += isinstance(message, Delegate) and was_over
                 for private in re.findall(rb"private-\d+-", raw):
                     self.owners.setdefault(private, []).append(task)
         self.end(message)
@@ -1263,7 +1263,7 @@ class Story:
             tasks = self.owners.get(private)
             demand(tasks, f"{private!r} was refused, and goes out")
             may_hear = [one for task in tasks or () for one in (task.requester, task.assignee)]
-            may_hear += [self.assignee_before.get(task.arrival) for task in tasks or ()]
+            may_hear += [self.assignee_before.get(task.sequence) for task in tasks or ()]
             if isinstance(effect, Delegated):
                 may_hear = [hearer] if hearer is not None and hearer.agent_id == effect.agent_id else []
             demand(hearer is not None and hearer in may_hear, f"{private!r} is shown to somebody else")
@@ -1292,23 +1292,23 @@ class Story:
         demand(task is not None, "an end is told of a task that the hub does not know")
         assert task is not None
         demand(settled.state == task.state and task.state in FINAL_STATES, "an end is told that is none")
-        self.told[task.arrival] += 1
-        demand(self.told[task.arrival] <= 1 + self.asked[task.arrival], "an end is told too often")
-        return task.arrival
+        self.told[task.sequence] += 1
+        demand(self.told[task.sequence] <= 1 + self.asked[task.sequence], "an end is told too often")
+        return task.sequence
 
     def check_states(self, told_now: set[int]) -> None:
         """See that a final state stays, and that its requester hears of it if it is there."""
-        records = {task.arrival: task for task in self.records()}
+        records = {task.sequence: task for task in self.records()}
         demand(len(records) == len(self.records()), "a task is listed twice")
-        for arrival, (task, state, is_kept) in self.known.items():
+        for sequence, (task, state, is_kept) in self.known.items():
             demand(task.state is state or state not in FINAL_STATES, f"{state} was final, and now it is {task.state}")
-            demand(arrival in records or task.state in FINAL_STATES, "an open task is forgotten")
-            demand(is_kept or arrival not in records, "a task comes back")
-        for arrival, task in {**{arrival: one[0] for arrival, one in self.known.items()}, **records}.items():
-            state = self.known[arrival][1] if arrival in self.known else TaskState.PENDING
-            if task.state in FINAL_STATES and state not in FINAL_STATES and task.requester.peer is not None:
-                demand(arrival in told_now, f"{task.task_id} has ended and its requester was not told")
-            self.known[arrival] = task, task.state, arrival in records
+            demand(sequence in records or task.state in FINAL_STATES, "an open task is forgotten")
+            demand(is_kept or sequence not in records, "a task comes back")
+        for sequence, task in {**{sequence: one[0] for sequence, one in self.known.items()}, **records}.items():
+            state = self.known[sequence][1] if sequence in self.known else TaskState.PENDING
+            if task.state in FINAL_STATES and state not in FINAL_STATES and task.requester.connection is not None:
+                demand(sequence in told_now, f"{task.task_id} has ended and its requester was not told")
+            self.known[sequence] = task, task.state, sequence in records
 
     def check_counters(self) -> None:
         hub = self.world.hub
@@ -1320,7 +1320,7 @@ class Story:
         demand(hub._ended_bytes == sum(task.bytes for task in hub._ended.values()), "those of ended ones are")
         demand(all(task.bytes > 0 for task in records), "a record has no size")
         told = collections.Counter(task.requester for task in hub._ended.values())
-        demand(all(agent.told == told[agent] for agent in self.agents().values()), "told is counted wrong")
+        demand(all(agent.delivered == told[agent] for agent in self.agents().values()), "told is counted wrong")
 
 
 # Of the machine's invariants those that need no books but the hub's own.

@@ -41,8 +41,8 @@ def changes_of(
 ) -> Changes:
     """Return changes that write these rows of tasks and agents, and delete the agents that are gone."""
     return Changes(
-        {row.arrival: row for row in inserted},
-        {row.arrival: row for row in updated},
+        {row.sequence: row for row in inserted},
+        {row.sequence: row for row in updated},
         agents={**{row.agent_id: row for row in agents}, **dict.fromkeys(gone)},
     )
 
@@ -119,7 +119,10 @@ class World:
             hub._undelivered,
             hub._deferred,
         )
-        return not any(map(len, (*indexes, hub._peers, hub._deadlines))) and hub._records_bytes == hub._ended_bytes == 0
+        return (
+            not any(map(len, (*indexes, hub._connections, hub._deadlines)))
+            and hub._records_bytes == hub._ended_bytes == 0
+        )
 
 
 class Program:
@@ -195,7 +198,7 @@ class Program:
 
 
 # The time, who is alive and what was refused are noted whatever is said; the others belong to the step.
-PASSING = {"_now", "last_seen", "_refusals", "wrong_secrets", "_effects", "_message_bytes", "effort"}
+PASSING = {"_now", "last_seen", "_refusals", "wrong_secrets", "_effects", "_message_bytes", "cost"}
 
 
 def snapshot(value: Any, seen: dict[int, int] | None = None) -> Any:

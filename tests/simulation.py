@@ -860,7 +860,7 @@ class Simulation:
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._synced: bytes | None = None
         self._unsynced: tuple[dict[str, None], dict[str, None]] = ({}, {})  # Tasks and agents written since.
-        self._task_ids: dict[int, str] = {}  # By arrival.
+        self._task_ids: dict[int, str] = {}  # By sequence.
         self._jumped_s = 0.0
         self._actions = [name for name, weight in self.plan.weights.items() if weight]
         self._cumulated = list(itertools.accumulate(self.plan.weights[name] for name in self._actions))
@@ -1043,9 +1043,9 @@ class Simulation:
         tasks, agents = self._unsynced
         tasks.update(dict.fromkeys(moved))
         for row in changes.inserted.values():
-            self._task_ids[row.arrival] = row.request.task_id
+            self._task_ids[row.sequence] = row.request.task_id
         tasks.update((row.request.task_id, None) for row in written)
-        tasks.update((self._task_ids[arrival], None) for arrival in changes.deleted)
+        tasks.update((self._task_ids[sequence], None) for sequence in changes.deleted)
         agents.update(dict.fromkeys(changes.agents))
         if self.random.random() < self.plan.checkpoint:
             assert self.life is not None
@@ -1199,7 +1199,16 @@ class Simulation:
         self._run_until(lambda: self._queue[0][0] > until, 2 * RETENTION_S, "time does not pass")
         assert self.life is not None
         hub, journal = self.life.hub, self.life.journal
-        kept = (hub._open, hub._ended, hub._undelivered, hub._agents, hub._gone, hub._queues, hub._pools, hub._peers)
+        kept = (
+            hub._open,
+            hub._ended,
+            hub._undelivered,
+            hub._agents,
+            hub._gone,
+            hub._queues,
+            hub._pools,
+            hub._connections,
+        )
         if any(kept) or len(hub._finder) or hub._records_bytes or hub._ended_bytes:
             self.fail(f"the hub still remembers {[list(one) for one in kept]}, {hub._records_bytes} bytes")
         rows = (0, 0) if journal is None else (journal.rows("tasks"), journal.rows("agents"))

@@ -545,8 +545,10 @@ async def test_agent_cuts_a_hub_that_asks_for_pongs_and_does_not_read_them(monke
 # A journal.
 
 
-def row(arrival: int, accepted_at: float, deadline: float, ended_at: float = 0.0, *, is_ended: bool = False) -> TaskRow:
-    task_id = f"task-{arrival}"
+def row(
+    sequence: int, accepted_at: float, deadline: float, ended_at: float = 0.0, *, is_ended: bool = False
+) -> TaskRow:
+    task_id = f"task-{sequence}"
     end = None
     if is_ended:
         end = TaskOutcome(
@@ -560,7 +562,7 @@ def row(arrival: int, accepted_at: float, deadline: float, ended_at: float = 0.0
         )
     request = Delegate(task_id=task_id, capability="work")
     state = TaskState.FAILED if is_ended else TaskState.PENDING
-    return TaskRow(arrival, "ann", request, 0, accepted_at, deadline, 0, state, None, 1, False, ended_at, end)
+    return TaskRow(sequence, "ann", request, 0, accepted_at, deadline, 0, state, None, 1, False, ended_at, end)
 
 
 @pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
@@ -607,7 +609,7 @@ async def test_connection_that_asks_for_much_during_one_write_is_held_until_that
     async with HubServer(port=0, journal=journal) as hub, raw_client(hub.url) as client, raw_client(hub.url) as other:
         await client.register("ann")
         await other.register("bob")
-        link = next(link for link in hub._links if hub.hub._peers[link].agent.name == "ann")
+        link = next(link for link in hub._links if hub.hub._connections[link].agent.name == "ann")
         journal.gate.clear()
         try:
             asked = b"".join(message(type="status", id=str(number)) for number in range(100))

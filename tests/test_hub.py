@@ -1971,8 +1971,8 @@ def agent_record(name: str) -> AgentRecord:
     return AgentRecord(name, "secret")
 
 
-def task_record(task_id: str, requester: AgentRecord, arrival: int, priority: int = 0) -> TaskRecord:
-    return TaskRecord(task_id, Delegate(task_id=task_id, priority=priority), requester, None, 1, 0.0, 1.0, arrival, 0)
+def task_record(task_id: str, requester: AgentRecord, sequence: int, priority: int = 0) -> TaskRecord:
+    return TaskRecord(task_id, Delegate(task_id=task_id, priority=priority), requester, None, 1, 0.0, 1.0, sequence, 0)
 
 
 def test_pool_gives_the_least_loaded_agent_and_of_equals_the_one_that_was_so_for_longest() -> None:
@@ -1997,13 +1997,13 @@ def test_pool_gives_the_least_loaded_agent_and_of_equals_the_one_that_was_so_for
 def test_pending_queue_behaves_like_a_sorted_list_that_is_filtered(steps: list[tuple[bool, int, int]]) -> None:
     queue, requesters = PendingQueue(), [agent_record(name) for name in "abcd"]
     model: list[TaskRecord] = []
-    for arrival, (is_push, number, priority) in enumerate(steps):
+    for sequence, (is_push, number, priority) in enumerate(steps):
         if is_push or not model:
-            model.append(task_record(str(arrival), requesters[number], arrival, priority))
+            model.append(task_record(str(sequence), requesters[number], sequence, priority))
             queue.push(model[-1])
         else:
             queue.discard(model.pop(number % len(model)))
-        model.sort(key=lambda task: task.place)
+        model.sort(key=lambda task: task.queue_key)
         assert bool(queue) == bool(model)
         for excluded in (None, *requesters):
             allowed = [task for task in model if task.requester is not excluded]

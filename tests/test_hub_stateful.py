@@ -135,7 +135,7 @@ class HubMachine(RuleBasedStateMachine):
             program.received()
         for agent_id, got in self.delivered.items():
             agent = self.agents().get(agent_id)
-            assert agent is None or agent.peer is None or len(agent.running) <= agent.max_tasks, f"{got} too many"
+            assert agent is None or agent.connection is None or len(agent.running) <= agent.max_tasks, f"{got} too many"
         for task in self.records():
             book = self.books.get(task.task_id)
             if book is not None and book.state is not task.state:
@@ -510,7 +510,7 @@ class HubMachine(RuleBasedStateMachine):
             assert set(agent.requested) == requested.get(agent, set())
             assert set(agent.undelivered) == undelivered.get(agent, set())
             assert agent.there or not agent.running
-            assert agent.peer is None or not agent.undelivered
+            assert agent.connection is None or not agent.undelivered
         assert set(running) | set(awaited) | set(undelivered) <= set(agents.values())
 
     @invariant()
@@ -543,7 +543,7 @@ class HubMachine(RuleBasedStateMachine):
             for target, queue in queues.items()
         } == pending
         for target, queue in queues.items():
-            heads = {requester: min(task.place for task in tasks) for requester, tasks in pending[target].items()}
+            heads = {requester: min(task.queue_key for task in tasks) for requester, tasks in pending[target].items()}
             assert alive(queue._heads) == heads
 
     @invariant()
@@ -565,25 +565,25 @@ class HubMachine(RuleBasedStateMachine):
     @invariant()
     def deadlines_are_those_of_tasks_connections_and_agents_away(self) -> None:
         hub = self.world.hub
-        away = {agent for agent in self.agents().values() if agent.there and agent.peer is None}
+        away = {agent for agent in self.agents().values() if agent.there and agent.connection is None}
         deadlines = alive(hub._deadlines)
-        assert set(deadlines) == {*hub._open.values(), *hub._peers.values(), *away}
+        assert set(deadlines) == {*hub._open.values(), *hub._connections.values(), *away}
         assert all(deadlines[task] == task.deadline for task in hub._open.values())
         assert hub.next_deadline() <= min([task.deadline for task in hub._open.values()], default=FOREVER_S)
 
     @invariant()
     def connections_are_those_of_the_world(self) -> None:
         hub = self.world.hub
-        assert set(hub._peers) == set(self.world.programs)
+        assert set(hub._connections) == set(self.world.programs)
         for program in self.programs():
-            agent = hub._peers[program.connection].agent
+            agent = hub._connections[program.connection].agent
             assert (agent is None) == (program.registration is None)
             assert agent is None or (
-                agent.peer is hub._peers[program.connection] and agent.agent_id == program.agent_id
+                agent.connection is hub._connections[program.connection] and agent.agent_id == program.agent_id
             )
         for agent_id, agent in self.agents().items():
             assert agent.agent_id == agent_id
-            assert agent.peer is None or agent.there
+            assert agent.connection is None or agent.there
             assert (agent_id in hub._gone) == (not agent.there)
 
     # In the end

@@ -243,7 +243,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
             "children": sorted(task.children or {}),
             **{
                 name: getattr(task, name)
-                for name in ("depth", "accepted_at", "deadline", "arrival", "state", "attempt", "success")
+                for name in ("depth", "accepted_at", "deadline", "sequence", "state", "attempt", "success")
             },
             "bytes": task.bytes - task.detail_bytes,  # What a worker reports on its way is not kept.
             "end": (task.error, task.ended_at) if task.state in agenthub.FINAL_STATES else None,
@@ -253,7 +253,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         names = ("resume_hash", "there", "name", "description", "capabilities", "words", "max_tasks")
         tables = ("running", "awaited", "requested")
         return {
-            **{name: getattr(agent, name) for name in (*names, "metadata", "info_bytes", "told", "load")},
+            **{name: getattr(agent, name) for name in (*names, "metadata", "info_bytes", "delivered", "load")},
             **{name: sorted(getattr(agent, name)) for name in tables},
             "undelivered": list(agent.undelivered),
         }
@@ -261,10 +261,10 @@ def kept_of(hub: Hub) -> dict[str, Any]:
     deadlines = [
         (key, getattr(item, "task_id", None) or item.agent_id)
         for key, serial, item in hub._deadlines._entries
-        if hub._deadlines._alive.get(item) == serial and not isinstance(item, agenthub.Peer)
+        if hub._deadlines._alive.get(item) == serial and not isinstance(item, agenthub.Connection)
     ]
     tasks = (*hub._open.values(), *hub._ended.values(), *hub._undelivered.values())
-    queued = sorted((task for task in hub._open.values() if task.state == "pending"), key=lambda task: task.place)
+    queued = sorted((task for task in hub._open.values() if task.state == "pending"), key=lambda task: task.queue_key)
     return {
         "agents": {agent.agent_id: agent_of(agent) for agent in hub._agents.values()},
         "gone": sorted(hub._gone),
@@ -273,10 +273,10 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         "open": sorted(hub._open),
         "ended": list(hub._ended),
         "undelivered": list(hub._undelivered),
-        "queued": [(task.task_id, task.place) for task in queued],
+        "queued": [(task.task_id, task.queue_key) for task in queued],
         "queues": sorted(map(str, hub._queues)),
         "deadlines": sorted(deadlines),
-        "arrivals": hub._arrivals,
+        "sequence": hub._sequence,
         "bytes": (hub._records_bytes - sum(task.detail_bytes for task in tasks), hub._ended_bytes),
         "counts": (hub._counts, hub._totals),
     }
@@ -726,7 +726,7 @@ def test_delegate_that_comes_again_is_recognised(couple: Couple) -> None:
     world = world.restart()
     worker, requester = world.back(worker, "work"), world.back(requester)
     requester.received()
-    arrivals = world.hub._arrivals
+    sequence = world.hub._sequence
     assert requester.delegate("open", "work", **given).state == "in_progress"
     assert requester.delegate("ended", "work", **given).state == "completed"
     assert settled(requester) == [("ended", "completed", None)]
@@ -735,7 +735,7 @@ def test_delegate_that_comes_again_is_recognised(couple: Couple) -> None:
             "duplicate_task"
         )
     assert worker.refused(Delegate(task_id="open", capability="work", **given)) == "duplicate_task"
-    assert world.hub._arrivals == arrivals
+    assert world.hub._sequence == sequence
     assert delivered(worker) == []
 
 
@@ -906,9 +906,9 @@ def use(path: str | Path, **options: Any) -> tuple[list[AgentRow], list[TaskRow]
         journal.close()
 
 
-def task_row(arrival: int, **fields: Any) -> TaskRow:
-    request = fields.pop("request", Delegate(task_id=f"t{arrival}", capability="work"))
-    row = TaskRow(arrival, "a", request, 1, 100.0, 400.0, 1100, TaskState.PENDING, None, 0, False, 0.0, None)
+def task_row(sequence: int, **fields: Any) -> TaskRow:
+    request = fields.pop("request", Delegate(task_id=f"t{sequence}", capability="work"))
+    row = TaskRow(sequence, "a", request, 1, 100.0, 400.0, 1100, TaskState.PENDING, None, 0, False, 0.0, None)
     return row._replace(**fields)
 
 
@@ -1047,11 +1047,11 @@ def test_failed_write_writes_nothing_and_may_be_tried_again(tmp_path: Path) -> N
         with pytest.raises(sqlite3.Error):
             journal.write(torn, 0.0)
         agents, tasks, _ = journal.load(0.0)
-        assert ([agent.agent_id for agent in agents], [task.arrival for task in tasks]) == (["a"], [1])
+        assert ([agent.agent_id for agent in agents], [task.sequence for task in tasks]) == (["a"], [1])
     del torn.inserted[3]
     journal.write(torn, 0.0)
     agents, tasks, _ = journal.load(0.0)
-    assert ([agent.agent_id for agent in agents], [task.arrival for task in tasks]) == (["b"], [1, 2])
+    assert ([agent.agent_id for agent in agents], [task.sequence for task in tasks]) == (["b"], [1, 2])
     journal.write(torn, 0.0)  # A commit may take place and seem to have failed.
     assert journal.load(0.0)[:2] == (agents, tasks)
     journal.close()
@@ -1085,7 +1085,7 @@ def test_write_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path: Path) -> N
     for kept in (size, size + 1, (size + len(raw)) // 2, len(raw) - 1):
         shutil.copy(tmp_path / "copy.db", tmp_path / "torn.db")
         (tmp_path / "torn.db-wal").write_bytes(raw[:kept])
-        assert [task.arrival for task in use(tmp_path / "torn.db")[1]] == [1]
+        assert [task.sequence for task in use(tmp_path / "torn.db")[1]] == [1]
 
 
 def test_second_hub_in_this_process_is_refused(tmp_path: Path) -> None:

@@ -2395,7 +2395,9 @@ async def test_hub_that_lets_agents_in_and_drops_them_is_not_stormed(monkeypatch
     async with hub_in_use(token=None) as hub:
         async with Agent("ann", url=hub.url):
             for number in range(6):
-                (link,) = await until(lambda: [one for one in hub._links if hub.hub._peers[one].agent.name == "ann"])
+                (link,) = await until(
+                    lambda: [one for one in hub._links if hub.hub._connections[one].agent.name == "ann"]
+                )
                 link.abort()
                 await until(lambda number=number: len(bounds) > number)
         assert bounds[:6] == [0.01, 0.02, 0.04, 0.08, 0.1, 0.1]

@@ -1042,7 +1042,7 @@ async def test_rate_of_0_is_no_bound() -> None:
 
 def effort_of(world: World, request: Any) -> float:
     world.programs["connection-1"].ask(request)
-    return world.hub.effort
+    return world.hub.cost
 
 
 def test_effort_grows_with_what_a_request_asks_of_the_hub() -> None:
@@ -1063,7 +1063,7 @@ def test_effort_grows_with_what_a_request_asks_of_the_hub() -> None:
     assert large == 1 + 160_000 // agenthub.COST_BYTES
     assert effort_of(world, Register(name="a", capabilities=[f"c{number}" for number in range(64)])) == 65
     world.receive(asker.connection, InvalidMessage("bad"))
-    assert world.hub.effort == 1
+    assert world.hub.cost == 1
 
 
 async def test_bystanders_are_served_while_thousands_of_a_flooders_requests_wait(

@@ -20,11 +20,11 @@ from agenthub import (
     AgentRecord,
     AgentRow,
     Changes,
+    Connection,
     Deregister,
     Hub,
     HubSettings,
     LazyHeap,
-    Peer,
     PendingQueue,
     Register,
     Result,
@@ -193,14 +193,19 @@ class AcceptsAnOlderAttempt(Hub):
 
 
 class AcceptsAFormerAssignee(Hub):
-    def _on_result(self, peer: Peer, message: Result) -> None:
+    def _on_result(self, connection: Connection, message: Result) -> None:
         task = self._open.get(message.task_id)
-        if task is None or message.attempt is None or message.attempt >= task.attempt or peer.agent is task.requester:
-            super()._on_result(peer, message)
+        if (
+            task is None
+            or message.attempt is None
+            or message.attempt >= task.attempt
+            or connection.agent is task.requester
+        ):
+            super()._on_result(connection, message)
             return
         worker = task.assignee
         self._conclude(task, message)
-        self._acknowledge(peer, message, task)
+        self._acknowledge(connection, message, task)
         self._follow_up(task, worker)
 
     _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
@@ -209,19 +214,19 @@ class AcceptsAFormerAssignee(Hub):
 class ResurrectsAFinalTask(Hub):
     """A late answer overwrites a timeout."""
 
-    def _on_result(self, peer: Peer, message: Result) -> None:
+    def _on_result(self, connection: Connection, message: Result) -> None:
         task = self._ended.get(message.task_id)
-        if task is None or task.state is not TaskState.TIMEOUT or task.assignee is not peer.agent:
-            super()._on_result(peer, message)
+        if task is None or task.state is not TaskState.TIMEOUT or task.assignee is not connection.agent:
+            super()._on_result(connection, message)
             return
         task.state = TaskState.COMPLETED if message.success else TaskState.FAILED
         self._counts[TaskState.TIMEOUT] -= 1
         self._counts[task.state] += 1
         task.success, task.output, task.error = message.success, message.output, None
         self._mark_task(task)
-        self._acknowledge(peer, message, task)
-        if task.requester.peer is not None:
-            self._send(task.requester.peer, self._outcome(task))
+        self._acknowledge(connection, message, task)
+        if task.requester.connection is not None:
+            self._send(task.requester.connection, self._outcome(task))
 
     _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
 
@@ -231,7 +236,7 @@ class ResurrectsInARestart(Hub):
 
     def _restore_task(self, row: TaskRow, known: dict[str, AgentRecord]) -> TaskRecord:
         if row.state is TaskState.FAILED:
-            row = row._replace(state=TaskState.PENDING, assignee=None, end=None, told=False)
+            row = row._replace(state=TaskState.PENDING, assignee=None, end=None, is_delivered=False)
         return super()._restore_task(row, known)
 
 
@@ -249,7 +254,7 @@ class TrustsTheLastWrite(DiskJournal):
     def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
         agents, tasks, last = super().load(clock_offset)
         told = dict(self._connected().execute("SELECT arrival, told FROM tasks"))
-        return agents, [row._replace(told=told[row.arrival] > 0) for row in tasks], last
+        return agents, [row._replace(is_delivered=told[row.sequence] > 0) for row in tasks], last
 
 
 class LivesPastItsDeadline(Hub):
@@ -283,7 +288,7 @@ class DeliversOutcomesTwiceWhileDraining(Hub):
 class NewestFirst(PendingQueue):
     @staticmethod
     def key_of(task: TaskRecord) -> tuple[int, int]:
-        return -task.request.priority, -task.arrival
+        return -task.request.priority, -task.sequence
 
     def push(self, task: TaskRecord) -> None:
         heap = self._by_requester.setdefault(task.requester, LazyHeap())
@@ -294,7 +299,7 @@ class NewestFirst(PendingQueue):
 class WithoutPriorities(NewestFirst):
     @staticmethod
     def key_of(task: TaskRecord) -> tuple[int, int]:
-        return 0, task.arrival
+        return 0, task.sequence
 
 
 class AssignsTheNewestFirst(Hub):
