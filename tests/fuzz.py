@@ -60,6 +60,7 @@ from agenthub import (
     encode,
 )
 from tests.harness import World, snapshot
+from tests.raw_websocket import frame, frames_in
 from tests.test_hub_stateful import HubMachine
 
 CPU_S_MAX = 1.0  # Per input. All inputs are small, so an input that takes longer could stall a hub.
@@ -734,11 +735,6 @@ async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: li
     demand(not server.hub._connections, "the hub remembers a connection that has ended")
 
 
-class Frame(NamedTuple):
-    opcode: int
-    payload: bytes
-
-
 def check_written(raw: bytes) -> None:
     """Check the output of a link: an HTTP response and, after 101, whole frames (RFC 6455 §5.2)."""
     if not raw:
@@ -751,40 +747,27 @@ def check_written(raw: bytes) -> None:
         length = re.search(rb"\r\ncontent-length: (\d+)", head.lower())
         demand(length is not None and int(length[1]) == len(rest), f"the Content-Length of the body is wrong: {raw!r}")
         return
-    frames = frames_of(rest)
-    after_close = itertools.dropwhile(lambda frame: frame.opcode != 8, frames)
+    try:
+        frames = frames_in(rest)
+    except ValueError as error:
+        raise Violation(str(error)) from error
+    demand(all(one.fin for one in frames), "the hub sends a fragment")
+    demand(all(one.opcode < 8 or len(one.data) < 126 for one in frames), "a control frame is too long")
+    after_close = itertools.dropwhile(lambda one: one.opcode != 8, frames)
     # Pings are answered until the peer closes too (RFC 6455 §5.5.2).
-    demand([frame.opcode for frame in after_close if frame.opcode != 10] in ([], [8]), "a frame follows its close")
-    for frame in frames:
-        if frame.opcode == 1:
-            demand(len(frame.payload) <= MESSAGE_BYTES_MAX, f"the hub sends {len(frame.payload)} bytes")
-            message = decoder_from_hub()(frame.payload)
-            strictly(frame.payload)
+    demand([one.opcode for one in after_close if one.opcode != 10] in ([], [8]), "a frame follows its close")
+    for one in frames:
+        if one.opcode == 1:
+            demand(len(one.data) <= MESSAGE_BYTES_MAX, f"the hub sends {len(one.data)} bytes")
+            message = decoder_from_hub()(one.data)
+            strictly(one.data)
             demand(getattr(message, "code", None) != Code.INTERNAL, "the hub fails")
-        elif frame.opcode == 8 and frame.payload:
-            code = int.from_bytes(frame.payload[:2], "big")
-            frame.payload[2:].decode()
+        elif one.opcode == 8 and one.data:
+            code = int.from_bytes(one.data[:2], "big")
+            one.data[2:].decode()
             demand(code in (*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)), f"it is closed with {code}")
         else:
-            demand(frame.opcode in (8, 10), f"the hub sends a frame of opcode {frame.opcode}")
-
-
-def frames_of(raw: bytes) -> list[Frame]:
-    frames = []
-    while raw:
-        demand(
-            len(raw) >= 2 and raw[0] & 0xF0 == 0x80 and raw[1] < 128, f"this is no whole unmasked frame: {raw[:20]!r}"
-        )
-        length, start = raw[1], 2
-        if length >= 126:
-            start = 4 if length == 126 else 10
-            is_short, length = length, int.from_bytes(raw[2:start], "big")
-            demand(length >= (126 if is_short == 126 else 65_536), "a length does not have the shortest encoding")
-        demand(len(raw) >= start + length, "the last frame is incomplete")
-        demand(raw[0] & 15 < 8 or length < 126, "a control frame is too long")
-        frames.append(Frame(raw[0] & 15, raw[start : start + length]))
-        raw = raw[start + length :]
-    return frames
+            demand(one.opcode in (8, 10), f"the hub sends a frame of opcode {one.opcode}")
 
 
 # Input from a peer.
@@ -845,34 +828,6 @@ def handshake(rng: Random) -> bytes:
     return rng.choice([b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r"]).join([*lines, b"", b""])
 
 
-def frame(
-    payload: bytes,
-    opcode: int = 1,
-    *,
-    fin: bool = True,
-    reserved: int = 0,
-    mask: bytes | None = b"\x01\x80\xff\x00",
-    length: int | None = None,
-    length_as: int = 0,
-) -> bytes:
-    """Return a client's frame, or an invalid one whose header has `length`, encoded as for `length_as`."""
-    claimed = len(payload) if length is None else length
-    first = bytes([fin << 7 | reserved << 4 | opcode])
-    second = 128 if mask is not None else 0
-    if max(claimed, length_as) < 126:
-        header = first + bytes([second | claimed])
-    elif max(claimed, length_as) < 65_536:
-        header = first + bytes([second | 126]) + claimed.to_bytes(2, "big")
-    else:
-        header = first + bytes([second | 127]) + claimed.to_bytes(8, "big")
-    return header + (payload if mask is None else mask + masked(payload, mask))
-
-
-def masked(payload: bytes, mask: bytes) -> bytes:
-    repeated = (mask * (len(payload) // 4 + 1))[: len(payload)]
-    return (int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")).to_bytes(len(payload), "big")
-
-
 LENGTHS = [0, 1, 125, 126, 127, 4095, 4096, 4097, 65_535, 65_536, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 CLOSES = [
     b"",
@@ -901,33 +856,33 @@ CHATTER = [
 def some_frames(rng: Random) -> bytes:
     """Return some bytes for after a handshake."""
     kind = rng.choice([*["message"] * 5, *["chatter"] * 3, "parts", "control", "header", "flood", "garbage"])
-    mask = rng.choice([b"\0\0\0\0", b"\x01\x80\xff\x00"])
+    key = rng.choice([b"\0\0\0\0", b"\x01\x80\xff\x00"])
     if kind == "message":
-        return frame(document(rng, FROM_AGENT, SMALL), mask=mask)
+        return frame(document(rng, FROM_AGENT, SMALL), key=key)
     if kind == "chatter":
-        return frame(rng.choice(CHATTER), mask=mask)
+        return frame(rng.choice(CHATTER), key=key)
     if kind == "parts":
-        return fragmented(rng, mask)
+        return fragmented(rng, key)
     if kind == "control":
         opcode = rng.choice([8, 8, 9, 9, 10])
         said = rng.choice(CLOSES) if opcode == 8 else b"x" * rng.choice([0, 1, 125, 126])
-        return frame(said, opcode, mask=mask, fin=rng.randrange(10) > 0)
+        return frame(said, opcode, key=key, fin=rng.randrange(10) > 0)
     if kind == "header":
         return frame(
             rng.randbytes(rng.randrange(10)),
             rng.choice([0, 1, 1, 2, 3, 7, 8, 9, 11, 15]),
             fin=rng.random() < 0.5,
-            reserved=rng.choice([0, 0, 0, 1, 4, 7]),
-            mask=rng.choice([mask, mask, None]),
+            rsv=rng.choice([0, 0, 0, 1, 4, 7]),
+            key=rng.choice([key, key, b""]),
             length=rng.choice([None, rng.choice(LENGTHS)]),
-            length_as=rng.choice([0, 0, 126, 65_536]),
+            length_bytes=rng.choice([0, 0, 2, 8]),
         )
     if kind == "flood":
         return some_frames(rng)[:20_000] * rng.choice([10, 100, 1000])
     return rng.randbytes(rng.randint(1, 20))
 
 
-def fragmented(rng: Random, mask: bytes) -> bytes:
+def fragmented(rng: Random, key: bytes) -> bytes:
     """Return a fragmented message, possibly too large, incomplete, or with other frames between its fragments."""
     whole = rng.choice([document(rng, FROM_AGENT, SMALL), b"x" * 4096, b"x" * 4097, b"\xff", b"\xe2\x82\xac" * 9])
     cuts = sorted(rng.randint(0, len(whole)) for _ in range(rng.randrange(4)))
@@ -935,9 +890,9 @@ def fragmented(rng: Random, mask: bytes) -> bytes:
     raw = b""
     for index, part in enumerate(parts):
         is_last = index == len(parts) - 1 and rng.randrange(10) > 0
-        raw += frame(part, rng.choice([1, 1, 1, 2]) if index == 0 else 0, fin=is_last, mask=mask)
+        raw += frame(part, rng.choice([1, 1, 1, 2]) if index == 0 else 0, fin=is_last, key=key)
         if rng.randrange(6) == 0:
-            raw += frame(b"between", rng.choice([9, 9, 1]), mask=mask)
+            raw += frame(b"between", rng.choice([9, 9, 1]), key=key)
     return raw
 
 

@@ -1,16 +1,21 @@
-"""The other end of a WebSocket, by `wsproto`, which knows nothing of our code: in memory, on asyncio; bare frames."""
+"""The other end of a WebSocket, independent of our code: frames and sockets by hand, connections by `wsproto`.
+
+- `frame`, `take_frames`, `frames_in`: RFC 6455 §5.2 in bytes, valid or not
+- `RawSocket`, `raw_socket`: a TCP connection to a hub that sends any bytes
+- `Peer`: one end of a WebSocket in memory; `Connection`, `connect`, `serve`: the same on asyncio
+"""
 
 from __future__ import annotations
 
 import asyncio
 import collections
 import contextlib
+import json
 import socket
 import ssl
-import struct
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from wsproto import ConnectionType, WSConnection
@@ -28,6 +33,7 @@ from wsproto.events import (
 from wsproto.extensions import PerMessageDeflate
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # Opcodes, RFC 6455 §5.2.
+WAIT_S = 20.0  # The limit of every wait: generous, because it is reached only when something is broken.
 CLOSE_S = 10.0  # For the other end to take part in a close; then the socket is cut.
 WRITE_BYTES_MAX = 32_768  # May wait to be written before `send` waits.
 
@@ -44,22 +50,155 @@ class InvalidStatus(Exception):
         self.status_code = status_code
 
 
-def frame(payload: bytes = b"", opcode: int = TEXT, *, fin: bool = True, masked: bool = True, rsv: int = 0) -> bytes:
-    """Return a frame as RFC 6455 §5.2 has it, or not. The same payload is always masked with the same key."""
-    first = (0x80 if fin else 0) | rsv << 4 | opcode
-    length = len(payload)
-    mask_bit = 0x80 if masked else 0
-    if length < 126:
-        header = bytes((first, mask_bit | length))
-    elif length < 65_536:
-        header = struct.pack("!BBH", first, mask_bit | 126, length)
-    else:
-        header = struct.pack("!BBQ", first, mask_bit | 127, length)
-    if not masked:
-        return header + payload
-    key = zlib.crc32(payload).to_bytes(4)
-    stream = (key * (length // 4 + 1))[:length]
-    return header + key + (int.from_bytes(payload) ^ int.from_bytes(stream)).to_bytes(length)
+# Frames and handshakes in bytes
+
+UPGRADE = (
+    "Connection: Upgrade",
+    "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+)
+
+
+def request_of(*headers: str, path: str = "/") -> bytes:
+    return "\r\n".join([f"GET {path} HTTP/1.1", *headers, "", ""]).encode("latin-1")
+
+
+HANDSHAKE = request_of("Host: 127.0.0.1", *UPGRADE)
+
+
+class RawFrame(NamedTuple):
+    opcode: int
+    data: bytes
+    fin: bool
+
+
+def frame(
+    payload: bytes = b"",
+    opcode: int = TEXT,
+    *,
+    fin: bool = True,
+    rsv: int = 0,
+    key: bytes | None = None,
+    length: int | None = None,
+    length_bytes: int = 0,
+) -> bytes:
+    """Return a frame, valid or not. It claims `length`, written in at least `length_bytes` bytes (0, 2 or 8).
+
+    The same payload is always masked with the same key. An empty key leaves it unmasked.
+    """
+    key = zlib.crc32(payload).to_bytes(4) if key is None else key
+    length = len(payload) if length is None else length
+    length_bytes = max(length_bytes, 0 if length < 126 else 2 if length < 65_536 else 8)
+    first = fin << 7 | rsv << 4 | opcode
+    second = bool(key) << 7 | {0: length, 2: 126, 8: 127}[length_bytes]
+    extended = length.to_bytes(length_bytes) if length_bytes else b""
+    return bytes((first, second)) + extended + key + (mask(payload, key) if key else payload)
+
+
+def mask(payload: bytes, key: bytes) -> bytes:
+    stream = (key * (len(payload) // 4 + 1))[: len(payload)]
+    return (int.from_bytes(payload) ^ int.from_bytes(stream)).to_bytes(len(payload))
+
+
+def take_frames(buffer: bytearray, *, masked: bool = False) -> Iterator[RawFrame]:
+    """Yield each whole frame, and take it out of the buffer. Raises ValueError for one that RFC 6455 §5.2 forbids."""
+    while len(buffer) >= 2:
+        first, second, start = buffer[0], buffer[1], 2
+        if first & 0x70 or (second > 127) is not masked:
+            raise ValueError(f"reserved bits are set, or the frame is masked by the wrong end: {bytes(buffer[:20])!r}")
+        length = second & 127
+        if length > 125:
+            start = 4 if length == 126 else 10
+            least, length = 126 if length == 126 else 65_536, int.from_bytes(buffer[2:start])
+            if len(buffer) >= start and length < least:
+                raise ValueError(f"the length is not written in its shortest form: {bytes(buffer[:20])!r}")
+        key, start = buffer[start : start + 4 * masked], start + 4 * masked
+        if len(buffer) < start + length:
+            return
+        data = bytes(buffer[start : start + length])
+        del buffer[: start + length]
+        yield RawFrame(first & 0x0F, mask(data, bytes(key)) if masked else data, first > 127)
+
+
+def frames_in(raw: bytes, *, masked: bool = False) -> list[RawFrame]:
+    """Return the frames that some bytes consist of."""
+    buffer = bytearray(raw)
+    frames = list(take_frames(buffer, masked=masked))
+    if buffer:
+        raise ValueError(f"the last frame is incomplete: {bytes(buffer[:20])!r}")
+    return frames
+
+
+class RawSocket:
+    """A TCP connection to a hub that sends any bytes, and reads what the hub answers."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.head = b""  # Of the answer to the handshake.
+        self._buffer = bytearray()
+
+    async def send(self, raw: bytes) -> None:
+        self.writer.write(raw)
+        with contextlib.suppress(ConnectionError):  # The hub has closed the connection.
+            await asyncio.wait_for(self.writer.drain(), WAIT_S)
+
+    async def handshake(self, *headers: str, behind: bytes = b"") -> None:
+        await self.send(request_of("Host: 127.0.0.1", *UPGRADE, *headers) + behind)
+        self.head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), WAIT_S)
+
+    async def frame(self) -> RawFrame:
+        """Return the next frame. Raises EOFError when the connection ends."""
+        while True:
+            for frame in take_frames(self._buffer):
+                return frame
+            raw = await asyncio.wait_for(self.reader.read(65_536), WAIT_S)
+            if not raw:
+                raise EOFError
+            self._buffer += raw
+
+    async def message(self) -> dict[str, Any]:
+        frame = await self.frame()
+        assert frame.opcode == TEXT, frame
+        message: dict[str, Any] = json.loads(frame.data)
+        return message
+
+    async def close_code(self) -> int:
+        """Return the code that the hub closes with, when it has."""
+        while (frame := await self.frame()).opcode != CLOSE:
+            pass
+        return int.from_bytes(frame.data[:2])
+
+    async def rest(self) -> bytes:
+        """Return the bytes that come until the connection ends, in whatever way."""
+        raw = bytes(self._buffer)
+        async with asyncio.timeout(WAIT_S):
+            with contextlib.suppress(OSError):
+                while piece := await self.reader.read(65_536):
+                    raw += piece
+        return raw
+
+
+@contextlib.asynccontextmanager
+async def raw_socket(url: str, *, handshake: bool = True, **options: Any) -> AsyncIterator[RawSocket]:
+    """Connect to a hub; without the handshake, nothing has been sent yet. Cut the connection when the block ends."""
+    address = urlsplit(url)
+    async with asyncio.timeout(WAIT_S):
+        reader, writer = await asyncio.open_connection(address.hostname, address.port, **options)
+    one = RawSocket(reader, writer)
+    try:
+        if handshake:
+            await one.handshake()
+            assert one.head.startswith(b"HTTP/1.1 101 ")
+        yield one
+    finally:
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(writer.wait_closed(), WAIT_S)
+
+
+# Connections by wsproto
 
 
 class Peer:

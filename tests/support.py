@@ -1,4 +1,4 @@
-"""What several test modules share: the one bound on waiting, processes of the command line, and a raw client."""
+"""What several test modules share: the one limit of waiting, the command line, its processes, and a raw client."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import agenthub
-from tests.raw_websocket import Connection, connect
+from tests.raw_websocket import WAIT_S, Connection, connect
 
 ROOT = Path(__file__).parent.parent
-WAIT_S = 20.0  # The bound on every wait: generous, because it is reached only when something is broken.
 
 
 def alive(*kinds: type) -> list[Any]:
@@ -57,6 +56,16 @@ def hub_process(*args: str, **options: Any) -> Iterator[tuple[str, subprocess.Po
         line = process.stdout.readline()
         assert line.startswith("listening on ws://"), line
         yield line.split()[-1], process
+
+
+def agenthub_main(*argv: str) -> int:
+    """Run the command line in this process; return its exit code."""
+    try:
+        return agenthub.main(list(argv))
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        gc.collect()  # Its loop is closed: what it left open is reported by this test, and not by a later one.
 
 
 class RawClient:

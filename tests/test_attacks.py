@@ -39,22 +39,21 @@ from agenthub import (
     hash_of,
 )
 from tests.harness import changes_of
-from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, PING, Peer, frame
-from tests.support import WAIT_S, client_link, raw_client
+from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, HANDSHAKE, PING, Peer, frame
+from tests.support import WAIT_S, agenthub_main, client_link, raw_client
 from tests.test_cli import ran
 from tests.test_security import (
     CERTIFICATE,
     KEY,
     TOKEN,
     WRONG,
-    agenthub_main,
     bearer,
     health,
     plain_connection,
     private_file,
     until,
 )
-from tests.test_security_input import UPGRADE, Clock, Rationed, message
+from tests.test_security_input import Clock, Rationed, message
 from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs a shell as on POSIX")
@@ -98,9 +97,7 @@ async def test_visitor_may_say_little_at_once_before_it_is_let_in_and_more_after
 
 async def test_unfinished_message_of_a_visitor_is_refused_by_its_announced_length() -> None:
     async with secured() as hub, raw_client(hub.url) as visitor:
-        visitor.connection.transport.write(
-            struct.pack("!BBQ", 0x81, 0xFF, agenthub.UNAUTHENTICATED_BYTES_MAX + 1) + bytes(4)
-        )
+        visitor.connection.transport.write(frame(length=agenthub.UNAUTHENTICATED_BYTES_MAX + 1))
         assert await visitor.closed() == 1009
 
 
@@ -251,10 +248,10 @@ async def test_hub_stops_at_once_in_the_midst_of_handshakes_of_tls(
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(3):
             await stack.enter_async_context(plain_connection(hub.url))
-        _, writer = await stack.enter_async_context(plain_connection(hub.url))
+        one = await stack.enter_async_context(plain_connection(hub.url))
         await until(lambda: len(hub._sockets) == 4)
         links = list(hub._sockets)
-        writer.transport.abort()
+        one.writer.transport.abort()
         await until(lambda: hub._door.turned_away == {"tls": 1})  # Another one has given up by itself.
         await asyncio.wait_for(hub.stop(), WAIT_S)
         assert all(link.gone.is_set() for link in links)
@@ -329,7 +326,7 @@ class Fickle:
 
 def conversation(luck: random.Random) -> tuple[list[bytes], bytes]:
     """Return messages and their bytes: whole or in fragments, with pings between them and a close at the end."""
-    messages, raw = [], UPGRADE + b"\r\n"
+    messages, raw = [], HANDSHAKE
     for number in range(luck.randrange(1, 100)):
         one = b"%d " % number + b"a" * luck.choice([0, 5, 100, 1000, luck.randrange(20_000)])
         messages.append(one)

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -32,6 +32,7 @@ from agenthub import (
     Violation,
     apply_mask,
 )
+from tests.raw_websocket import RawFrame, frame, frames_in, mask
 
 LIMIT = 1000  # Of a message, in bytes.
 KEY = b"\xa1\x02\xf3\x44"  # What the clients of these tests mask with.
@@ -69,36 +70,8 @@ def changed(lines: list[str], *changes: str) -> bytes:
     return head([*kept, *(change for change in changes if not change.endswith(":"))])
 
 
-def frame(
-    opcode: int, payload: bytes = b"", *, fin: bool = True, key: bytes = KEY, rsv: int = 0, form: int = 0
-) -> bytes:
-    """Return a frame, masked unless the key is empty. `form` 2 or 8 writes its length with so many bytes."""
-    size = len(payload)
-    form = form or (0 if size < 126 else 2 if size < 65_536 else 8)
-    start = bytes([fin << 7 | rsv << 4 | opcode, bool(key) << 7 | {0: size, 2: 126, 8: 127}[form]])
-    return start + (size.to_bytes(form, "big") if form else b"") + key + (naive_xor(payload, key) if key else payload)
-
-
-def naive_xor(payload: bytes, key: bytes) -> bytes:
-    return bytes(byte ^ mask for byte, mask in zip(payload, itertools.cycle(key), strict=False))
-
-
 def close_of(code: int, reason: bytes = b"") -> bytes:
     return code.to_bytes(2, "big") + reason
-
-
-def frames_in(raw: bytes) -> Iterator[Frame]:
-    """Read frames that are all there, of one written by a server or a client."""
-    while raw:
-        masked, size = divmod(raw[1], 128)
-        form = {126: 2, 127: 8}.get(size, 0)
-        size = int.from_bytes(raw[2 : 2 + form], "big") if form else size
-        key, start = raw[2 + form : 2 + form + 4 * masked], 2 + form + 4 * masked
-        payload = raw[start : start + size]
-        assert len(payload) == size
-        assert not raw[0] & 0x70
-        yield Frame(raw[0] & 15, naive_xor(payload, key) if masked else payload, raw[0] >= 128)
-        raw = raw[start + size :]
 
 
 class End:
@@ -147,8 +120,8 @@ class End:
         self.written = b""
 
     @property
-    def said(self) -> list[Frame]:
-        return list(frames_in(self.written))
+    def said(self) -> list[RawFrame]:
+        return frames_in(self.written, masked=not self.protocol.is_server)
 
     @property
     def failed_with(self) -> int | None:
@@ -190,7 +163,7 @@ class Role(NamedTuple):
 
     def frame(self, opcode: int, payload: bytes = b"", **options: Any) -> bytes:
         """Return a frame as the other end has to write it."""
-        return frame(opcode, payload, **{"key": self.key, **options})
+        return frame(payload, opcode, **{"key": self.key, **options})
 
 
 SERVER, CLIENT = Role("server", new_server, REQUEST, KEY), Role("client", new_client, RESPONSE, b"")
@@ -310,7 +283,7 @@ def test_request_that_is_no_handshake_is_answered_with_why_not(raw: bytes, statu
     )
     assert headers.get("Allow") == ("GET" if status == 405 else None)
     assert end.protocol.close_expected()
-    end.feed(REQUEST, frame(PING))  # Nothing is read any more ...
+    end.feed(REQUEST, frame(b"", PING))  # Nothing is read any more ...
     end.protocol.receive_eof()
     end.take()
     assert len(end.events) <= 1
@@ -415,7 +388,7 @@ def test_host_and_path_of_a_request_are_those_of_the_url(url: str, host: str, pa
     ],
 )
 def test_response_that_opens_is_taken(raw: bytes) -> None:
-    end = new_client().feed(raw + frame(TEXT, b"x", key=b""))
+    end = new_client().feed(raw + frame(b"x", key=b""))
     assert end.protocol.handshake_exc is None
     response, text = end.events
     assert response.status_code == 101
@@ -459,7 +432,7 @@ def test_response_that_does_not_open_is_an_error_and_the_end(raw: bytes, why: st
     assert isinstance(end.protocol.handshake_exc, agenthub.HandshakeFailed)
     assert why in str(end.protocol.handshake_exc)
     assert end.protocol.close_expected()
-    end.feed(RESPONSE, frame(TEXT, key=b""))
+    end.feed(RESPONSE, frame(key=b""))
     end.protocol.receive_eof()
     end.take()
     assert (end.events, end.written, end.is_ended) == ([], b"", True)
@@ -605,11 +578,14 @@ def test_frame_of_any_length_is_read(role: Role, opcode: int, size: int) -> None
 
 
 @both_roles
-@pytest.mark.parametrize("form", [2, 8])
+@pytest.mark.parametrize("length_bytes", [2, 8])
 @pytest.mark.parametrize("size", [0, 5, 125, 126, 1000])
-def test_length_of_a_message_may_be_written_with_more_bytes_than_it_needs(role: Role, form: int, size: int) -> None:
-    assert role.opened().feed(role.frame(TEXT, b"x" * size, form=form)).events == [Frame(TEXT, b"x" * size, True)]
-    assert role.opened().feed(role.frame(PING, b"", form=form)).failed_with == 1002
+def test_length_of_a_message_may_be_written_with_more_bytes_than_it_needs(
+    role: Role, length_bytes: int, size: int
+) -> None:
+    text = role.frame(TEXT, b"x" * size, length_bytes=length_bytes)
+    assert role.opened().feed(text).events == [Frame(TEXT, b"x" * size, True)]
+    assert role.opened().feed(role.frame(PING, b"", length_bytes=length_bytes)).failed_with == 1002
 
 
 @both_roles
@@ -683,7 +659,7 @@ def assert_failed(role: Role, end: End, code: int) -> None:
 @both_roles
 @pytest.mark.parametrize("opcode", [TEXT, CLOSE, PING])
 def test_client_must_mask_and_server_must_not(role: Role, opcode: int) -> None:
-    end = role.opened().feed(frame(opcode, b"", key=b"" if role is SERVER else KEY))
+    end = role.opened().feed(frame(b"", opcode, key=b"" if role is SERVER else KEY))
     assert end.events == []
     assert_failed(role, end, 1002)
 
@@ -691,9 +667,9 @@ def test_client_must_mask_and_server_must_not(role: Role, opcode: int) -> None:
 def test_client_masks_what_it_writes_each_time_with_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     end = CLIENT.opened()
     monkeypatch.setattr(agenthub.os, "urandom", lambda size: b"\x01\x02\x03\x04\xff\xfe\xfd\xfc"[:size])
-    end.feed(frame(PING, b"same", key=b""), frame(PING, b"same", key=b""))
+    end.feed(frame(b"same", PING, key=b""), frame(b"same", PING, key=b""))
     keys = b"\x01\x02\x03\x04", b"\xff\xfe\xfd\xfc"
-    assert end.written == b"".join(frame(PONG, b"same", key=key) for key in keys)
+    assert end.written == b"".join(frame(b"same", PONG, key=key) for key in keys)
 
 
 # Limits
@@ -862,7 +838,7 @@ def valid_stream(role: Role) -> bytes:
         [
             write(TEXT, texts[0]),
             write(PING, b"a"),
-            write(TEXT, ack, form=8),
+            write(TEXT, ack, length_bytes=8),
             write(TEXT, texts[1][:7], fin=False),
             write(PING, b""),
             write(CONTINUATION, b"", fin=False),
@@ -871,8 +847,8 @@ def valid_stream(role: Role) -> bytes:
             write(TEXT, texts[2]),
             write(BINARY, b"\xff\x00"),
             write(TEXT, b""),
-            write(TEXT, ack, form=2),
-            write(BINARY, naive_xor(write(TEXT, ack), role.key or bytes(4))),  # In which a text seems to begin.
+            write(TEXT, ack, length_bytes=2),
+            write(BINARY, mask(write(TEXT, ack), role.key or bytes(4))),  # In which a text seems to begin.
             write(CLOSE, close_of(4001, "f\xfcr heute".encode())),
             write(PING, b"behind the close"),
         ]
@@ -887,7 +863,7 @@ def streams(role: Role) -> dict[str, bytes]:
         name: b"".join(role.frame(opcode, payload, **options) for opcode, payload, options in frames)
         for name, (frames, _) in FORBIDDEN.items()
     }
-    unmasked = frame(TEXT, b"x", key=b"" if role.key else KEY)
+    unmasked = frame(b"x", key=b"" if role.key else KEY)
     too_big = role.frame(TEXT, b"x" * (LIMIT + 1))[:60]
     return {
         "valid": valid_stream(role),
@@ -1006,11 +982,12 @@ async def settled(link: agenthub.WebSocketLink) -> None:
     await asyncio.sleep(0)
 
 
-def unmasked(raw: bytes) -> tuple[bytes, list[Frame]]:
+def unmasked(raw: bytes) -> tuple[bytes, list[RawFrame]]:
     """Return what was written without what is random in it: the key of a request, and those of the frames."""
     head, _, rest = raw.partition(b"\r\n\r\n")
     lines = [line for line in head.split(b"\r\n") if not line.startswith((b"Sec-WebSocket-Key", b"Date"))]
-    return b"\r\n".join(lines), list(frames_in(rest)) if b" 101 " in lines[0] or lines[0].startswith(b"GET") else []
+    is_client = lines[0].startswith(b"GET")
+    return b"\r\n".join(lines), frames_in(rest, masked=is_client) if is_client or b" 101 " in lines[0] else []
 
 
 @functools.cache
@@ -1060,7 +1037,7 @@ async def test_link_tells_its_owner_the_same_with_either_implementation(
 
 @pytest.mark.parametrize("fragments", [2, 62, 63])
 async def test_link_bounds_the_number_of_fragments(implementation: str, fragments: int) -> None:
-    raw = frame(TEXT, fin=False) + frame(CONTINUATION, fin=False) * (fragments - 2) + frame(CONTINUATION, b"{}")
+    raw = frame(fin=False) + frame(b"", CONTINUATION, fin=False) * (fragments - 2) + frame(b"{}", CONTINUATION)
     told, _, _ = await played(SERVER, REQUEST + raw)
     assert told[0] == "opened"
     if fragments > LIMIT // agenthub.FRAGMENT_BYTES:
@@ -1071,7 +1048,7 @@ async def test_link_bounds_the_number_of_fragments(implementation: str, fragment
 
 @pytest.mark.parametrize("size", [LIMIT, LIMIT + 1])
 async def test_link_bounds_a_message_that_comes_as_a_whole(implementation: str, size: int) -> None:
-    told, _, _ = await played(SERVER, REQUEST + frame(TEXT, b"{}".ljust(size)))
+    told, _, _ = await played(SERVER, REQUEST + frame(b"{}".ljust(size)))
     assert [len(told), told[1][0] == 1009, told[1][1] == size] == [2, size > LIMIT, size <= LIMIT]
 
 
@@ -1086,7 +1063,7 @@ def test_mask_is_an_exclusive_or_and_its_own_inverse(size: int) -> None:
     payload = random.Random(size).randbytes(size)
     for key in (bytes(4), b"\xff\xff\xff\xff", b"\x00\x00\x00\x01", b"\x80\x00\x00\x00", KEY):
         masked = apply_mask(payload, key)
-        assert masked == naive_xor(payload, key)
+        assert masked == mask(payload, key)
         assert apply_mask(masked, key) == payload
 
 
@@ -1124,7 +1101,7 @@ def frame_streams(draw: st.DrawFn, key: bytes) -> bytes:
         form = draw(st.sampled_from([0] * 6 + [2, 8])) if opcode < CLOSE else 0
         rsv = draw(st.integers(0, 7)) if draw(one_in(12)) else 0
         used_key = other_key if draw(one_in(12)) else key
-        raw += frame(opcode, payload, fin=fin, key=used_key, rsv=rsv, form=form)
+        raw += frame(payload, opcode, fin=fin, key=used_key, rsv=rsv, length_bytes=form)
     return raw
 
 

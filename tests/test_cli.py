@@ -22,7 +22,7 @@ import pytest
 
 import agenthub
 from agenthub import Agent, LocalHub, TaskFailed, TaskTimeout
-from tests.support import WAIT_S, hub_process, running
+from tests.support import WAIT_S, agenthub_main, hub_process, running
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, process groups or a POSIX shell")
 
@@ -52,16 +52,6 @@ async def steps(task: Task):
     await asyncio.sleep(0.2)
     return "done"
 """
-
-
-def agenthub_main(*argv: str) -> int:
-    """Run the command line in this process; return its exit code. What it left open comes to light at once."""
-    try:
-        return agenthub.main(list(argv))
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -891,11 +881,11 @@ def test_ctrl_c_ends_a_call_that_waits_for_a_hub_that_says_nothing() -> None:
 
 
 @posix_only
-def test_hub_that_goes_away_during_a_call_is_one_line(tmp_path: Path) -> None:
+def test_hub_that_goes_away_during_a_call_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "helper.py"
     path.write_text(HELPER)
     with hub_process("--with", str(path)) as (url, hub), running("-m", "agenthub", "call", "slow", "--url", url) as one:
-        time.sleep(1)
+        wait_for(lambda: tasks_at(url, capsys, "slow"))
         hub.kill()
         code, output, complaint = finished(one)
         assert (code, output) == (1, "")

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from agenthub import Hub, InvalidMessage, decoder_from_agent, decoder_from_hub
-from tests.fuzz import OPENING, TARGETS, Violation, case_of, check, check_refusal, demand, frame, main, smallest
+from tests.fuzz import OPENING, TARGETS, Violation, case_of, check, check_refusal, demand, main, smallest
+from tests.raw_websocket import frame
 
 REFUSED = OPENING.replace(b"GET / ", b"GET /healthz ")
 NESTED = b"[" * 62 + b"]" * 62

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import json
 import logging
@@ -21,7 +22,6 @@ import signal
 import socket
 import ssl
 import stat
-import struct
 import sys
 import time
 import warnings
@@ -55,8 +55,8 @@ from agenthub import (
     hash_of,
 )
 from tests.harness import Program, World, changes_of
-from tests.raw_websocket import ConnectionClosed, frame
-from tests.support import WAIT_S, hub_process, raw_client, running
+from tests.raw_websocket import HANDSHAKE, UPGRADE, ConnectionClosed, RawSocket, frame, raw_socket, request_of
+from tests.support import WAIT_S, agenthub_main, hub_process, raw_client, running
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, file modes or limits as on POSIX")
 
@@ -193,65 +193,23 @@ async def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
-@contextlib.asynccontextmanager
-async def plain_connection(
-    url: str, **options: Any
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A TCP connection to the hub, before any bytes are sent."""
-    address = urlsplit(url)
-    async with asyncio.timeout(WAIT_S):
-        reader, writer = await asyncio.open_connection(address.hostname, address.port, **options)
-    try:
-        yield reader, writer
-    finally:
-        writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-
-
-async def all_of(reader: asyncio.StreamReader) -> bytes:
-    """Return all bytes until the connection closes or is reset."""
-    raw = b""
-    async with asyncio.timeout(WAIT_S):
-        with contextlib.suppress(OSError):
-            while piece := await reader.read(65_536):
-                raw += piece
-    return raw
-
-
-UPGRADE = (
-    "Connection: Upgrade",
-    "Upgrade: websocket",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
-)
-
-
-def request_of(*headers: str, path: str = "/") -> bytes:
-    return "\r\n".join([f"GET {path} HTTP/1.1", *headers, "", ""]).encode("latin-1")
-
-
-def frame_of(message: dict[str, Any]) -> bytes:
-    """Return a message as a masked text frame (RFC 6455 §5.2). A mask of zeros needs no computation."""
-    raw = json.dumps(message).encode()
-    head = bytes((0x81, 0x80 | len(raw))) if len(raw) < 126 else struct.pack("!BBH", 0x81, 0x80 | 126, len(raw))
-    return head + b"\0\0\0\0" + raw
+plain_connection = functools.partial(raw_socket, handshake=False)  # On which nothing has been sent yet.
 
 
 async def status_code(url: str, *headers: str, path: str = "/", **options: Any) -> int:
     """Return the status of the hub's response to a request with exactly these headers."""
-    async with plain_connection(url, **options) as (reader, writer):
-        writer.write(request_of(*headers, path=path))
+    async with plain_connection(url, **options) as one:
+        await one.send(request_of(*headers, path=path))
         async with asyncio.timeout(WAIT_S):
-            return int((await reader.readline()).split()[1])
+            return int((await one.reader.readline()).split()[1])
 
 
 async def health(url: str, token: str | None = None, **options: Any) -> dict[str, Any]:
     """Return the JSON object of the hub's /healthz."""
     headers = ["Host: localhost"] + ([f"Authorization: Bearer {token}"] if token is not None else [])
-    async with plain_connection(url, **options) as (reader, writer):
-        writer.write(request_of(*headers, path="/healthz"))
-        answer: dict[str, Any] = json.loads((await all_of(reader)).partition(b"\r\n\r\n")[2])
+    async with plain_connection(url, **options) as one:
+        await one.send(request_of(*headers, path="/healthz"))
+        answer: dict[str, Any] = json.loads((await one.rest()).partition(b"\r\n\r\n")[2])
     return answer
 
 
@@ -265,14 +223,6 @@ def world_in_use(**settings: Any) -> Iterator[World]:
     requester.delegate("of-the-bystanders", "stand-by", ttl=1.0)
     worker.succeed("of-the-bystanders", "done")
     assert [one.output for one in requester.received() if isinstance(one, TaskOutcome)] == ["done"]
-
-
-def agenthub_main(*argv: str) -> int:
-    """Run the command line in this process; return its exit code."""
-    try:
-        return agenthub.main(list(argv))
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 @pytest.fixture
@@ -554,17 +504,14 @@ async def test_token_that_cannot_be_one_is_unauthorized_and_no_more(
     ids=ascii,
 )
 async def test_header_that_is_no_bearer_token_opens_nothing(headers: list[str]) -> None:
-    async with hub_in_use() as hub, plain_connection(hub.url) as (reader, writer):
-        writer.write(request_of("Host: localhost", *UPGRADE, *headers))
-        async with asyncio.timeout(WAIT_S):
-            assert b" 101 " in await reader.readline()
-            await reader.readuntil(b"\r\n\r\n")
-        for _ in range(3):
-            writer.write(frame_of({"type": "status"}))
-        async with asyncio.timeout(WAIT_S):
-            raw = await reader.readuntil(struct.pack("!H", 1008))
-        assert raw.count(b'"unauthorized"') >= 2
-        assert b"version" not in raw
+    async with hub_in_use() as hub, raw_socket(hub.url, handshake=False) as one:
+        await one.handshake(*headers)
+        assert b" 101 " in one.head
+        await one.send(frame(b'{"type": "status"}') * 3)
+        for _ in range(2):
+            reply = await one.message()
+            assert (reply["type"], reply["code"]) == ("error", "unauthorized")
+        assert await one.close_code() == 1008
 
 
 async def test_wrong_token_is_compared_with_every_token_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1296,9 +1243,9 @@ async def test_who_speaks_no_tls_to_a_hub_that_does_gets_no_answer(
 ) -> None:
     async with secure_hub(certificate, authority) as (hub, url):
         assert await failure_to_connect(url.replace("wss:", "ws:"))
-        async with plain_connection(url) as (reader, writer):
-            writer.write(os.urandom(10_000))
-            await all_of(reader)
+        async with plain_connection(url) as one:
+            await one.send(os.urandom(10_000))
+            await one.rest()
         await until(lambda: hub._door.turned_away == {"tls": 2})
         assert is_logged(caplog, "turned away why=tls")
         page = await health(url, TOKEN, ssl=client_context(authority))
@@ -1315,9 +1262,9 @@ async def test_handshake_of_tls_that_does_not_end_is_cut_and_counted(
 ) -> None:
     async with secure_hub(certificate, authority) as (hub, url):
         monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.1)
-        async with plain_connection(url) as (silent, _), plain_connection(url) as (reader, writer):
-            writer.write(b"\x16\x03\x01\x02\x00\x01")  # The beginning of a greeting.
-            assert await all_of(silent) == await all_of(reader) == b""
+        async with plain_connection(url) as silent, plain_connection(url) as one:
+            await one.send(b"\x16\x03\x01\x02\x00\x01")  # The beginning of a greeting.
+            assert await silent.rest() == await one.rest() == b""
         await until(lambda: hub._door.turned_away == {"tls": 2})
         assert is_logged(caplog, "turned away why=tls")
         assert len(hub._sockets) == 2
@@ -1328,8 +1275,8 @@ async def test_who_hangs_up_during_the_handshake_of_tls_is_forgotten(
 ) -> None:
     async with secure_hub(certificate, authority) as (hub, url):
         for _ in range(3):
-            async with plain_connection(url) as (_, writer):
-                writer.write(b"\x16\x03")
+            async with plain_connection(url) as one:
+                await one.send(b"\x16\x03")
         await until(lambda: hub._door.turned_away == {"tls": 3})
         assert len(hub._sockets) == 2
         assert hub._addresses == {"127.0.0.1": 2}
@@ -1591,9 +1538,9 @@ async def test_hub_that_others_can_reach_answers_to_any_name_when_it_was_given_n
 async def test_connection_that_becomes_no_websocket_in_time_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     async with hub_in_use() as hub:
         monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.1)
-        async with plain_connection(hub.url) as (silent, _), plain_connection(hub.url) as (slow, writer):
-            dripping = asyncio.create_task(drip(writer))
-            assert await all_of(silent) == await all_of(slow) == b""
+        async with plain_connection(hub.url) as silent, plain_connection(hub.url) as slow:
+            dripping = asyncio.create_task(drip(slow.writer))
+            assert await silent.rest() == await slow.rest() == b""
             await dripping
         await until(lambda: len(hub._sockets) == 2)
 
@@ -1614,8 +1561,8 @@ async def test_handshake_that_is_too_slow_is_counted_and_logged(
 ) -> None:
     async with hub_in_use() as hub:
         monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.1)
-        async with plain_connection(hub.url) as (silent, _):
-            assert await all_of(silent) == b""
+        async with plain_connection(hub.url) as silent:
+            assert await silent.rest() == b""
         await until(lambda: len(hub._sockets) == 2)
         assert sum(hub._door.turned_away.values()) == 1
         assert is_logged(caplog, "turned away why=")
@@ -1629,9 +1576,9 @@ async def test_request_that_is_no_handshake_is_answered_and_closed() -> None:
             b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 1000,
             b"POST / HTTP/1.1\r\n\r\n",
         ):
-            async with plain_connection(hub.url) as (reader, writer):
-                writer.write(raw)
-                answer = await all_of(reader)
+            async with plain_connection(hub.url) as one:
+                await one.send(raw)
+                answer = await one.rest()
                 assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), answer
         await until(lambda: len(hub._sockets) == 2)
 
@@ -1669,25 +1616,24 @@ async def test_connections_over_a_bound_are_answered_with_503_and_beyond_that_cu
         async with hub_in_use(**options) as hub, contextlib.AsyncExitStack() as stack:
             headers = ("Host: localhost", *UPGRADE)
 
-            async def open_plain(stack: contextlib.AsyncExitStack = stack, url: str = hub.url) -> Any:
+            async def open_plain(stack: contextlib.AsyncExitStack = stack, url: str = hub.url) -> RawSocket:
                 return await stack.enter_async_context(plain_connection(url))
 
-            silent, _ = await open_plain()  # The third connection, which stays silent.
+            silent = await open_plain()  # The third connection, which stays silent.
             waiting = [await open_plain() for _ in range(2)]
             await until(lambda hub=hub: len(hub._sockets) == 5)
             for _ in range(3):
-                reader, _ = await open_plain()
-                assert await all_of(reader) == b""
+                assert await (await open_plain()).rest() == b""
             assert hub._door.turned_away == {"connections": 3}
-            for reader, writer in waiting:
-                writer.write(request_of(*headers))
-                answer = await all_of(reader)
+            for one in waiting:
+                await one.send(request_of(*headers))
+                answer = await one.rest()
                 assert answer.startswith(b"HTTP/1.1 503 ")
                 assert text in answer
             assert hub._door.turned_away == {"connections": 5}
             await until(lambda hub=hub: len(hub._sockets) == 3)
             assert (await health(hub.url, TOKEN))["turned_away"] == {"connections": 5}
-            assert not silent.at_eof()
+            assert not silent.reader.at_eof()
         assert is_logged(caplog, "turned away why=connections address=127.0.0.1")
 
 
@@ -1738,7 +1684,7 @@ async def test_hub_process_whose_descriptors_are_used_up_still_writes_its_journa
                 process.send_signal(signal.SIGSTOP)  # So that it finds all connections at once when it continues.
                 flood = [await stack.enter_async_context(plain_connection(url)) for _ in range(limit + 20)]
                 process.send_signal(signal.SIGCONT)
-                await until(lambda: sum(reader.at_eof() for reader, _ in flood) >= 50)
+                await until(lambda: sum(one.reader.at_eof() for one in flood) >= 50)
                 for number in range(20):
                     reply = await requester.delegate(f"task-{number}", capability="later", wait=True, input=SECRET)
                     assert reply["state"] == "pending"
@@ -1775,7 +1721,7 @@ async def test_descriptors_of_many_journals_are_kept_too(tmp_path: Path) -> None
         async with bystanders(url, TOKEN), contextlib.AsyncExitStack() as stack:
             flood = [await stack.enter_async_context(plain_connection(url)) for _ in range(limit)]
             await until(
-                lambda: sum(reader.at_eof() for reader, _ in flood) >= 64 or "cannot be accepted" in log.read_text()
+                lambda: sum(one.reader.at_eof() for one in flood) >= 64 or "cannot be accepted" in log.read_text()
             )
     assert "cannot be accepted" not in log.read_text()
 
@@ -2266,10 +2212,8 @@ DESCRIPTORS_BESIDE = 300  # Of each process, for other purposes than these conne
 class Returning(asyncio.Protocol):
     """A minimal connection: it resumes a session, and reads the reply."""
 
-    HANDSHAKE = request_of("Host: localhost", *UPGRADE)
-
     def __init__(self, registration: dict[str, Any], replies: asyncio.Queue[dict[str, Any]]) -> None:
-        self.said = self.HANDSHAKE + frame_of(registration)
+        self.said = HANDSHAKE + frame(json.dumps(registration).encode())
         self.replies = replies
         self.heard = b""
 

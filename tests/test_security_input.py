@@ -22,7 +22,6 @@ import signal
 import socket
 import sqlite3
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -55,8 +54,20 @@ from agenthub import (
     Status,
 )
 from tests.harness import World
-from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, PING, TEXT, Connection, Script, frame, serve
-from tests.support import ROOT, WAIT_S, RawClient, alive, hub_process, raw_client, running
+from tests.raw_websocket import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    HANDSHAKE,
+    PING,
+    PONG,
+    Connection,
+    Script,
+    frame,
+    raw_socket,
+    serve,
+)
+from tests.support import ROOT, WAIT_S, RawClient, agenthub_main, alive, hub_process, raw_client, running
 from tests.test_transport import HEARTBEAT, Owner, Pair, Socket
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, or modes of files as on POSIX")
@@ -150,85 +161,25 @@ async def scene(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Scene]:
 
 # 10. Frames.
 
-UPGRADE = (
-    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-)
-
 
 def message(**fields: Any) -> bytes:
     return frame(json.dumps(fields).encode())
 
 
-class RawSocket:
-    """A connection that sends any bytes, and parses the hub's frames."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.head = b""
-
-    async def send(self, raw: bytes) -> None:
-        self.writer.write(raw)
-        with contextlib.suppress(ConnectionError):  # The hub may have closed the connection.
-            await soon(self.writer.drain())
-
-    async def handshake(self, *headers: bytes, behind: bytes = b"") -> None:
-        await self.send(UPGRADE + b"".join(header + b"\r\n" for header in headers) + b"\r\n" + behind)
-        self.head = await soon(self.reader.readuntil(b"\r\n\r\n"))
-
-    async def frame(self) -> tuple[int, bytes]:
-        first, second = await soon(self.reader.readexactly(2))
-        length = second
-        if second == 126:
-            (length,) = struct.unpack("!H", await soon(self.reader.readexactly(2)))
-        elif second == 127:
-            (length,) = struct.unpack("!Q", await soon(self.reader.readexactly(8)))
-        return first & 0x0F, await soon(self.reader.readexactly(length))
-
-    async def message(self) -> dict[str, Any]:
-        opcode, payload = await self.frame()
-        assert opcode == TEXT, payload
-        decoded: dict[str, Any] = json.loads(payload)
-        return decoded
-
-    async def close_code(self) -> int:
-        """Return the hub's close code, once it has closed."""
-        while True:
-            opcode, payload = await self.frame()
-            if opcode == CLOSE:
-                return int.from_bytes(payload[:2])
-
-
-@contextlib.asynccontextmanager
-async def raw_socket(port: int, *, handshake: bool = True) -> AsyncIterator[RawSocket]:
-    reader, writer = await soon(asyncio.open_connection("127.0.0.1", port))
-    client = RawSocket(reader, writer)
-    try:
-        if handshake:
-            await client.handshake()
-            assert client.head.startswith(b"HTTP/1.1 101 ")
-        yield client
-    finally:
-        writer.transport.abort()
-        with contextlib.suppress(ConnectionError):
-            await soon(writer.wait_closed())
-
-
 BAD_FRAMES = {
-    "a header that claims 1 TiB": (struct.pack("!BBQ", 0x81, 0xFF, 2**40) + bytes(4) + MARK.encode(), 1009),
-    "a header that claims 1 byte too many": (struct.pack("!BBQ", 0x81, 0xFF, 1_048_577) + bytes(4), 1009),
-    "a length with its highest bit set": (struct.pack("!BBQ", 0x81, 0xFF, 2**63) + bytes(4), (1002, 1009)),
+    "a header that claims 1 TiB": (frame(MARK.encode(), length=2**40), 1009),
+    "a header that claims 1 byte too many": (frame(length=1_048_577), 1009),
+    "a length with its highest bit set": (frame(length=2**63), (1002, 1009)),
     "RSV1": (frame(MARK.encode(), rsv=4), 1002),
     "RSV2": (frame(MARK.encode(), rsv=2), 1002),
     "RSV3": (frame(MARK.encode(), rsv=1), 1002),
     "invalid UTF-8": (frame(MARK.encode() + b"\xff"), 1007),
     "a surrogate in UTF-8": (frame(b'{"type": "\xed\xa0\x80"}'), 1007),
     "invalid UTF-8 in fragments": (frame(b'{"\xc3', fin=False) + frame(b"(", CONTINUATION), 1007),
-    "a frame that is not masked": (frame(MARK.encode(), masked=False), 1002),
+    "a frame that is not masked": (frame(MARK.encode(), key=b""), 1002),
     "a ping of 126 bytes": (frame(b"x" * 126, PING), 1002),
     "a close of 126 bytes": (frame(b"\x03\xe8" + b"x" * 124, CLOSE), 1002),
-    "a pong of 1 TiB": (struct.pack("!BBQ", 0x8A, 0xFF, 2**40) + bytes(4), (1002, 1009)),
+    "a pong of 1 TiB": (frame(b"", PONG, length=2**40), (1002, 1009)),
     "a ping in fragments": (frame(b"x", PING, fin=False), 1002),
     "a close of one byte": (frame(b"\x03", CLOSE), 1002),
     "a close with a code that may not be sent": (frame(b"\x03\xee", CLOSE), 1002),
@@ -242,7 +193,7 @@ BAD_FRAMES = {
 @pytest.mark.parametrize("name", BAD_FRAMES)
 async def test_frame_that_breaks_the_rules_closes_its_connection_alone(name: str, scene: Scene) -> None:
     raw, codes = BAD_FRAMES[name]
-    async with raw_socket(scene.server.port) as client:
+    async with raw_socket(scene.server.url) as client:
         await client.send(raw)
         code = await client.close_code()
         assert code in (codes if isinstance(codes, tuple) else (codes,))
@@ -253,12 +204,12 @@ async def test_frame_that_breaks_the_rules_closes_its_connection_alone(name: str
 
 
 async def test_length_that_is_claimed_takes_no_memory(scene: Scene) -> None:
-    async with raw_socket(scene.server.port) as client, raw_socket(scene.server.port) as other:
+    async with raw_socket(scene.server.url) as client, raw_socket(scene.server.url) as other:
         tracemalloc.start()
         try:
-            await client.send(struct.pack("!BBQ", 0x81, 0xFF, 2**40) + bytes(4) + b"x" * 100_000)
+            await client.send(frame(b"x" * 100_000, length=2**40))
             assert await client.close_code() == 1009
-            await other.send(struct.pack("!BBQ", 0x81, 0xFF, 1_000_000) + bytes(4))  # The payload never follows.
+            await other.send(frame(length=1_000_000))  # The payload never follows.
             await scene.bystanders_go_on()
             _, peak = tracemalloc.get_traced_memory()
         finally:
@@ -267,7 +218,7 @@ async def test_length_that_is_claimed_takes_no_memory(scene: Scene) -> None:
 
 
 async def test_endless_row_of_fragments_is_closed_at_the_limit_of_a_message(scene: Scene) -> None:
-    async with raw_socket(scene.server.port) as client:
+    async with raw_socket(scene.server.url) as client:
         await client.send(frame(b"x" * 60_000, fin=False))
         for _ in range(17):
             await client.send(frame(b"x" * 60_000, CONTINUATION, fin=False))
@@ -276,7 +227,7 @@ async def test_endless_row_of_fragments_is_closed_at_the_limit_of_a_message(scen
 
 
 async def test_300_000_empty_fragments_are_too_many(caplog: pytest.LogCaptureFixture) -> None:
-    async with a_scene(caplog, messages_per_s_max=0) as scene, raw_socket(scene.server.port) as client:
+    async with a_scene(caplog, messages_per_s_max=0) as scene, raw_socket(scene.server.url) as client:
         await client.send(frame(b"", fin=False))
         sending = asyncio.create_task(client.send(frame(b"", CONTINUATION, fin=False) * 300_000))
         assert await client.close_code() == 1009
@@ -285,8 +236,8 @@ async def test_300_000_empty_fragments_are_too_many(caplog: pytest.LogCaptureFix
 
 
 async def test_compression_that_is_offered_is_never_used(scene: Scene) -> None:
-    async with raw_socket(scene.server.port, handshake=False) as client:
-        await client.handshake(b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
+    async with raw_socket(scene.server.url, handshake=False) as client:
+        await client.handshake("Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
         assert client.head.startswith(b"HTTP/1.1 101 ")
         assert b"extensions" not in client.head.lower()
         await client.send(frame(b"\xaa\x56\x2a\xa9\x2c\x48\x55\xb2\x52\x00", rsv=4))
@@ -296,7 +247,7 @@ async def test_compression_that_is_offered_is_never_used(scene: Scene) -> None:
 
 async def test_binary_messages_are_refused_and_the_connection_lives_on(scene: Scene) -> None:
     raw = json.dumps({"type": "register", "name": MARK, "id": "1"}).encode()
-    async with raw_socket(scene.server.port) as client:
+    async with raw_socket(scene.server.url) as client:
         await client.send(frame(raw, BINARY))
         await client.send(frame(raw, BINARY, fin=False) + frame(b"", CONTINUATION))
         for _ in range(2):
@@ -312,8 +263,8 @@ async def test_binary_messages_are_refused_and_the_connection_lives_on(scene: Sc
 @pytest.mark.parametrize("host", ["127.0.0.1", "evil.example"])
 async def test_frames_behind_a_request_that_is_no_handshake_are_not_read(path: str, host: str, scene: Scene) -> None:
     joined = scene.server.hub.summary()["connections"]
-    behind = message(type="register", name=MARK) + frame(b"", PING) + frame(b"\xff", 3, masked=False)
-    async with raw_socket(scene.server.port, handshake=False) as client:
+    behind = message(type="register", name=MARK) + frame(b"", PING) + frame(b"\xff", 3, key=b"")
+    async with raw_socket(scene.server.url, handshake=False) as client:
         request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n"
         if host != "127.0.0.1":  # A valid handshake except for the name.
             request += "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -331,11 +282,11 @@ async def test_frames_behind_a_request_that_is_no_handshake_are_not_read(path: s
 
 
 async def test_first_frames_may_come_with_the_handshake(scene: Scene) -> None:
-    async with raw_socket(scene.server.port, handshake=False) as client:
+    async with raw_socket(scene.server.url, handshake=False) as client:
         behind = frame(b"early", PING) + message(type="status", id="1") + message(type="status", id="2")
         await client.handshake(behind=behind)
         assert client.head.startswith(b"HTTP/1.1 101 ")
-        assert await client.frame() == (10, b"early")
+        assert await client.frame() == (PONG, b"early", True)
         assert [(await client.message())["reply_to"] for _ in range(2)] == ["1", "2"]
         await scene.nobody_noticed()
 
@@ -974,7 +925,7 @@ class Rationed:
         )
         self.link._loop = self.clock  # type: ignore[assignment]  # It has as much of a loop as a link needs.
         self.link.connection_made(Socket(self.link))
-        self.link.data_received(UPGRADE + b"\r\n")
+        self.link.data_received(HANDSHAKE)
         assert self.owner.opened_count == 1
 
     @property
@@ -1069,7 +1020,7 @@ def test_effort_grows_with_what_a_request_asks_of_the_hub() -> None:
 async def test_bystanders_are_served_while_thousands_of_a_flooders_requests_wait(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with a_scene(caplog, messages_per_s_max=20) as scene, raw_socket(scene.server.port) as flooder:
+    async with a_scene(caplog, messages_per_s_max=20) as scene, raw_socket(scene.server.url) as flooder:
         await flooder.send(b"".join(message(type="status", id=str(number)) for number in range(5000)))
         replies = [await flooder.message() for _ in range(40)]
         await scene.nobody_noticed()
@@ -1209,14 +1160,7 @@ async def tcp_server(answer: bytes, requests: list[bytes]) -> AsyncIterator[int]
 
 async def command(*argv: str) -> int:
     """Run the command line in a thread of this process; return its exit code."""
-
-    def run() -> int:
-        try:
-            return agenthub.main(list(argv))
-        except SystemExit as end:
-            return int(end.code or 0)
-
-    return await soon(asyncio.to_thread(run))
+    return await soon(asyncio.to_thread(agenthub_main, *argv))
 
 
 async def open_session(url: str, messages: list[Any] | None = None) -> Session:
@@ -1740,7 +1684,7 @@ def test_flood_of_lines_is_bounded_and_says_how_many_were_left_out() -> None:
 
 
 async def test_flood_of_refusals_is_a_bounded_log(formatted: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    async with a_scene(caplog) as scene, raw_socket(scene.server.port) as client:
+    async with a_scene(caplog) as scene, raw_socket(scene.server.url) as client:
         await client.send(frame(MARK.encode()) * 3000)
         for _ in range(3000):
             assert (await client.message())["code"] == "invalid_message"

@@ -21,7 +21,7 @@ import pytest
 
 import agenthub
 from agenthub import HubServer, HubSettings
-from tests.raw_websocket import ConnectionClosed, InvalidStatus
+from tests.raw_websocket import ConnectionClosed, InvalidStatus, raw_socket
 from tests.support import WAIT_S, RawClient, hub_process, raw_client, running
 
 posix_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent to a process as on POSIX")
@@ -53,14 +53,9 @@ async def deaf_client(url: str) -> AsyncIterator[RawClient]:
 
 async def http(url: str, request: str) -> str:
     """Send an HTTP request to the hub's port; return all that it answers."""
-    address = urlsplit(url)
-    async with asyncio.timeout(WAIT_S):
-        reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        writer.write(request.encode())
-        answer = await reader.read()
-        writer.close()
-        await writer.wait_closed()
-    return answer.decode()
+    async with raw_socket(url, handshake=False) as one:
+        await one.send(request.encode())
+        return (await one.rest()).decode()
 
 
 def resident_mb(process: subprocess.Popen[str]) -> float:

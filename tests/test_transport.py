@@ -220,7 +220,7 @@ async def test_message_at_the_limit_is_read(pair: Pair) -> None:
 
 
 async def test_frame_that_is_not_masked_ends_the_link(pair: Pair) -> None:
-    pair.link.data_received(frame(HEARTBEAT, masked=False))
+    pair.link.data_received(frame(HEARTBEAT, key=b""))
     await ended(pair)
     assert [code for code, _ in pair.owner.ends] == [1002]
 
