@@ -78,10 +78,10 @@ def call(url: str, capability: str) -> subprocess.CompletedProcess[str]:
     ("start", "module"),
     [
         (["-m", "package.vendor.agenthub"], "package.vendor.agenthub"),
-        (["-m", "renamed_hub"], "renamed_hub"),
+        pytest.param(["-m", "renamed_hub"], "renamed_hub", marks=pytest.mark.long),
         (["renamed_hub.py"], "renamed_hub"),
         (["-m", "agenthub"], "agenthub"),
-        ([str(ROOT / "agenthub.py")], "agenthub"),
+        pytest.param([str(ROOT / "agenthub.py")], "agenthub", marks=pytest.mark.long),
     ],
     ids=["vendored", "renamed", "renamed script", "installed", "script"],
 )
@@ -122,10 +122,10 @@ def test_copy_without_the_bridge_says_that_it_is_a_file_of_its_own(start: list[s
     "start",
     [
         ["-m", "package.vendor.agenthub", "bridge"],
-        ["-m", "package.vendor.agenthub_mcp"],
-        ["-m", "agenthub", "bridge"],
-        ["-m", "agenthub_mcp"],
-        ["agenthub.py", "bridge"],
+        pytest.param(["-m", "package.vendor.agenthub_mcp"], marks=pytest.mark.long),
+        pytest.param(["-m", "agenthub", "bridge"], marks=pytest.mark.long),
+        pytest.param(["-m", "agenthub_mcp"], marks=pytest.mark.long),
+        pytest.param(["agenthub.py", "bridge"], marks=pytest.mark.long),
         ["agenthub_mcp.py"],
     ],
     ids=" ".join,
