@@ -2337,12 +2337,13 @@ async def test_hub_that_lets_agents_in_and_drops_them_is_not_stormed(monkeypatch
     bounds: list[float] = []
     monkeypatch.setattr(random, "uniform", lambda least, most: bounds.append(most) or 0.0)
     async with hub_in_use(token=None) as hub:
-        async with Agent("ann", url=hub.url):
+        async with Agent("ann", url=hub.url) as ann:
             for number in range(6):
                 (link,) = await until(
                     lambda: [one for one in hub._links if hub.hub._connections[one].agent.name == "ann"]
                 )
                 link.abort()
                 await until(lambda number=number: len(bounds) > number)
+            await ann.connected(WAIT_S)  # So that it leaves with a close.
         assert bounds[:6] == [0.01, 0.02, 0.04, 0.08, 0.1, 0.1]
         assert hub.hub.summary()["closed"] == {"1006": 6, "1000": 1}

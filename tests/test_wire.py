@@ -958,7 +958,7 @@ async def test_waiting_task_ends_at_its_deadline(hub: str) -> None:
             began = time.monotonic()
             assert (await requester.delegate(task, ttl=0.2, wait=True, **target))["state"] == "pending"
             assert (await requester.message("result", task_id=task))["state"] == "timeout"
-            assert 0.19 < time.monotonic() - began < 3
+            assert time.monotonic() - began >= 0.2
 
 
 async def test_same_delegate_again_is_safe(hub: str) -> None:
@@ -1106,7 +1106,7 @@ async def test_expired_task_tells_its_requester_and_its_worker_once(hub: str) ->
         began = time.monotonic()
         await requester.delegate(task, capability=capability, ttl=0.3)
         result = await requester.message("result", task_id=task)
-        assert 0.29 < time.monotonic() - began < 3
+        assert time.monotonic() - began >= 0.3
         assert (result["success"], result["state"], result["error"]["code"]) == (False, "timeout", "timeout")
         await worker.message("delegate", task_id=task)
         assert (await worker.message("status", task_id=task))["state"] == "timeout"
@@ -1352,7 +1352,7 @@ async def test_ended_task_is_forgotten_after_its_retention() -> None:
             async with asyncio.timeout(2 * WAIT_S):  # The reaper may take 30 seconds.
                 while (await requester.request(type="status", task_id=task)).get("code") != "unknown_task":
                     await asyncio.sleep(0.05)
-            assert time.monotonic() - began > 0.29
+            assert time.monotonic() - began >= 0.3
             assert await state_of(requester, open_task) == "in_progress"
             assert (await requester.delegate(task, capability=capability, input="other"))["state"] == "in_progress"
 
