@@ -4401,7 +4401,7 @@ class WebSocketProtocol:
         self.close_rcvd: CloseFrame | None = None
         self.position = 0  # How much of the buffer was read; grows until more bytes are needed.
         self.unsent_bytes = 0
-        self._buffer = bytearray()
+        self._buffer: bytes | bytearray = b""
         self._writes: list[bytes] = []
         self._apply_mask = apply_mask
         self._keys = b""  # Random, for the masks of the next frames.
@@ -4414,7 +4414,6 @@ class WebSocketProtocol:
     def limit_messages(self, bytes_max: int) -> None:
         """Accept no larger messages from now on."""
         self._message_bytes_max = bytes_max
-        self._small_bytes_max = min(bytes_max, CPU_COUNTED_BYTES - 1)
 
     # Reading
 
@@ -4424,8 +4423,14 @@ class WebSocketProtocol:
 
     def receive_data(self, data: bytes) -> None:
         """Keep bytes that came in, for `next_event`."""
-        if not self._is_discarding:
-            self._buffer += data
+        if self._is_discarding:
+            return
+        if not self._buffer:
+            self._buffer = data
+            return
+        if isinstance(self._buffer, bytes):  # A large message comes in many pieces; bytes would be copied for each.
+            self._buffer = bytearray(self._buffer)
+        self._buffer += data
 
     def next_event(self) -> Event | None:
         """Return what came in next, None if more bytes are needed.
@@ -4449,21 +4454,17 @@ class WebSocketProtocol:
         end = begin + length + (4 if second > 127 else 0)
         if end > size and not self._is_too_long(first & 15, length):
             return self._wait()
-        if (
-            first == WHOLE_TEXT
-            and length <= self._small_bytes_max
-            and self._fragments is None
-            and (second > 127) == self.is_server
-        ):
-            self.position = end
-            if not self.is_server:
-                return bytes(buffer[begin:end])
-            return self._apply_mask(buffer[begin + 4 : end], buffer[begin : begin + 4])
-        if not self._is_announced:
+        is_text = first == WHOLE_TEXT and self._fragments is None and (second > 127) == self.is_server
+        if not (is_text and length < CPU_COUNTED_BYTES) and not self._is_announced:
             self._is_announced = True
             return COSTLY
         self._is_announced = False
-        return self._read_frame(begin, end)
+        if not is_text or length > self._message_bytes_max:
+            return self._read_frame(begin, end)
+        self.position = end
+        if not self.is_server:
+            return bytes(buffer[begin:end])
+        return self._apply_mask(buffer[begin + 4 : end], buffer[begin : begin + 4])
 
     def receive_eof(self) -> None:
         """Handle that nothing will come in any more."""
@@ -4475,12 +4476,13 @@ class WebSocketProtocol:
         self._is_reading_frames = False
         self._fragments = None
         self.position = 0
-        self._buffer.clear()
+        self._buffer = b""
 
     def _wait(self) -> Event | None:
         """Forget what was read, so that an idle connection buffers nothing."""
-        del self._buffer[: self.position]
-        self.position = 0
+        if self.position:
+            self._buffer = self._buffer[self.position :]
+            self.position = 0
         return None
 
     def _is_too_long(self, opcode: int, length: int) -> bool:
