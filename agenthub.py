@@ -3437,55 +3437,105 @@ class Journal:
 # ============================================================================================
 # 6 Transport
 #
-# A link is one end of a connection: it turns bytes into messages for its owner, and sends the
-# bytes it is given. WebSocketLink does so around a Sans-I/O protocol object for its role, which is
-# one of `websockets` or the one built in; MemoryLink within this process. Neither decides anything
-# about what is said.
+# A link is one end of a connection: it decodes what comes in for its owner, and sends the bytes it
+# is given. It decides nothing about what the messages say. MemoryLink connects two owners within a
+# process. WebSocketLink moves bytes between a socket and a WebSocketProtocol, which knows frames
+# and no sockets:
+#
+#     socket      data_received                  write, at the end of the turn
+#                       |                              ^
+#     protocol    receive_data                   data_to_send
+#                 next_event                     send_text, send_close, fail
+#                       |                              ^
+#     link        decode, charge                 send, send_when_writable, close
+#                       |                              ^
+#     owner       opened, received, closed       the hub, or an agent's session
+#
+# What a link goes through:
+#
+#     connecting --> handshake --> open --> closing --> closed
+#          |             |          |          |           ^
+#          +-------------+----------+----------+-----------+
+#                the socket is lost, or a timeout cuts it
+#
+# * connecting: there is no socket yet; with TLS its own handshake comes first.
+# * handshake: one HTTP request and its response, within HANDSHAKE_S. What comes behind the request
+#   is read after the response. A rejected request ends the link, and its owner is never called.
+# * open: `opened` was called. Messages go both ways; pings are answered by the protocol.
+# * closing: a close was sent: by `close`, as the echo of the peer's, or because the peer broke the
+#   protocol. Nothing may follow it. After a close of ours the peer's is awaited, and what comes
+#   before it is discarded. CLOSING_S later the socket is cut.
+# * closed: `closed` was called, once, with the code of whoever closed first, or 1006. It comes as
+#   early as that is known; `gone` is set when nothing is left of the socket.
+#
+# What waits where, until when, and the limit:
+#
+#     in    protocol, buffer     until it is a whole event        one message, and one read of the
+#                                and reading is not paused        socket (256 KiB in asyncio)
+#     in    protocol, fragments  until the message is whole       one message
+#     out   protocol             until the turn of the loop ends  OUT_BYTES_MAX and one message
+#     out   socket               until the peer reads it          `backlog_bytes_max`, for agents
+#                                                                 one message and BACKLOG_BYTES_MAX
+#     out   link, postponed      until the socket has drained     half of `backlog_bytes_max`, and
+#     (hub)                                                       messages that the hub keeps anyway
+#
+# Backpressure on what comes in: while there is any PauseReason, the link handles nothing and does
+# not read from the socket, so TCP slows the peer down. The link itself pauses after each
+# SLICE_BYTES, for the turn of the other connections; when the token bucket is empty; and while the
+# peer does not read its replies. The server pauses it while a write of the journal goes on, and to
+# slow down the guessing of tokens.
+#
+# Backpressure on what goes out: at half of `backlog_bytes_max` unread the peer is a slow consumer;
+# what is sent from then on is postponed. Beyond the limit it is closed with 4002, and when it reads
+# nothing at all for STALLED_S it is cut: an answer to a close would wait behind those very bytes.
+# An agent sends when `writable` is set, or waits for it.
 # ============================================================================================
 
-BACKLOG_BYTES_MAX = 8 * 1_048_576  # What may wait for a peer that does not read.
-
-HANDSHAKE_S = 10.0  # For a connection to become a WebSocket.
-STALLED_S = 10.0  # For a peer to read something of what waits for it.
-CLOSING_S = 2.0  # For a peer to answer a close, or to read what is still to be read; then the socket is cut.
-CLIENT_MESSAGE_BYTES_MAX = 64 * 1_048_576  # The largest message that an agent takes from its hub.
+BACKLOG_BYTES_MAX = 8 * 1_048_576  # Sent to a peer and not read by it.
+CLIENT_MESSAGE_BYTES_MAX = 64 * 1_048_576  # The largest message that an agent accepts from its hub.
+UNAUTHENTICATED_BYTES_MAX = 131_072  # The largest message of a connection that has not authenticated.
 PRIVATE_CHARACTERS_MAX = 1_048_576  # In a file with a token, or an access file.
-SLICE_BYTES = 16_384  # Of what came in on one connection are handled before the others have a turn.
-OUT_BYTES_MAX = 2048  # Are gathered in one turn of the loop before they are written: who waits for them can begin.
-FRAGMENT_BYTES = 16  # A message may have as many fragments as if each had so many bytes; RFC 6455 has no bound.
-FRAME_COST = 0.25  # What a ping or a fragment costs to handle; a plain message costs 1.
+
+HANDSHAKE_S = 10.0  # From the connection to the end of the handshake.
+STALLED_S = 10.0  # For a peer to read any of the bytes that wait for it.
+CLOSING_S = 2.0  # For a peer to answer a close, or to read what it was sent before; then the socket is cut.
+
+SLICE_BYTES = 16_384  # Handled from one connection before the others have their turn.
+OUT_BYTES_MAX = 2048  # Gathered in one turn of the loop before they are written, so that the peer can start on them.
+FRAGMENT_BYTES = 16  # Limits the fragments of a message to as many as if each had this size; RFC 6455 has no limit.
+KEYS_BYTES = 1024  # Random bytes for masking keys, read at a time.
+
 MESSAGES_PER_S_MAX = 2000.0  # From one connection, in the long run.
-CPU_SHARE = 0.25  # Of a second of computing, what one connection may have per second in the long run.
-CPU_COUNTED_BYTES = 4096  # From this size on what a message costs is measured; below it all cost about the same.
-KEYS_BYTES = 1024  # Of random numbers are asked for at a time.
-UNAUTHENTICATED_BYTES_MAX = 131_072  # The largest message of who has not been let in.
-PAUSE_MAX_S = 10.0  # For what a connection has sent too much of; well below the silence that ends a connection.
-BURST_S = 2.0  # So many seconds' worth of messages may come at once.
-PAUSE_MIN_S = 0.02  # Per pause, because one pause for each message would cost more than the message.
+BURST_S = 2.0  # How many seconds' worth of messages may come at once.
+PAUSE_MIN_S = 0.02  # Of the rate limit: pausing after each message would cost more than the message.
+PAUSE_MAX_S = 10.0  # Of the rate limit: well below the silence after which a connection is closed.
+FRAME_COST = 0.25  # Of a ping or a fragment; a plain message costs 1.
+CPU_COUNTED_BYTES = 4096  # From this size on the CPU time of a message is measured; smaller ones cost about the same.
+CPU_SHARE = 0.25  # CPU seconds per second that one connection may take in the long run.
 
 LOOPS = ("auto", "asyncio", "uvloop")  # Event loops to choose from.
 
 Output = TypeVar("Output")
 
 log_loop = logging.getLogger("agenthub.loop")
-# `websockets` logs frames with what is in them at DEBUG; payloads are nobody's business.
+# `websockets` logs frames with their payloads at DEBUG; payloads must not be logged.
 WIRE_LOGGER = logging.getLogger("agenthub.wire")
 WIRE_LOGGER.setLevel(logging.WARNING)
 
 
 class LinkOwner(Protocol):
-    """Who is told what happens on a link. `closed` comes once, and nothing after it."""
+    """What a link calls. `closed` comes once, and nothing after it."""
 
     def opened(self, link: Link) -> None: ...
 
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
-        """Take a message, or the InvalidMessage that says why it is none."""
+        """Handle a message, or the InvalidMessage that says what is wrong with it."""
 
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 
 class LightEvent:
-    """What asyncio.Event is, with a tenth of the memory: each link has two of them, and a hub has many links."""
+    """An asyncio.Event with a tenth of the memory: each link has two of them, and a hub has many links."""
 
     __slots__ = ("_is_set", "_waiters")
 
@@ -3507,7 +3557,7 @@ class LightEvent:
         self._is_set = False
 
     async def wait(self) -> None:
-        """Return when it is set, or has been set for a moment since the call."""
+        """Return when it is set, or was set for a moment since the call."""
         if not self._is_set:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -3518,20 +3568,30 @@ class LightEvent:
                     self._waiters.remove(waiter)
 
 
-class Link:
-    """What all links share: decoding for the owner, and telling it once that the link has closed."""
+class PauseReason(enum.StrEnum):
+    """Why nothing is read from a connection; reading goes on when no reason is left."""
 
-    address = ""  # Where the other end is.
+    TURN_OVER = "turn over"  # It has had its slice; the other connections have their turn.
+    RATE_LIMIT = "rate limit"  # It has sent more than its token bucket allows.
+    SLOW_CONSUMER = "slow consumer"  # It does not read what was sent to it, so it gets no further replies.
+    JOURNAL = "journal"  # Its messages cost much, and their replies wait for one write of the journal.
+    AUTH_BACKOFF = "auth backoff"  # Its address has sent too many wrong tokens.
+
+
+class Link:
+    """What all links share: decoding for the owner, and calling its `closed` once."""
+
+    address = ""  # The network address of the other end.
     grant: Any = None  # What the other end may do; None: everything.
-    is_backlogged = False  # So much waits to be read that more should come as `send_when_writable`.
+    is_backlogged = False  # The other end is a slow consumer: `send_when_writable` is better than `send`.
 
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
         self._owner = owner
         self._decode = decode
-        self._is_closing = False  # What comes in is not delivered any more.
+        self._is_closing = False  # What comes in is discarded.
         self._is_reported = False
         self.gone = LightEvent()  # Nothing is left of it.
-        self.writable = LightEvent()  # What is sent does not pile up.
+        self.writable = LightEvent()  # The other end reads what it is sent.
         self.writable.set()
 
     def send(self, raw: bytes) -> None:
@@ -3539,15 +3599,15 @@ class Link:
         raise NotImplementedError
 
     def send_when_writable(self, message: Any) -> None:
-        """Send a message that its owner has in memory anyway, and encode it only when there is room for it."""
+        """Send a message that its owner keeps in memory anyway: encode it when the other end has read the backlog."""
         raise NotImplementedError
 
     def take_unsent(self) -> list[Any]:
-        """Return what was postponed and has not been sent; it will not be."""
+        """Return the postponed messages that were not sent, and will not be."""
         return []
 
     def close(self, code: int, reason: str = "") -> None:
-        """Close after what was sent before. The owner's `closed` follows when the link is gone."""
+        """Close, after what was sent before. The owner's `closed` is called when the other end agrees or is lost."""
         raise NotImplementedError
 
     def abort(self) -> None:
@@ -3569,7 +3629,7 @@ class Link:
         """Remove one reason to pause; without effect if it is none."""
 
     def _deliver(self, raw: bytes) -> None:
-        """Hand a message to the owner, or what was wrong with it."""
+        """Call the owner with a message, or with what was wrong with it."""
         try:
             message = self._decode(raw)
         except InvalidMessage as error:
@@ -3579,7 +3639,7 @@ class Link:
             self._owner.received(self, message, len(raw))
 
     def _on_unreadable(self, raw: bytes) -> None:
-        """Take note of a message that could not be read, after the owner has."""
+        """Handle a message that could not be decoded, after the owner has."""
 
     def _report_closed(self, code: int, reason: str) -> None:
         self._is_closing = True
@@ -3591,14 +3651,41 @@ class Link:
 Connector = Callable[[LinkOwner], Awaitable[Link]]
 
 
-class PauseReason(enum.StrEnum):
-    """Why nothing is read from a connection; reading goes on when no reason is left."""
+class MemoryLink(Link):
+    """One end of a connection within this process. Messages still go through encode and decode."""
 
-    TURN_OVER = "turn over"  # It has had its slice; the other connections have their turn.
-    RATE_LIMIT = "rate limit"  # It has sent more than its token bucket allows.
-    SLOW_CONSUMER = "slow consumer"  # It does not read what was sent to it, so it gets no further replies.
-    JOURNAL = "journal"  # Its messages cost much, and their replies wait for one write of the journal.
-    AUTH_BACKOFF = "auth backoff"  # Its address has sent too many wrong tokens.
+    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
+        super().__init__(owner, decode)
+        self._loop = asyncio.get_running_loop()
+        self._other = self
+
+    @classmethod
+    def pair(cls, near: tuple[LinkOwner, Callable[[bytes], Any]], far: tuple[LinkOwner, Any]) -> tuple[Link, Link]:
+        """Return both ends, each made from an owner and a decoder."""
+        one, other = cls(*near), cls(*far)
+        one._other, other._other = other, one
+        return one, other
+
+    def send(self, raw: bytes) -> None:
+        if not self._is_closing:
+            self._loop.call_soon(self._other._arrive, raw)
+
+    def close(self, code: int, reason: str = "") -> None:
+        if not self._is_closing:
+            self._is_closing = True
+            self._loop.call_soon(self._other._on_gone, code, reason)
+            self._loop.call_soon(self._on_gone, code, reason)
+
+    def abort(self) -> None:
+        self.close(1006, "cut")
+
+    def _arrive(self, raw: bytes) -> None:
+        if not self._is_closing:
+            self._deliver(raw)
+
+    def _on_gone(self, code: int, reason: str) -> None:
+        self._report_closed(code, reason)
+        self.gone.set()
 
 
 class TokenBucket:
@@ -3628,43 +3715,6 @@ class TokenBucket:
         self._updated_at = now
         self._tokens = max(-self._rate * PAUSE_MAX_S, min(self._rate * BURST_S, self._tokens + earned))
         return PAUSE_MIN_S - self._tokens / self._rate if self._tokens < 0 else 0.0
-
-
-class MemoryLink(Link):
-    """One end of a connection within this process. Messages still go through encode and decode."""
-
-    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
-        super().__init__(owner, decode)
-        self._loop = asyncio.get_running_loop()
-        self._other = self
-
-    @classmethod
-    def pair(cls, near: tuple[LinkOwner, Callable[[bytes], Any]], far: tuple[LinkOwner, Any]) -> tuple[Link, Link]:
-        """Return both ends, each for its owner and with its way to decode."""
-        one, other = cls(*near), cls(*far)
-        one._other, other._other = other, one
-        return one, other
-
-    def send(self, raw: bytes) -> None:
-        if not self._is_closing:
-            self._loop.call_soon(self._other._arrive, raw)
-
-    def close(self, code: int, reason: str = "") -> None:
-        if not self._is_closing:
-            self._is_closing = True
-            self._loop.call_soon(self._other._on_gone, code, reason)
-            self._loop.call_soon(self._on_gone, code, reason)
-
-    def abort(self) -> None:
-        self.close(1006, "cut")
-
-    def _arrive(self, raw: bytes) -> None:
-        if not self._is_closing:
-            self._deliver(raw)
-
-    def _on_gone(self, code: int, reason: str) -> None:
-        self._report_closed(code, reason)
-        self.gone.set()
 
 
 class WebSocketLink(Link, AsyncioProtocol):
@@ -4074,8 +4124,8 @@ async def connect_websocket(
 ) -> Link:
     """Open a WebSocket to the hub at `url`, with a bearer token if there is one: `token`, or that of the environment.
 
-    The hub's certificate is checked by the system's authorities, or by those in `ca_file` (else AGENTHUB_CA_FILE).
-    Raises Disconnected if that fails, ValueError if it is no such URL, token or file.
+    The hub's certificate is verified with the system's CAs, or with those in `ca_file` (else AGENTHUB_CA_FILE).
+    Raises Disconnected if that fails, ValueError if the URL, the token or the file is not valid.
     """
     host, port, is_secure = split_url(url)[:3]
     protocol = websockets_used().client(url, CLIENT_MESSAGE_BYTES_MAX)
@@ -4091,7 +4141,9 @@ async def connect_websocket(
                 link.abort()
                 raise
     except TimeoutError as error:
-        raise Disconnected(f"no hub answers at {url}") from error
+        raise Disconnected(f"no hub answers at {url} within {HANDSHAKE_S:g} s; check host and port") from error
+    except ConnectionRefusedError as error:
+        raise Disconnected(f'no hub at {url}: nothing listens there; start one with "agenthub hub"') from error
     except OSError as error:
         raise Disconnected(f"no hub at {url}: {error.strerror or error}") from error
     except websockets_used().refused as error:
@@ -4100,9 +4152,9 @@ async def connect_websocket(
 
 
 def run_loop(main: typing.Coroutine[Any, Any, Output], loop: str = "auto") -> Output:
-    """Run a coroutine on an event loop of its own, one of LOOPS: `auto` is uvloop's where that is installed.
+    """Run a coroutine on an event loop of its own, one of LOOPS: `auto` is uvloop where that is installed.
 
-    Raises PackageMissing for `uvloop` where it is not, ValueError for what is none of LOOPS.
+    Raises PackageMissing for `uvloop` if it is not installed, ValueError if `loop` is not one of LOOPS.
     """
     if loop not in LOOPS:
         main.close()
@@ -4117,15 +4169,15 @@ def run_loop(main: typing.Coroutine[Any, Any, Output], loop: str = "auto") -> Ou
                 raise PackageMissing("uvloop", "The event loop `uvloop`") from error
         else:
             factory = uvloop.new_event_loop
-    log_loop.debug("the event loop is that of %s", "asyncio" if factory is None else "uvloop")
+    log_loop.debug("event loop: %s", "asyncio" if factory is None else "uvloop")
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 
 
 def bearer_token() -> str | None:
-    """Return the token to connect with: AGENTHUB_TOKEN, or what is in the file AGENTHUB_TOKEN_FILE; None without them.
+    """Return the token to connect with: AGENTHUB_TOKEN, or the content of AGENTHUB_TOKEN_FILE; None without them.
 
-    Raises ValueError if it cannot be read or cannot be sent.
+    Raises ValueError if the file cannot be read, or a header cannot carry the token.
     """
     if token := os.environ.get("AGENTHUB_TOKEN"):
         return check_token("AGENTHUB_TOKEN", token)
@@ -4135,19 +4187,19 @@ def bearer_token() -> str | None:
 
 
 def token_in(path: str) -> str:
-    """Return the token in a file that nobody else can read; raise ValueError if it is another kind of file."""
+    """Return the token in a file; raise ValueError if other users can read the file, or it holds no token."""
     return check_token(path, read_private(path, stat.S_IRWXG | stat.S_IRWXO, "read").strip())
 
 
 def check_token(where: str, token: str) -> str:
-    """Return a token that a header can carry; raise ValueError, which does not show it, if it is none."""
+    """Return the token; raise ValueError, without showing it, if a header cannot carry it."""
     if not re.fullmatch("[!-~]+", token):
         raise ValueError(f"{where}: {'must be printable ASCII without spaces' if token else 'is an empty token'}")
     return token
 
 
 def read_private(path: str | os.PathLike[str], forbidden: int, deed: str) -> str:
-    """Return the text in a file. Raises ValueError if it cannot be read, or its mode has a `forbidden` bit."""
+    """Return the text in a file; raise ValueError if it cannot be read, or its mode has a `forbidden` bit."""
     try:
         with open(path, encoding="utf-8") as file:
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & forbidden:
@@ -4163,18 +4215,18 @@ def read_private(path: str | os.PathLike[str], forbidden: int, deed: str) -> str
 
 
 def client_tls(ca_file: str | None) -> ssl.SSLContext:
-    """Return what an agent needs to check its hub's certificate: by the system's authorities, or those of a file."""
+    """Return the context to verify a hub's certificate with the system's CAs, or with those in a file."""
     import ssl
 
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:
-        raise ValueError(f"{ca_file}: holds no certificate of an authority: {error.strerror or error}") from error
+        raise ValueError(f"{ca_file}: not a PEM file of CA certificates: {error.strerror or error}") from error
 
 
 def check_url(url: str) -> str:
-    """Return a hub's URL; raise ValueError if it is none."""
-    if "@" in url:  # And it is not shown, because what stands there may be a password.
+    """Return the URL; raise ValueError if it is not a hub's."""
+    if "@" in url:  # It is not shown, because it may contain a password.
         raise ValueError("a hub's URL holds no user or password; the token goes into AGENTHUB_TOKEN")
     if not re.fullmatch(r"wss?://[^\s/?#]+(/[^\s#]*)?", url):
         raise ValueError(f"a hub's URL looks like {URL_DEFAULT}, not {url!r}")
@@ -4182,7 +4234,7 @@ def check_url(url: str) -> str:
 
 
 class HubUrl(NamedTuple):
-    """A hub's URL in parts. `path` is what a request asks for, the query included."""
+    """A hub's URL in parts. `path` includes the query."""
 
     host: str
     port: int
@@ -4196,7 +4248,7 @@ class HubUrl(NamedTuple):
 
 
 def split_url(url: str) -> HubUrl:
-    """Return the parts of a hub's URL, in ASCII; raise ValueError if it is none."""
+    """Return the parts of a hub's URL, in ASCII; raise ValueError if it is not one."""
     from urllib.parse import quote, urlsplit
 
     check_url(url)
@@ -4205,9 +4257,9 @@ def split_url(url: str) -> HubUrl:
         host, port = parts.hostname or "", parts.port
         host = host if ":" in host else host.encode("idna").decode()
         if not re.fullmatch(r"[!-\[\]-~]+", host) or port == 0:
-            raise ValueError("it names no host or port")
+            raise ValueError("host or port is missing")
     except ValueError as error:
-        raise ValueError(f"{url!r} is no hub's URL: {error}") from error
+        raise ValueError(f"{url!r} is not a hub's URL: {error}") from error
     path = quote(parts.path or "/", safe=URL_CHARACTERS)
     if parts.query:
         path += "?" + quote(parts.query, safe=URL_CHARACTERS)
@@ -4215,10 +4267,10 @@ def split_url(url: str) -> HubUrl:
     return HubUrl(host, port or (443 if is_secure else 80), is_secure, path)
 
 
-URL_CHARACTERS = "%:/?#[]@!$&'()*+,;="  # That mean something where they stand (RFC 3986 §2.2).
-WHOLE = 0x80  # The first bit of a frame that is, or ends, a message: FIN (RFC 6455 §5.2).
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # Opcodes, which share its byte.
-WHOLE_TEXT: int = WHOLE | TEXT
+URL_CHARACTERS = "%:/?#[]@!$&'()*+,;="  # Reserved, and not to be quoted (RFC 3986 §2.2).
+FIN = 0x80  # The first bit of a frame that is, or completes, a message (RFC 6455 §5.2).
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # Opcodes, in the same byte.
+WHOLE_TEXT: int = FIN | TEXT
 
 pack_medium_header = struct.Struct("!BBH").pack
 pack_long_header = struct.Struct("!BBQ").pack
@@ -4228,10 +4280,10 @@ pack_long_header = struct.Struct("!BBQ").pack
 def frame_header(length: int, is_masked: bool = False, opcode: int = TEXT) -> bytes:
     """Return the header of a frame that is a message in one piece, without the masking key (RFC 6455 §5.2)."""
     if length < 126:
-        return bytes((WHOLE | opcode, is_masked << 7 | length))
+        return bytes((FIN | opcode, is_masked << 7 | length))
     if length < 65_536:
-        return pack_medium_header(WHOLE | opcode, is_masked << 7 | 126, length)
-    return pack_long_header(WHOLE | opcode, is_masked << 7 | 127, length)
+        return pack_medium_header(FIN | opcode, is_masked << 7 | 126, length)
+    return pack_long_header(FIN | opcode, is_masked << 7 | 127, length)
 
 
 def is_utf8(raw: bytes) -> bool:
@@ -4251,21 +4303,21 @@ def is_utf8(raw: bytes) -> bool:
 # messages, fragments. An implementation reads the handshake and all other frames.
 # There are no extensions and no subprotocols.
 
-HEAD_BYTES_MAX = 65_536  # Of a request or response, with the ends of its lines, ...
-HEAD_LINE_BYTES_MAX = 8192  # ... of one line in it, without its end, ...
-HEADERS_MAX = 128  # ... and how many there may be.
-MASK_BLOCK_BYTES = 16_384  # Are masked at a time: larger numbers do not stay in the processor's nearest cache.
+HEAD_BYTES_MAX = 65_536  # Of a request or response, including its line ends.
+HEAD_LINE_BYTES_MAX = 8192  # Of one line, without its end.
+HEADERS_MAX = 128
+MASK_BLOCK_BYTES = 16_384  # Masked at a time: larger numbers do not fit into the processor's L1 cache.
 CONTROL_BYTES_MAX = 125  # RFC 6455 §5.5.
 REASON_BYTES_MAX = CONTROL_BYTES_MAX - 2
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3.
-# RFC 6455 §7.4: what may stand in a frame. 1004 to 1006 and 1015 may not; from 3000 on everybody may use them.
+# The close codes allowed in a frame (RFC 6455 §7.4): not 1004 to 1006 and 1015; from 3000 on they are free to use.
 CODES_IN_FRAMES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)))
 HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2.
 HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
 class HandshakeFailed(Exception):
-    """There is no WebSocket at the other end. `status` is what a server answers to a request of that kind."""
+    """The other end does not speak WebSocket. `status` is the HTTP status that a server answers with."""
 
     def __init__(self, text: str, status: int = 400) -> None:
         super().__init__(text)
@@ -4281,10 +4333,7 @@ class FrameError(Exception):
 
 
 class Headers:
-    """The headers of a request or response, in their order. Their names are compared without case.
-
-    Setting one adds it.
-    """
+    """The headers of a request or response, in their order; setting one adds it. Names are case-insensitive."""
 
     def __init__(self, *pairs: tuple[str, str]) -> None:
         self.pairs = list(pairs)
@@ -4293,22 +4342,22 @@ class Headers:
         return [value for other, value in self.pairs if other.lower() == name.lower()]
 
     def words(self, name: str) -> list[str]:
-        """Return the words of a header that is a list, in lower case."""
+        """Return the elements of a header that is a list, in lower case."""
         return [word.strip().lower() for value in self.get_all(name) for word in value.split(",")]
 
     def is_upgrade(self) -> bool:
         """Return whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
         return "upgrade" in self.words("Connection") and self.words("Upgrade") == ["websocket"]
 
-    def after(self, first_line: str) -> bytes:
-        """Return the head of a request or response as it is written."""
+    def encode(self, first_line: str) -> bytes:
+        """Return the head of a request or response."""
         return "\r\n".join([first_line, *(f"{name}: {value}" for name, value in self.pairs), "", ""]).encode("latin-1")
 
     def only(self, name: str) -> str:
-        """Return the value of a header that must be there once."""
+        """Return the value of a header that must occur exactly once."""
         values = self.get_all(name)
         if len(values) != 1:
-            raise HandshakeFailed(f"the header {name} must be there once")
+            raise HandshakeFailed(f"the header {name} must occur exactly once")
         return values[0]
 
     def __setitem__(self, name: str, value: str) -> None:
@@ -4667,7 +4716,7 @@ class BuiltinProtocol(WebSocketProtocol):
     def _check_line(self, line: bytes, index: int) -> None:
         is_too_long = len(line) > HEAD_LINE_BYTES_MAX + 2 or not line.endswith(b"\n")
         if is_too_long or index > HEADERS_MAX + 1 or self._head_bytes > HEAD_BYTES_MAX:
-            raise HandshakeFailed("the headers are too many or too long", 431)
+            raise HandshakeFailed("too many headers, or too long ones", 431)
         if not line.endswith(b"\r\n"):  # A reader that takes this for a line may disagree where the headers end.
             raise HandshakeFailed("a line must end with CR and LF")
 
@@ -4675,8 +4724,8 @@ class BuiltinProtocol(WebSocketProtocol):
         first, *rest = lines or [b""]
         words = first.decode("latin-1").split(" ", 2)
         if len(words) != 3 or not (first.isascii() or not self.IS_SERVER) or not HEADER_VALUE.fullmatch(first):
-            raise HandshakeFailed("the first line is not one of HTTP")
-        return self._on_head(words, Headers(*map(header_in, rest)))
+            raise HandshakeFailed("the first line is not valid HTTP")
+        return self._on_head(words, Headers(*map(parse_header, rest)))
 
     def _on_head(self, words: list[str], headers: Headers) -> Event:
         """Return the event for the three words of the first line and the headers."""
@@ -4707,13 +4756,13 @@ class BuiltinProtocol(WebSocketProtocol):
         if first & 0x70:
             raise FrameError(1002, "reserved bits must be 0")
         if not (opcode <= BINARY or CLOSE <= opcode <= PONG):
-            raise FrameError(1002, f"there is no opcode {opcode}")
+            raise FrameError(1002, f"unknown opcode {opcode}")
         if opcode >= CLOSE and (second & 127 > CONTROL_BYTES_MAX or first < 128):
-            raise FrameError(1002, "a control frame must be short, and in one piece")
+            raise FrameError(1002, "a control frame must be short and not fragmented")
         if (second > 127) != self.IS_SERVER:
-            raise FrameError(1002, "what a client sends must be masked, and nothing else")
+            raise FrameError(1002, "a client must mask its frames, and a server must not")
         if opcode < CLOSE and (opcode == CONTINUATION) != (self._fragments is not None):
-            raise FrameError(1002, "a continuation must follow what it continues, and nothing else")
+            raise FrameError(1002, "a continuation, and nothing else, must follow a fragment")
 
     def _on_frame(self, frame: Frame) -> Event:
         if frame.opcode < CLOSE:
@@ -4743,7 +4792,7 @@ class BuiltinServer(BuiltinProtocol):
             self._refuse(error)
             return
         headers = Headers(("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accepted))
-        self._write(headers.after("HTTP/1.1 101 Switching Protocols"))
+        self._write(headers.encode("HTTP/1.1 101 Switching Protocols"))
         self._set_open()
 
     def reject(self, status: int, text: str, content_type: str = "application/json", *more: tuple[str, str]) -> None:
@@ -4753,7 +4802,7 @@ class BuiltinServer(BuiltinProtocol):
         headers = Headers(
             ("Connection", "close"), ("Content-Length", str(len(body))), ("Content-Type", content_type), *more
         )
-        self._write(headers.after(f"HTTP/1.1 {status} {HTTPStatus(status).phrase}") + body)
+        self._write(headers.encode(f"HTTP/1.1 {status} {HTTPStatus(status).phrase}") + body)
         self._end()
 
     def _accepted(self, request: Request) -> str:
@@ -4763,25 +4812,25 @@ class BuiltinServer(BuiltinProtocol):
         if request.version != "HTTP/1.1":
             raise HandshakeFailed("the protocol must be HTTP/1.1", 505)
         if not headers.is_upgrade():
-            raise HandshakeFailed("this is a WebSocket, and needs a client for it", 426)
+            raise HandshakeFailed("this port speaks WebSocket; connect with a WebSocket client", 426)
         key = headers.only("Sec-WebSocket-Key")
         if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
             raise HandshakeFailed("Sec-WebSocket-Key must be 16 bytes in Base64")
         if headers.only("Sec-WebSocket-Version") != "13":
             raise HandshakeFailed("Sec-WebSocket-Version must be 13", 426)
-        return accept_of(key)
+        return accept_key(key)
 
     def _on_head(self, words: list[str], headers: Headers) -> Event:
         method, path, version = words
         if version not in ("HTTP/1.1", "HTTP/1.0"):
-            raise HandshakeFailed("the first line is not one of HTTP")
+            raise HandshakeFailed("the first line is not valid HTTP")
         if headers.get_all("Transfer-Encoding") or set(headers.get_all("Content-Length")) - {"0"}:
-            raise HandshakeFailed("a request may have no body")
+            raise HandshakeFailed("the request must not have a body")
         return Request(path, headers, method, version)
 
     def _refuse(self, error: HandshakeFailed) -> None:
         more = {426: (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")), 405: (("Allow", "GET"),)}
-        text = f"no WebSocket is opened: {error}\n"
+        text = f"cannot open a WebSocket: {error}\n"
         self.reject(error.status, text, "text/plain; charset=utf-8", *more.get(error.status, ()))
 
 
@@ -4807,7 +4856,7 @@ class BuiltinClient(BuiltinProtocol):
         return Request(self._url.path, headers)
 
     def send_request(self, request: Request) -> None:
-        self._write(request.headers.after(f"{request.method} {request.path} {request.version}"))
+        self._write(request.headers.encode(f"{request.method} {request.path} {request.version}"))
 
     def _on_head(self, words: list[str], headers: Headers) -> Event:
         version, status, phrase = words
@@ -4817,24 +4866,24 @@ class BuiltinClient(BuiltinProtocol):
             raise HandshakeFailed(f"server rejected WebSocket connection: HTTP {status}")
         if not headers.is_upgrade():
             raise HandshakeFailed("the response does not upgrade to a WebSocket")
-        if headers.only("Sec-WebSocket-Accept") != accept_of(self._key):
-            raise HandshakeFailed("the response is one to another request")
+        if headers.only("Sec-WebSocket-Accept") != accept_key(self._key):
+            raise HandshakeFailed("the response answers another request")
         if headers.get_all("Sec-WebSocket-Extensions") or headers.get_all("Sec-WebSocket-Protocol"):
-            raise HandshakeFailed("the response has extensions or subprotocols that were not asked for")
+            raise HandshakeFailed("the response has extensions or subprotocols that were not requested")
         self._set_open()
         return Response(101, phrase, headers)
 
 
-def header_in(line: bytes) -> tuple[str, str]:
+def parse_header(line: bytes) -> tuple[str, str]:
     """Return the name and the value in a line of a request or response (RFC 9112 §5)."""
     name, colon, value = line.partition(b":")
     if not (colon and HEADER_NAME.fullmatch(name) and HEADER_VALUE.fullmatch(value)):
-        raise HandshakeFailed("a header is not one of HTTP")
+        raise HandshakeFailed("a header is not valid HTTP")
     return name.decode(), value.strip(b" \t").decode("latin-1")
 
 
-def accept_of(key: str) -> str:
-    """Return what answers the key of a request (RFC 6455 §4.2.2)."""
+def accept_key(key: str) -> str:
+    """Return the Sec-WebSocket-Accept for the key of a request (RFC 6455 §4.2.2)."""
     return base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID, usedforsecurity=False).digest()).decode()
 
 
@@ -4844,7 +4893,7 @@ def parse_close(data: bytes) -> CloseFrame:
         return CloseFrame(1005, "")  # RFC 6455 §7.1.5: the code that stands for none.
     code = int.from_bytes(data[:2], "big")
     if code not in CODES_IN_FRAMES:  # Nor is any single byte one.
-        raise FrameError(1002, "there is no such close code")
+        raise FrameError(1002, "this close code must not be sent")
     try:
         return CloseFrame(code, data[2:].decode())
     except UnicodeDecodeError:
@@ -4981,11 +5030,8 @@ class PackageProtocol(WebSocketProtocol):
             self.close_rcvd = CloseFrame(received.code, received.reason)
 
 
-# Which of the two
-
-
 class WebSockets(NamedTuple):
-    """What carries a WebSocket: protocol objects for both roles, and what a client's `handshake_exc` may be."""
+    """An implementation: protocols for both roles, and the base class of a client's `handshake_exc`."""
 
     name: str
     server: Callable[[int], WebSocketProtocol]  # From the largest message, in bytes.
@@ -4995,7 +5041,7 @@ class WebSockets(NamedTuple):
 
 @functools.cache
 def websockets_used() -> WebSockets:
-    """Return what carries the WebSockets of this process: the package `websockets`, or what is built in."""
+    """Return the implementation of WebSocket in this process: the package `websockets`, or the one built in."""
     version = usable_version("websockets", oldest=(15, 0))
     if version is None:
         return WebSockets("built in", BuiltinServer, BuiltinClient, HandshakeFailed)
@@ -5007,7 +5053,7 @@ def websockets_used() -> WebSockets:
     mask: ApplyMask
     try:
         from websockets.speedups import apply_mask as mask
-    except ImportError:  # It was installed without what is written in C.
+    except ImportError:  # It was installed without its C extension.
         mask = apply_mask
 
     def server(bytes_max: int) -> WebSocketProtocol:

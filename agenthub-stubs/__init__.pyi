@@ -849,23 +849,32 @@ class Journal:
 Output = TypeVar("Output")
 
 class LinkOwner(Protocol):
-    """Who is told what happens on a link. `closed` comes once, and nothing after it."""
+    """What a link calls. `closed` comes once, and nothing after it."""
     def opened(self, link: Link) -> None: ...
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
-        """Take a message, or the InvalidMessage that says why it is none."""
+        """Handle a message, or the InvalidMessage that says what is wrong with it."""
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 class LightEvent:
-    """What asyncio.Event is, with a tenth of the memory: each link has two of them, and a hub has many links."""
+    """An asyncio.Event with a tenth of the memory: each link has two of them, and a hub has many links."""
     def __init__(self) -> None: ...
     def is_set(self) -> bool: ...
     def set(self) -> None: ...
     def clear(self) -> None: ...
     async def wait(self) -> None:
-        """Return when it is set, or has been set for a moment since the call."""
+        """Return when it is set, or was set for a moment since the call."""
+
+class PauseReason(enum.StrEnum):
+    """Why nothing is read from a connection; reading goes on when no reason is left."""
+
+    TURN_OVER = "turn over"
+    RATE_LIMIT = "rate limit"
+    SLOW_CONSUMER = "slow consumer"
+    JOURNAL = "journal"
+    AUTH_BACKOFF = "auth backoff"
 
 class Link:
-    """What all links share: decoding for the owner, and telling it once that the link has closed."""
+    """What all links share: decoding for the owner, and calling its `closed` once."""
 
     address: str
     grant: Any
@@ -876,11 +885,11 @@ class Link:
     def send(self, raw: bytes) -> None:
         """Send an encoded message; without effect when the link is closing."""
     def send_when_writable(self, message: Any) -> None:
-        """Send a message that its owner has in memory anyway, and encode it only when there is room for it."""
+        """Send a message that its owner keeps in memory anyway: encode it when the other end has read the backlog."""
     def take_unsent(self) -> list[Any]:
-        """Return what was postponed and has not been sent; it will not be."""
+        """Return the postponed messages that were not sent, and will not be."""
     def close(self, code: int, reason: str = "") -> None:
-        """Close after what was sent before. The owner's `closed` follows when the link is gone."""
+        """Close, after what was sent before. The owner's `closed` is called when the other end agrees or is lost."""
     def abort(self) -> None:
         """Cut the link, without waiting for anything."""
     def set_owner(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
@@ -894,14 +903,15 @@ class Link:
 
 Connector = Callable[[LinkOwner], Awaitable[Link]]
 
-class PauseReason(enum.StrEnum):
-    """Why nothing is read from a connection; reading goes on when no reason is left."""
-
-    TURN_OVER = "turn over"
-    RATE_LIMIT = "rate limit"
-    SLOW_CONSUMER = "slow consumer"
-    JOURNAL = "journal"
-    AUTH_BACKOFF = "auth backoff"
+class MemoryLink(Link):
+    """One end of a connection within this process. Messages still go through encode and decode."""
+    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
+    @classmethod
+    def pair(cls, near: tuple[LinkOwner, Callable[[bytes], Any]], far: tuple[LinkOwner, Any]) -> tuple[Link, Link]:
+        """Return both ends, each made from an owner and a decoder."""
+    def send(self, raw: bytes) -> None: ...
+    def close(self, code: int, reason: str = "") -> None: ...
+    def abort(self) -> None: ...
 
 class TokenBucket:
     """A rate limit: `rate` tokens a second, of which BURST_S seconds' worth can be saved up.
@@ -916,16 +926,6 @@ class TokenBucket:
 
         Called when the bucket is empty instead of for each message, so that most messages need no clock.
         """
-
-class MemoryLink(Link):
-    """One end of a connection within this process. Messages still go through encode and decode."""
-    def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
-    @classmethod
-    def pair(cls, near: tuple[LinkOwner, Callable[[bytes], Any]], far: tuple[LinkOwner, Any]) -> tuple[Link, Link]:
-        """Return both ends, each for its owner and with its way to decode."""
-    def send(self, raw: bytes) -> None: ...
-    def close(self, code: int, reason: str = "") -> None: ...
-    def abort(self) -> None: ...
 
 class WebSocketLink(Link, AsyncioProtocol):
     """One end of a WebSocket: moves bytes between a socket and a `WebSocketProtocol`, and tells its owner the events.
@@ -996,7 +996,7 @@ class ClientLink(WebSocketLink):
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
 
 class HubUrl(NamedTuple):
-    """A hub's URL in parts. `path` is what a request asks for, the query included."""
+    """A hub's URL in parts. `path` includes the query."""
 
     host: str
     port: int
@@ -1006,7 +1006,7 @@ class HubUrl(NamedTuple):
     def host_header(self) -> str: ...
 
 class HandshakeFailed(Exception):
-    """There is no WebSocket at the other end. `status` is what a server answers to a request of that kind."""
+    """The other end does not speak WebSocket. `status` is the HTTP status that a server answers with."""
 
     status: Incomplete
     def __init__(self, text: str, status: int = 400) -> None: ...
@@ -1018,22 +1018,19 @@ class FrameError(Exception):
     def __init__(self, code: int, reason: str) -> None: ...
 
 class Headers:
-    """The headers of a request or response, in their order. Their names are compared without case.
-
-    Setting one adds it.
-    """
+    """The headers of a request or response, in their order; setting one adds it. Names are case-insensitive."""
 
     pairs: Incomplete
     def __init__(self, *pairs: tuple[str, str]) -> None: ...
     def get_all(self, name: str) -> list[str]: ...
     def words(self, name: str) -> list[str]:
-        """Return the words of a header that is a list, in lower case."""
+        """Return the elements of a header that is a list, in lower case."""
     def is_upgrade(self) -> bool:
         """Return whether this is a handshake (RFC 6455 §4.1, §4.2.1)."""
-    def after(self, first_line: str) -> bytes:
-        """Return the head of a request or response as it is written."""
+    def encode(self, first_line: str) -> bytes:
+        """Return the head of a request or response."""
     def only(self, name: str) -> str:
-        """Return the value of a header that must be there once."""
+        """Return the value of a header that must occur exactly once."""
     def __setitem__(self, name: str, value: str) -> None: ...
 
 class Request(NamedTuple):
@@ -1195,7 +1192,7 @@ class PackageProtocol(WebSocketProtocol):
     def send_request(self, request: Any) -> None: ...
 
 class WebSockets(NamedTuple):
-    """What carries a WebSocket: protocol objects for both roles, and what a client's `handshake_exc` may be."""
+    """An implementation: protocols for both roles, and the base class of a client's `handshake_exc`."""
 
     name: str
     server: Callable[[int], WebSocketProtocol]

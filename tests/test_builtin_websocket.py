@@ -412,16 +412,16 @@ REFUSED_RESPONSES: dict[str, tuple[bytes, str]] = {
     "other Upgrade": (changed(RESPONSE_LINES, "Upgrade: h2c"), "upgrade"),
     "no Connection": (changed(RESPONSE_LINES, "Connection:"), "upgrade"),
     "other Connection": (changed(RESPONSE_LINES, "Connection: close"), "upgrade"),
-    "no Accept": (changed(RESPONSE_LINES, "Sec-WebSocket-Accept:"), "Sec-WebSocket-Accept must be there once"),
+    "no Accept": (changed(RESPONSE_LINES, "Sec-WebSocket-Accept:"), "Sec-WebSocket-Accept must occur exactly once"),
     "two Accepts": (
         head([*RESPONSE_LINES, f"Sec-WebSocket-Accept: {ACCEPTED}"]),
-        "Sec-WebSocket-Accept must be there once",
+        "Sec-WebSocket-Accept must occur exactly once",
     ),
-    "other Accept": (changed(RESPONSE_LINES, f"Sec-WebSocket-Accept: {ACCEPTED.lower()}"), "another request"),
-    "extension": (changed(RESPONSE_LINES, "Sec-WebSocket-Extensions: permessage-deflate"), "not asked for"),
-    "subprotocol": (changed(RESPONSE_LINES, "Sec-WebSocket-Protocol: chat"), "not asked for"),
+    "other Accept": (changed(RESPONSE_LINES, f"Sec-WebSocket-Accept: {ACCEPTED.lower()}"), "answers another request"),
+    "extension": (changed(RESPONSE_LINES, "Sec-WebSocket-Extensions: permessage-deflate"), "not requested"),
+    "subprotocol": (changed(RESPONSE_LINES, "Sec-WebSocket-Protocol: chat"), "not requested"),
     "folded header": (RESPONSE.replace(b"Upgrade: ", b"Upgrade:\r\n "), "header"),
-    "too many headers": (head([*RESPONSE_LINES, *["X: y"] * agenthub.HEADERS_MAX]), "too many"),
+    "too many headers": (head([*RESPONSE_LINES, *["X: y"] * agenthub.HEADERS_MAX]), "too many headers"),
     "too long": (b"HTTP/1.1 101 " + b"x" * agenthub.HEAD_BYTES_MAX, "too long"),
 }
 

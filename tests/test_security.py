@@ -1309,7 +1309,7 @@ def test_file_of_authorities_that_cannot_be_used_is_wrong_usage(
         assert agenthub_main("status", "--url", "wss://localhost:1", "--ca-file", path) == 2
         output, complaint = capsys.readouterr()
         assert output == ""
-        assert "holds no certificate of an authority" in complaint.splitlines()[-1]
+        assert "not a PEM file of CA certificates" in complaint.splitlines()[-1]
 
 
 @posix_only

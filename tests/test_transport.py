@@ -635,7 +635,7 @@ def test_url_is_taken_apart_into_what_a_request_is_made_of(url: str, parts: Any,
 
 @pytest.mark.parametrize("url", ["ws://:80", "ws://[::1", "ws://h:99999", "ws://h:b", "ws://a..b", f"ws://{'a' * 64}"])
 async def test_url_that_leads_nowhere_is_a_value_error(url: str) -> None:
-    with pytest.raises(ValueError, match="is no hub's URL: "):
+    with pytest.raises(ValueError, match="is not a hub's URL: "):
         await agenthub.connect_websocket(url, Owner())
 
 
