@@ -730,7 +730,7 @@ async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: li
     demand(not errors and not loop.failures, f"{errors + loop.failures}")
     for socket in sockets:
         demand(socket.link.gone.is_set(), "a link outlives its server")
-        demand(server.told.get(socket.link) in (None, "closed"), "nobody was told that a link has closed")
+        demand(server.told.get(socket.link) in (None, "closed"), "the owner of a closed link was not notified")
         check_written(bytes(socket.written))
     demand(not server.hub._connections, "the hub remembers a connection that has ended")
 
@@ -1047,7 +1047,7 @@ class Story:
         self.known: dict[int, tuple[TaskRecord, TaskState, bool]] = {}  # By sequence; and whether the hub has it still.
         self.told: collections.Counter[int] = collections.Counter()
         self.asked: collections.Counter[int] = collections.Counter()
-        self.draining: set[tuple[str, str]] = set()  # Connections, and the ids of their wishes to leave.
+        self.draining: set[tuple[str, str]] = set()  # Connections, and the ids of their `deregister`.
         self.effects: list[tuple[str, Any]] = []  # Of this step.
         self.agent_before: dict[str, AgentRecord] = {}  # By connection.
         self.assignee_before: dict[int, AgentRecord | None] = {}  # By sequence.
@@ -1161,7 +1161,7 @@ class Story:
         demand(all(state in FINAL_STATES for _, state, _ in self.known.values()), "a task never ends")
         demand(self.world.is_empty(), "the hub keeps data of agents that have left")
 
-    # What must hold after each of them
+    # The invariants after each step
 
     def check_replies(self, connection: str, message: Any) -> bool:
         """Check that a request gets one reply, and other messages none; return whether it was rejected."""
@@ -1216,7 +1216,7 @@ class Story:
         """Check that only requester and worker see private texts."""
         for private in set(re.findall(rb"private-\d+-", raw)):
             tasks = self.owners.get(private)
-            demand(tasks, f"{private!r} was refused, and goes out")
+            demand(tasks, f"{private!r} was rejected, but is sent")
             may_hear = [one for task in tasks or () for one in (task.requester, task.assignee)]
             may_hear += [self.assignee_before.get(task.sequence) for task in tasks or ()]
             if isinstance(effect, Delegated):
@@ -1244,21 +1244,21 @@ class Story:
 
     def check_settled(self, settled: TaskOutcome) -> int:
         task = self.task_of(settled)
-        demand(task is not None, "an end is told of a task that the hub does not know")
+        demand(task is not None, "an outcome of a task that the hub does not know")
         assert task is not None
-        demand(settled.state == task.state and task.state in FINAL_STATES, "an end is told that is none")
+        demand(settled.state == task.state and task.state in FINAL_STATES, "an outcome has the wrong state")
         self.told[task.sequence] += 1
-        demand(self.told[task.sequence] <= 1 + self.asked[task.sequence], "an end is told too often")
+        demand(self.told[task.sequence] <= 1 + self.asked[task.sequence], "an outcome is delivered too often")
         return task.sequence
 
     def check_states(self, told_now: set[int]) -> None:
-        """See that a final state stays, and that its requester hears of it if it is there."""
+        """Check that final states do not change, and that the hub delivers outcomes to online requesters."""
         records = {task.sequence: task for task in self.records()}
         demand(len(records) == len(self.records()), "a task is listed twice")
         for sequence, (task, state, is_kept) in self.known.items():
-            demand(task.state is state or state not in FINAL_STATES, f"{state} was final, and now it is {task.state}")
-            demand(sequence in records or task.state in FINAL_STATES, "an open task is forgotten")
-            demand(is_kept or sequence not in records, "a task comes back")
+            demand(task.state is state or state not in FINAL_STATES, f"{state} was final, but is {task.state} now")
+            demand(sequence in records or task.state in FINAL_STATES, "an open task was purged")
+            demand(is_kept or sequence not in records, "a purged task is kept again")
         for sequence, task in {**{sequence: one[0] for sequence, one in self.known.items()}, **records}.items():
             state = self.known[sequence][1] if sequence in self.known else TaskState.PENDING
             if task.state in FINAL_STATES and state not in FINAL_STATES and task.requester.connection is not None:
@@ -1272,13 +1272,13 @@ class Story:
         demand(hub._counts == {state: counted[state] for state in TaskState}, f"the hub counts {hub._counts}")
         demand(min(hub._totals.values()) >= 0 and hub.in_progress >= 0, "a counter is negative")
         demand(hub._records_bytes == sum(task.bytes for task in records), "the bytes of records are counted wrong")
-        demand(hub._ended_bytes == sum(task.bytes for task in hub._ended.values()), "those of ended ones are")
+        demand(hub._ended_bytes == sum(task.bytes for task in hub._ended.values()), "ended bytes are wrong")
         demand(all(task.bytes > 0 for task in records), "a record has no size")
         told = collections.Counter(task.requester for task in hub._ended.values())
-        demand(all(agent.delivered == told[agent] for agent in self.agents().values()), "told is counted wrong")
+        demand(all(agent.delivered == told[agent] for agent in self.agents().values()), "outcomes are counted wrong")
 
 
-# Of the machine's invariants those that need no books but the hub's own.
+# The invariants of the state machine that need only the hub's own records.
 HUB_INVARIANTS: list[Callable[[Any], None]] = [
     HubMachine.agents_hold_what_the_records_say,
     HubMachine.pools_agree_with_the_agents,

@@ -539,7 +539,7 @@ async def test_agent_cuts_a_hub_that_asks_for_pongs_and_does_not_read_them(monke
         assert transport.is_aborted == is_cut
 
 
-# A journal.
+# Journals.
 
 
 def row(

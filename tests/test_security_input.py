@@ -830,7 +830,7 @@ async def test_requests_of_who_does_not_read_the_answers_are_left_alone(scene: S
         await until(lambda: "slow consumer" in link.pause_reasons)
         await scene.bystanders_go_on()
         assert link._transport.get_write_buffer_size() < agenthub.BACKLOG_BYTES_MAX
-        assert link.unread_bytes  # The rest waits; it may still begin to read.
+        assert link.unread_bytes  # The remaining input waits, because the client may still start to read.
         await scene.nobody_noticed()
 
 
@@ -1027,10 +1027,10 @@ async def test_bystanders_are_served_while_thousands_of_a_flooders_requests_wait
         assert [reply["reply_to"] for reply in replies] == [str(number) for number in range(40)]
         (link,) = [one for one in scene.server._links if "rate limit" in one.pause_reasons]
         assert link.unread_bytes
-        assert (await flooder.message())["reply_to"] == "40"  # It goes on, where it was.
+        assert (await flooder.message())["reply_to"] == "40"  # The hub resumes reading where it stopped.
 
 
-# 15. Numbers of things.
+# 15. Limits on counts.
 
 
 TOO_MUCH: list[tuple[dict[str, Any], str]] = [
