@@ -7768,59 +7768,62 @@ async def serve(*agents: Agent, drain_s: float = DRAIN_S) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[asyncio.Event]:
-    """Turn the first SIGINT or SIGTERM into an event, and the second into the end of the current task."""
-    loop = asyncio.get_running_loop()
+    """Set an event at the first SIGINT or SIGTERM, and raise KeyboardInterrupt in the current task at the second."""
     stopped = asyncio.Event()
     current = asyncio.current_task()
-
-    insisted = False
+    is_interrupted = False
 
     def stop() -> None:
-        nonlocal insisted
+        nonlocal is_interrupted
         if stopped.is_set() and current is not None:
-            insisted = True
+            is_interrupted = True
             current.cancel()
         stopped.set()
 
-    former = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    with signal_handler(stop, "SIGINT", "SIGTERM"):
         try:
-            loop.add_signal_handler(number, stop)
-        except NotImplementedError:  # Windows: its loops take no signal handlers.
-            former[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
-        except (RuntimeError, ValueError):
-            log_agent.debug("not in the main thread: signals are not handled")
-            break
-    try:
-        yield stopped
-    except asyncio.CancelledError:
-        if insisted:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if number in former:
-                signal.signal(number, former[number])
-            else:
-                with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                    loop.remove_signal_handler(number)
+            yield stopped
+        except asyncio.CancelledError:
+            if is_interrupted:
+                raise KeyboardInterrupt from None
+            raise
+
+
+@contextlib.contextmanager
+def signal_handler(handler: Callable[[], object], *names: str) -> Iterator[None]:
+    """Call `handler` on the loop for each of these signals, as far as the system knows them and the thread may."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as undo:
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            try:
+                loop.add_signal_handler(number, handler)
+                undo.callback(loop.remove_signal_handler, number)
+            except NotImplementedError:  # Windows: its event loops have no signal handlers.
+                former = signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
+                undo.callback(signal.signal, number, former)
+            except (RuntimeError, ValueError):
+                log_agent.debug("not in the main thread: signals are not handled")
+                break
+        yield
 
 
 # ============================================================================================
 # 9 Command line
 #
-# stdout is the answer, stderr the talk. Exit 0 done, 1 failed, 2 usage, 130 Ctrl-C.
+# Each command is a row of `commands`: its options, and the function that runs it. An option is one
+# line: `option(group, "--port N", 8765, "port to listen on")`. Results go to stdout, log and errors to
+# stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 # ============================================================================================
 
 HUB_DRAIN_S = 1.5  # With CLOSING_S it keeps the hub's exit under five seconds.
-# Tasks are many objects that nothing has to be looked for in: collections of garbage are rarer than by default, and
-# what is there before the first one is left alone by all of them.
+# Tasks create many objects but few cycles, so collect garbage less often; objects that exist at the start are frozen.
 GC_THRESHOLDS = (10_000, 10, 10)
-STDERR_TAIL_BYTES = 4000  # Of a failed command's stderr, told to its requester.
+STDERR_TAIL_BYTES = 4000  # Of a failed command's stderr, sent to its requester.
 TOKEN_BYTES = 32  # Of randomness.
 LOG_LINES_PER_S = 100
 CELL_MAX = 200  # Characters in a cell of a table with many rows.
 TERMINATING_S = 1.0  # Between SIGTERM and SIGKILL for a command whose task has ended.
+LOG_LEVELS = "debug|info|warning|error"
 
 
 class CommandFailed(Exception):
@@ -7828,7 +7831,7 @@ class CommandFailed(Exception):
 
 
 class LogFormatter(logging.Formatter):
-    """One line per record, whatever others have put into it; a traceback follows with its lines marked."""
+    """Write one line per record, unprintable characters escaped. A traceback follows, each line marked with `|`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -7841,11 +7844,11 @@ class LogFormatter(logging.Formatter):
 
 
 class LogFloodFilter(logging.Filter):
-    """Leaves out what is beyond LOG_LINES_PER_S of one logger, and says how much that was. It lets errors through."""
+    """Drop records over LOG_LINES_PER_S of one logger, and log how many were dropped. Errors always pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seconds: dict[str, tuple[int, int]] = {}  # By logger: which second it is, and how many lines there were.
+        self._seconds: dict[str, tuple[int, int]] = {}  # By logger: the current second, and its number of records.
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.ERROR:
@@ -7853,8 +7856,8 @@ class LogFloodFilter(logging.Filter):
         second, lines = self._seconds.get(record.name, (0, 0))
         if int(record.created) != second:
             if lines > LOG_LINES_PER_S:
-                left_out = lines - LOG_LINES_PER_S
-                record.msg, record.args = f"[{left_out} lines before this were left out] {record.getMessage()}", None
+                dropped = lines - LOG_LINES_PER_S
+                record.msg, record.args = f"[{dropped} lines before this were dropped] {record.getMessage()}", None
             second, lines = int(record.created), 0
         self._seconds[record.name] = second, lines + 1
         return lines < LOG_LINES_PER_S
@@ -7870,7 +7873,7 @@ def configure_logging(level: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal knows every character.
+        sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal can show every character.
     words = sys.argv[1:] if argv is None else argv
     parser = argument_parser([word for word in words if word != "--"][:1])
     args = parser.parse_args(words)
@@ -7890,8 +7893,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+# Commands and options
+
+
 class Command(NamedTuple):
-    """A command of the command line: what it is for, who adds its options, and who runs it."""
+    """A command of the command line: its help text, the function that adds its options, and the one that runs it."""
 
     purpose: str
     add_options: Callable[[argparse.ArgumentParser], None]
@@ -7902,54 +7908,71 @@ class Command(NamedTuple):
 def commands() -> dict[str, Command]:
     return {
         "hub": Command("start a hub", _add_hub, _run_hub, "info"),
-        "agent": Command("run agents from a file, or make one of a program", _add_agent, _run_agent, "info"),
+        "agent": Command("run agents from a file, or turn a program into an agent", _add_agent, _run_agent, "info"),
         "status": Command("show the agents and tasks of a hub", _add_status, _run_status),
-        "call": Command("delegate a task, and print its output", _add_call, _run_call),
+        "call": Command("delegate a task and print its output", _add_call, _run_call),
         "bridge": Command(
-            "give the hub to an MCP client as tools, or an MCP server to the hub", _add_bridge, _run_bridge, "info"
+            "offer the hub to an MCP client, or an MCP server's tools to the hub", _add_bridge, _run_bridge, "info"
         ),
         "schema": Command("print the JSON Schema of all messages", lambda parser: None, _run_schema),
-        "token": Command("make a token that opens a hub", _add_token, _run_token),
+        "token": Command("generate a token for a hub", _add_token, _run_token),
     }
 
 
 def argument_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the command line. Only the commands in `names` have their options (None: all)."""
+    """Return the parser of the command line. Only the commands in `names` get their options (None: all)."""
     parser = argparse.ArgumentParser(
         prog="agenthub", description="A hub for agents: they find each other and delegate tasks.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"agenthub {__version__}")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in commands().items():
-        of_command = parsers.add_parser(
-            name,
-            help=command.purpose,
-            description=command.purpose[0].upper() + command.purpose[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,  # `--token SECRET` would be --token-file.
-        )
+        description = f"{command.purpose[0].upper()}{command.purpose[1:]}."
+        # Without abbreviations: `--token SECRET` would be taken for --token-file.
+        one = parsers.add_parser(name, help=command.purpose, description=description, allow_abbrev=False)
         if names is None or name in names:
-            of_command.set_defaults(run=command.run)
-            levels = ("debug", "info", "warning", "error")
-            of_command.add_argument(
-                "--log-level", default=command.log_level, choices=levels, help="what is logged to stderr"
-            )
-            command.add_options(of_command)
+            one.set_defaults(run=command.run)
+            option(one, f"--log-level {LOG_LEVELS}", command.log_level, "least severe level to log, to stderr")
+            command.add_options(one)
     return parser
 
 
-def _add_url(parser: argparse.ArgumentParser) -> None:
+def option(group: argparse._ActionsContainer, flag: str, default: Any, purpose: str, **more: Any) -> None:
+    """Add an option; `flag` holds its name and, unless it is a switch, a word for its value or its choices.
+
+    The value has the type of the default. An option whose default is a list may be repeated.
+    """
+    name, _, value = flag.partition(" ")
+    if not value:
+        group.add_argument(name, action="store_true", help=purpose, **more)
+    elif isinstance(default, list):
+        group.add_argument(name, action="append", default=default, metavar=value, help=f"{purpose}; repeatable", **more)
+    else:
+        more |= {"choices": value.split("|")} if "|" in value else {"metavar": value}
+        more.setdefault("type", str if default is None else type(default))
+        if default not in (None, ""):
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+            purpose = f"{purpose} (default: {shown.replace('%', '%%')})"
+        group.add_argument(name, default=default, help=purpose, **more)
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("connection")
     url = os.environ.get("AGENTHUB_URL") or URL_DEFAULT
-    parser.add_argument("--url", default=url, help="where the hub is; AGENTHUB_URL sets the default")
-    parser.add_argument("--token-file", metavar="PATH", help="a file with the hub's token, else AGENTHUB_TOKEN is it")
-    parser.add_argument("--ca-file", metavar="PATH", help="the authorities that the hub's certificate is checked by")
+    option(group, "--url URL", url, "URL of the hub; AGENTHUB_URL sets the default")
+    option(
+        group, "--token-file PATH", None, "file with the hub's token, instead of AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE"
+    )
+    option(
+        group, "--ca-file PATH", None, "CA certificates to check the hub's certificate with, instead of the system's"
+    )
 
 
 def export_connection_options(args: argparse.Namespace) -> None:
-    """Put what `_add_url` has read where all agents of this process look for it."""
+    """Export the options of `_add_connection` to the environment, where all agents of this process read them."""
     os.environ["AGENTHUB_URL"] = check_url(args.url)
     if args.token_file is not None:
-        token_in(args.token_file)  # Raises ValueError now rather than at each try to connect.
+        token_in(args.token_file)  # Raises ValueError now rather than at each attempt to connect.
         os.environ.pop("AGENTHUB_TOKEN", None)
         os.environ["AGENTHUB_TOKEN_FILE"] = os.path.abspath(args.token_file)
     if args.ca_file is not None:
@@ -7958,211 +7981,92 @@ def export_connection_options(args: argparse.Namespace) -> None:
     bearer_token()
 
 
-def _add_hub(parser: argparse.ArgumentParser) -> None:
-    settings = HubSettings()
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
-    parser.add_argument("--port", type=int, default=8765, help="the port to listen on; 0 takes a free one")
-    parser.add_argument(
-        "--heartbeat",
-        type=float,
-        default=settings.heartbeat_s,
-        metavar="S",
-        help="seconds between signs of life; three without one are too many",
-    )
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=settings.grace_s,
-        metavar="S",
-        help="seconds that the place of a lost agent is kept",
-    )
-    parser.add_argument(
-        "--retention",
-        type=float,
-        default=settings.retention_s,
-        metavar="S",
-        help="seconds that the record of an ended task is kept",
-    )
-    parser.add_argument(
-        "--max-bytes", type=int, default=settings.message_bytes_max, metavar="N", help="the largest message"
-    )
-    parser.add_argument(
-        "--backlog",
-        type=int,
-        default=BACKLOG_BYTES_MAX,
-        metavar="N",
-        help="bytes that may wait for a connection that does not read",
-    )
-    parser.add_argument("--db", metavar="PATH", help="keep tasks and agents in this file, so that they survive the hub")
-    parser.add_argument(
-        "--sync",
-        choices=("full", "normal"),
-        default="full",
-        help="with --db: full survives a loss of power, normal the end of the process",
-    )
-    _add_bounds(parser, settings)
-    _add_access(parser)
-    parser.add_argument(
-        "--with",
-        dest="files",
-        action="append",
-        default=[],
-        metavar="FILE[:NAME]",
-        help="also run the agents of this file, in the hub's process; again and again",
-    )
-    _add_loop(parser)
-
-
-def _add_loop(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--loop",
-        choices=LOOPS,
-        default="auto",
-        help="the event loop; auto is uvloop where that is installed, else asyncio",
-    )
-
-
-def _add_access(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--token-file", metavar="PATH", help="a file with the token to ask for, else AGENTHUB_TOKEN is it"
-    )
-    parser.add_argument(
-        "--access", metavar="PATH", help="a file with tokens and what each allows; SIGHUP reads it again"
-    )
-    parser.add_argument("--insecure", action="store_true", help="let everybody in who can reach the hub, from anywhere")
-    parser.add_argument("--tls-cert", metavar="PATH", help="a certificate, to be reached by wss://")
-    parser.add_argument("--tls-key", metavar="PATH", help="its key, if that is not in the same file")
-    parser.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="let web pages of this origin connect, such as https://example.org; again and again",
-    )
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that the hub goes by; on loopback beside localhost, 127.0.0.1 and [::1]; again and again",
-    )
-    parser.add_argument(
-        "--max-connections-per-address",
-        type=int,
-        default=CONNECTIONS_PER_ADDRESS_MAX,
-        metavar="N",
-        help="connections from one address",
-    )
-    parser.add_argument(
-        "--rate",
-        type=float,
-        default=MESSAGES_PER_S_MAX,
-        metavar="N",
-        help=f"messages per second from one connection, {BURST_S:g} seconds' worth at once; 0: no bound",
-    )
-
-
-def _add_bounds(parser: argparse.ArgumentParser, settings: HubSettings) -> None:
-    for name, what in (
-        ("open_tasks", "tasks that one requester may have open"),
-        ("pending_tasks", "tasks that may wait in all"),
-        ("agents", "agents online, away, or with something to come back for"),
-        ("connections", "connections of agents and observers"),
-        ("capabilities", "capabilities of one agent"),
-        ("metadata_bytes", "bytes of one agent's metadata"),
-    ):
-        parser.add_argument(
-            f"--max-{name.replace('_', '-')}",
-            type=int,
-            default=getattr(settings, f"{name}_max"),
-            metavar="N",
-            help=what,
-        )
-
-
-def _add_agent(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "target",
-        nargs="?",
-        metavar="FILE[:NAME]",
-        help="a file, or package.module:NAME; without a NAME all agents that it defines",
-    )
-    parser.add_argument(
-        "--exec",
-        dest="command",
-        metavar="COMMAND",
-        help="a shell command that does a task: input on stdin, output on stdout",
-    )
-    parser.add_argument("--name", help="the name of the agent, with --exec")
-    parser.add_argument(
-        "--capability", action="append", metavar="C", help="what the command can do, with --exec; again and again"
-    )
-    parser.add_argument("--description", default="", help="what the command is for, with --exec")
-    parser.add_argument("--max-tasks", type=int, default=4, metavar="N", help="how many run at once, with --exec")
-    parser.add_argument(
-        "--drain",
-        type=float,
-        default=DRAIN_S,
-        metavar="S",
-        help="seconds that running tasks have to end when the agent is stopped",
-    )
-    _add_url(parser)
-    _add_loop(parser)
-
-
-def _add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--watch", action="store_true", help="show it again every second")
-    parser.add_argument("--task", metavar="ID", help="show one task")
-    _add_url(parser)
-
-
-def _add_call(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("capability", metavar="CAPABILITY", help="what is to be done")
-    parser.add_argument("input", nargs="?", default="null", metavar="JSON", help="the input; - reads it from stdin")
-    parser.add_argument("--agent", metavar="ID", help="the agent that is to do it, by its agent_id")
-    parser.add_argument("--ttl", type=float, default=300.0, metavar="S", help="seconds until it is given up")
-    parser.add_argument("--no-wait", action="store_true", help="print the task's id instead of waiting for its output")
-    _add_url(parser)
-
-
-def _add_bridge(parser: argparse.ArgumentParser) -> None:
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument(
-        "--http", type=int, metavar="PORT", help="speak Streamable HTTP on this port of 127.0.0.1 instead of stdio"
-    )
-    way.add_argument(
-        "--serve", dest="command", metavar="COMMAND", help="start this MCP server, and put its tools on the hub"
-    )
-    parser.add_argument("--name", help="the name of the bridge's agent on the hub")
-    parser.add_argument("--prefix", default="", help="what the names of the capabilities begin with, with --serve")
-    parser.add_argument("--max-tasks", type=int, default=4, metavar="N", help="how many run at once, with --serve")
-    _add_url(parser)
+def _add_loop(group: argparse._ActionsContainer) -> None:
+    option(group, f"--loop {'|'.join(LOOPS)}", "auto", "event loop; auto is uvloop if it is installed, else asyncio")
 
 
 # hub
 
 
-def _run_hub(args: argparse.Namespace) -> int:
-    settings = HubSettings(
-        heartbeat_s=args.heartbeat,
-        grace_s=args.grace,
-        retention_s=args.retention,
-        message_bytes_max=args.max_bytes,
-        open_tasks_max=args.max_open_tasks,
-        pending_tasks_max=args.max_pending_tasks,
-        agents_max=args.max_agents,
-        connections_max=args.max_connections,
-        capabilities_max=args.max_capabilities,
-        metadata_bytes_max=args.max_metadata_bytes,
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("listening")
+    option(group, "--host HOST", "127.0.0.1", "address to listen on")
+    option(group, "--port N", 8765, "port to listen on; 0 picks a free one")
+    option(group, "--tls-cert PATH", None, "TLS certificate: serve wss:// instead of ws://")
+    option(group, "--tls-key PATH", None, "private key of the certificate, unless both are in one file")
+    _add_access(parser.add_argument_group("access"))
+    group = parser.add_argument_group("persistence")
+    option(group, "--db PATH", None, "persist tasks and agents in this file across restarts")
+    option(
+        group, "--sync full|normal", "full", "with --db: full survives a power loss, normal only a crash of the process"
     )
+    group = parser.add_argument_group("process")
+    option(group, "--with FILE[:NAME]", [], "also run the agents of this file, in the hub's process", dest="files")
+    _add_loop(group)
+    _add_limits(parser)
+
+
+def _add_access(group: argparse._ActionsContainer) -> None:
+    option(
+        group,
+        "--token-file PATH",
+        None,
+        "file with the token to require, instead of AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE",
+    )
+    option(group, "--access PATH", None, "file with several tokens and what each allows; SIGHUP reloads it")
+    option(group, "--insecure", False, "run without a token on an address that others can reach")
+    option(group, "--allow-origin ORIGIN", [], "origin whose web pages may connect, such as https://example.org")
+    option(group, "--allow-host NAME", [], "name accepted in the Host header; on loopback in addition to its own names")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options that set HubSettings, each under the name of its field, and the limits of one connection."""
+    settings = HubSettings()
+
+    def setting(group: argparse._ActionsContainer, flag: str, name: str, purpose: str) -> None:
+        option(group, flag, getattr(settings, name), purpose, dest=name)
+
+    group = parser.add_argument_group("times")
+    setting(
+        group, "--heartbeat S", "heartbeat_s", "seconds between heartbeats; three silent intervals end a connection"
+    )
+    setting(group, "--grace S", "grace_s", "seconds that the session of a disconnected agent is kept")
+    setting(group, "--retention S", "retention_s", "seconds that the record of an ended task is kept")
+    group = parser.add_argument_group("limits")
+    setting(group, "--max-bytes N", "message_bytes_max", "bytes of one message")
+    setting(group, "--max-open-tasks N", "open_tasks_max", "open tasks of one requester")
+    setting(group, "--max-pending-tasks N", "pending_tasks_max", "pending tasks in total")
+    setting(group, "--max-agents N", "agents_max", "agents: online, disconnected, or with outcomes to fetch")
+    setting(group, "--max-connections N", "connections_max", "connections of agents and observers")
+    setting(group, "--max-capabilities N", "capabilities_max", "capabilities of one agent")
+    setting(group, "--max-metadata-bytes N", "metadata_bytes_max", "bytes of one agent's metadata")
+    option(group, "--max-connections-per-address N", CONNECTIONS_PER_ADDRESS_MAX, "connections from one address")
+    option(group, "--backlog N", BACKLOG_BYTES_MAX, "bytes waiting for a slow consumer before it is disconnected")
+    burst = f"messages per second from one connection, in bursts of {BURST_S:g} seconds' worth; 0: unlimited"
+    option(group, "--rate N", MESSAGES_PER_S_MAX, burst)
+
+
+def _run_hub(args: argparse.Namespace) -> int:
     if not 0 <= args.port <= 65_535:
         raise ValueError("--port must be from 0 to 65535")
     if args.tls_key is not None and args.tls_cert is None:
         raise ValueError("--tls-key needs --tls-cert")
     tls = server_tls(args.tls_cert, args.tls_key) if args.tls_cert is not None else None
-    server = HubServer(
-        settings,
+    server = _hub_server(args, tls)
+    _warn_if_exposed(args)
+    _raise_descriptors_max(server.settings.connections_max + CONNECTIONS_OVER + 2 * DESCRIPTORS_KEPT)
+    agents = [agent for target in args.files for agent in load_agents(target)]
+    is_reloadable = args.access is not None or args.token_file is not None or tls is not None
+    reload = functools.partial(_reload, server, tls, args) if is_reloadable else None
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+    run_loop(_serve_hub(server, agents, reload), args.loop)
+    return 0
+
+
+def _hub_server(args: argparse.Namespace, tls: ssl.SSLContext | None) -> HubServer:
+    return HubServer(
+        HubSettings(**{name: value for name, value in vars(args).items() if name in HubSettings.__slots__}),
         host=args.host,
         port=args.port,
         access=_access(args),
@@ -8175,19 +8079,10 @@ def _run_hub(args: argparse.Namespace) -> int:
         messages_per_s_max=args.rate,
         journal=Journal(args.db, sync=args.sync) if args.db is not None else None,
     )
-    _warn_of_openness(args)
-    _raise_descriptors_max(args.max_connections + CONNECTIONS_OVER + 2 * DESCRIPTORS_KEPT)
-    agents = [agent for target in args.files for agent in load_agents(target)]
-    is_reloadable = args.access is not None or args.token_file is not None or tls is not None
-    reload = functools.partial(_reload, server, tls, args) if is_reloadable else None
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    run_loop(_serve_hub(server, agents, reload), args.loop)
-    return 0
 
 
 def _access(args: argparse.Namespace) -> Access | None:
-    """Return who may come in, by the options and AGENTHUB_TOKEN; raise ValueError if that cannot be said."""
+    """Return the tokens to require, by the options or the environment (None: no token); raise ValueError."""
     if args.access is not None and args.token_file is not None:
         raise ValueError("give either --access or --token-file")
     if args.access is not None:
@@ -8199,21 +8094,21 @@ def _access(args: argparse.Namespace) -> Access | None:
         return None
     access = Access.of_token(check_token("AGENTHUB_TOKEN", token))
     if len(token) < TOKEN_LENGTH_MIN:
-        log_hub.warning("the token is so short that it can be guessed; `agenthub token` makes a better one")
+        log_hub.warning("the token is short enough to be guessed; `agenthub token` generates a better one")
     return access
 
 
-def _warn_of_openness(args: argparse.Namespace) -> None:
+def _warn_if_exposed(args: argparse.Namespace) -> None:
     if is_loopback(args.host):
         return
     if args.insecure:
-        log_hub.warning("%s can be reached from elsewhere, and with --insecure whoever does may use the hub", args.host)
+        log_hub.warning("--insecure: everybody who can reach %s may use this hub, without a token", args.host)
     if args.tls_cert is None:
-        log_hub.warning("without --tls-cert all that is said, tokens too, can be read on its way")
+        log_hub.warning("without --tls-cert, tokens and tasks can be read on the network")
 
 
 def _raise_descriptors_max(needed: int) -> None:
-    """Let this process have as many files and sockets open as it needs, if the system allows."""
+    """Raise this process's limit of open files and sockets to what it needs, as far as the system allows."""
     if descriptors_max() < needed:
         import resource
 
@@ -8222,64 +8117,53 @@ def _raise_descriptors_max(needed: int) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         except (OSError, ValueError) as error:
-            log_hub.debug("the number of file descriptors stays as it is: %s", error)
+            log_hub.debug("the limit of file descriptors was not raised: %s", error)
 
 
 async def _serve_hub(server: HubServer, agents: list[Agent], reload: Callable[[], Awaitable[None]] | None) -> None:
-    """Run a hub, and agents in its process, until SIGINT or SIGTERM; `reload` for each SIGHUP."""
+    """Run a hub, and agents in its process, until SIGINT or SIGTERM; call `reload` for each SIGHUP."""
     loop = asyncio.get_running_loop()
-    started = asyncio.Event()
-    with stop_signals() as stopped, contextlib.nullcontext() if reload is None else reload_signal(reload, started):
-        try:
-            await server.start()
-        except OSError as error:
-            number = error.errno or 0  # Of a name that cannot be resolved it is negative.
-            reason = os.strerror(number) if number > 0 else error.strerror
-            raise CommandFailed(f"cannot listen on {server.url}: {reason}") from error
-        print(f"listening on {server.url}", flush=True)
-        started.set()
+    hangup = asyncio.Event()
+    with stop_signals() as stopped, signal_handler(hangup.set, *(["SIGHUP"] if reload is not None else [])):
+        await _start_hub(server)
+        reloading = loop.create_task(_reload_loop(reload, hangup)) if reload is not None else None
         for agent in agents:
             agent.use_hub(server)
-        running = [asyncio.create_task(_serve_in_hub(agent, stopped)) for agent in agents]
-        await stopped.wait()
-        last = loop.time() + HUB_DRAIN_S
-        server.shut_down()
-        await asyncio.gather(*running)
-        await server.stop(max(0.0, last - loop.time()))
+        running = [loop.create_task(_serve_in_hub(agent, stopped)) for agent in agents]
+        try:
+            await stopped.wait()
+            last = loop.time() + HUB_DRAIN_S
+            server.shut_down()
+            await asyncio.gather(*running)
+            await server.stop(max(0.0, last - loop.time()))
+        finally:
+            if reloading is not None:
+                reloading.cancel()
 
 
-@contextlib.contextmanager
-def reload_signal(reload: Callable[[], Awaitable[None]], started: asyncio.Event) -> Iterator[None]:
-    """Call `reload` for each SIGHUP since `started`, one after the other, where there is such a signal."""
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-
-    async def reload_when_asked() -> None:
-        await started.wait()
-        while True:
-            await asked.wait()
-            asked.clear()
-            try:
-                await reload()
-            except Exception:
-                log_hub.exception("not taken up")
-
-    reloading = loop.create_task(reload_when_asked())
-    number = getattr(signal, "SIGHUP", None)
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # As `stop_signals`.
-        if number is not None:
-            loop.add_signal_handler(number, asked.set)
+async def _start_hub(server: HubServer) -> None:
     try:
-        yield
-    finally:
-        reloading.cancel()
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            if number is not None:
-                loop.remove_signal_handler(number)
+        await server.start()
+    except OSError as error:
+        number = error.errno or 0  # Negative for a name that cannot be resolved.
+        reason = os.strerror(number) if number > 0 else error.strerror
+        raise CommandFailed(f"cannot listen on {server.url}: {reason}") from error
+    print(f"listening on {server.url}", flush=True)
+
+
+async def _reload_loop(reload: Callable[[], Awaitable[None]], asked: asyncio.Event) -> None:
+    """Call `reload` each time that it was asked for, one call at a time."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            await reload()
+        except Exception:
+            log_hub.exception("reload failed")
 
 
 async def _reload(server: HubServer, tls: ssl.SSLContext | None, args: argparse.Namespace) -> None:
-    """Read the certificate, and the token or access file, again; a bad one is told, and the former stays."""
+    """Reload the certificate, and the token or access file. Log a bad one, and keep the former."""
     try:
         if tls is not None:
             load_certificate(tls, args.tls_cert, args.tls_key)
@@ -8287,11 +8171,11 @@ async def _reload(server: HubServer, tls: ssl.SSLContext | None, args: argparse.
         if access is not None:
             await server.reload(access)
     except (AgentHubError, ValueError) as error:
-        log_hub.error("not taken up: %s", error)
+        log_hub.error("not reloaded: %s", error)
 
 
 async def _serve_in_hub(agent: Agent, stopped: asyncio.Event) -> None:
-    """Run an agent; that it ends is told, and does not end the hub."""
+    """Run an agent; log its failure, which does not end the hub."""
     try:
         await agent.serve(stopped, HUB_DRAIN_S)
     except AgentHubError as error:
@@ -8299,6 +8183,22 @@ async def _serve_in_hub(agent: Agent, stopped: asyncio.Event) -> None:
 
 
 # agent
+
+
+def _add_agent(parser: argparse.ArgumentParser) -> None:
+    where = "a file, or package.module:NAME; without NAME, all agents that it defines"
+    parser.add_argument("target", nargs="?", metavar="FILE[:NAME]", help=where)
+    group = parser.add_argument_group("an agent from a program")
+    program = "shell command that does a task: input as JSON on stdin, output on stdout"
+    option(group, "--exec COMMAND", None, program, dest="command")
+    option(group, "--name NAME", None, "name of the agent")
+    option(group, "--capability C", [], "capability that the command provides")
+    option(group, "--description TEXT", "", "description of the agent and its capabilities")
+    option(group, "--max-tasks N", 4, "tasks that run at once")
+    group = parser.add_argument_group("process")
+    option(group, "--drain S", DRAIN_S, "seconds that running tasks have to end when the agent is stopped")
+    _add_loop(group)
+    _add_connection(parser)
 
 
 def _run_agent(args: argparse.Namespace) -> int:
@@ -8316,9 +8216,9 @@ def _run_agent(args: argparse.Namespace) -> int:
 
 
 def load_agents(target: str) -> list[Agent]:
-    """Return the agents of FILE[:NAME] or package.module[:NAME]; raise CommandFailed if there are none.
+    """Return the agents of FILE[:NAME] or package.module[:NAME]; raise CommandFailed if it has none.
 
-    NAME is an Agent or a subclass of it. Without one: all Agents at the top level, else all subclasses defined there.
+    NAME is an Agent or a subclass of it. Without NAME: all Agents at the top level, else all subclasses defined there.
     """
     path, _, name = target.rpartition(":")
     if not path or os.sep in name or "/" in name:  # No NAME; the colon may be that of a Windows drive.
@@ -8334,7 +8234,7 @@ def load_agents(target: str) -> list[Agent]:
     made = [one() if is_agent_class(one) else one for one in dict.fromkeys(found)]
     agents = [one for one in made if isinstance(one, Agent)]
     if not agents:
-        raise CommandFailed(f"{target}: no agent of {__name__} found there")
+        raise CommandFailed(f"{target}: defines no Agent of {__name__}, nor a subclass of it")
     return agents
 
 
@@ -8343,11 +8243,11 @@ def is_agent_class(one: object) -> TypeGuard[type[Agent]]:
 
 
 def load_module(path: str) -> types.ModuleType:
-    """Import a file by its path, or a module by its name; raise CommandFailed if there is none."""
+    """Import a file by its path, or a module by its name; raise CommandFailed if it does not exist."""
     sys.path.insert(0, os.getcwd())
     if not path.endswith(".py"):
         if not all(part.isidentifier() for part in path.split(".")):
-            raise CommandFailed(f"{path}: is neither a file.py nor a module")
+            raise CommandFailed(f"{path}: not a FILE.py or a package.module")
         try:
             return importlib.import_module(path)
         except ModuleNotFoundError as error:
@@ -8357,7 +8257,7 @@ def load_module(path: str) -> types.ModuleType:
     sys.path.insert(0, str(pathlib.Path(path).resolve().parent))
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise CommandFailed(f"{path}: cannot be imported")
+        raise CommandFailed(f"{path}: cannot be imported as a Python module")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -8365,11 +8265,12 @@ def load_module(path: str) -> types.ModuleType:
 
 
 def exec_agent(command: str, name: str, capabilities: list[str], description: str = "", max_tasks: int = 4) -> Agent:
-    """Make an agent of a shell command.
+    """Return an agent that runs a shell command for each task.
 
-    A task's input is its stdin, as JSON; its stdout is the output, as JSON if it is that and else as text. A non-zero
-    exit fails the task with the end of stderr. The command sees AGENTHUB_TASK_ID, AGENTHUB_CAPABILITY and
-    AGENTHUB_ATTEMPT, and not AGENTHUB_TOKEN. When its task ends, its process group ends too (on Windows: the process).
+    The task's input is the command's stdin, as JSON; its stdout is the output, as JSON if it parses, else as text. A
+    non-zero exit code fails the task with the last part of stderr. The command's environment has AGENTHUB_TASK_ID,
+    AGENTHUB_CAPABILITY and AGENTHUB_ATTEMPT, but not AGENTHUB_TOKEN. When the task ends, the command's process group is
+    killed (on Windows: the process).
     """
     agent = Agent(name, description=description, max_tasks=max_tasks)
 
@@ -8387,7 +8288,7 @@ def exec_agent(command: str, name: str, capabilities: list[str], description: st
         try:
             return await _communicate(process, json.dumps(task.input).encode())
         finally:
-            await _end_process_group(process)
+            await _kill_process_group(process)
 
     for capability_name in capabilities:
         agent.capability(capability_name, description=description)(run_command)
@@ -8395,17 +8296,17 @@ def exec_agent(command: str, name: str, capabilities: list[str], description: st
 
 
 async def _communicate(process: asyncio.subprocess.Process, raw: bytes) -> Any:
-    """Give a process its input, and return its output; raise TaskFailed if it fails or says too much."""
+    """Send a process its input, and return its output; raise TaskFailed if it fails or its output is too large."""
     if process.stdin is None or process.stdout is None or process.stderr is None:
-        raise AssertionError("all three were asked for")
-    _, output, complaint, exit_code = await asyncio.gather(
-        _feed(process.stdin, raw),
+        raise AssertionError("run_command opens a pipe for all three")
+    _, output, errors, exit_code = await asyncio.gather(
+        _write_input(process.stdin, raw),
         _read_all(process.stdout),
         _read_tail(process.stderr),
         process.wait(),
     )
     if exit_code != 0:
-        text = complaint.decode(errors="replace").strip()
+        text = errors.decode(errors="replace").strip()
         raise TaskFailed(f"exit code {exit_code}: {text}" if text else f"exit code {exit_code}")
     text = output.decode(errors="replace")
     try:
@@ -8414,8 +8315,8 @@ async def _communicate(process: asyncio.subprocess.Process, raw: bytes) -> Any:
         return text
 
 
-async def _feed(stdin: asyncio.StreamWriter, raw: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # It need not read its input.
+async def _write_input(stdin: asyncio.StreamWriter, raw: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # A command may ignore its input.
         stdin.write(raw)
         await stdin.drain()
         stdin.close()
@@ -8440,8 +8341,8 @@ async def _read_tail(stderr: asyncio.StreamReader) -> bytes:
     return tail
 
 
-async def _end_process_group(process: asyncio.subprocess.Process) -> None:
-    """End what is left of a command: politely if it still runs, then for certain."""
+async def _kill_process_group(process: asyncio.subprocess.Process) -> None:
+    """Kill all processes of a command, after SIGTERM and TERMINATING_S if it still runs."""
     if process.returncode is None:
         _signal_group(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
@@ -8449,8 +8350,8 @@ async def _end_process_group(process: asyncio.subprocess.Process) -> None:
                 await process.wait()
     _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
     await process.wait()
-    # asyncio has no other way to close a pipe that was not read to its end.
-    process._transport.close()  # type: ignore[attr-defined]  # private, and there since 3.4
+    # asyncio has no public way to close a pipe that was not read to its end.
+    process._transport.close()  # type: ignore[attr-defined]  # private, but unchanged since 3.4
 
 
 def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
@@ -8462,6 +8363,13 @@ def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
 
 
 # status
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    option(parser, "--json", False, "print JSON")
+    option(parser, "--watch", False, "repeat every second")
+    option(parser, "--task ID", None, "show one task")
+    _add_connection(parser)
 
 
 def _run_status(args: argparse.Namespace) -> int:
@@ -8486,10 +8394,10 @@ async def _status(args: argparse.Namespace) -> int:
 
 async def _task_text(session: Session, args: argparse.Namespace) -> str:
     report = await session.request(Status(task_id=args.task), StatusReply)
-    fields = {name: value for name, value in plain(report).items() if name not in ("type", "reply_to")}
+    fields = {name: value for name, value in to_dict(report).items() if name not in ("type", "reply_to")}
     if args.json:
         return json_text(fields)
-    return table([[name, shown(value)] for name, value in fields.items()])
+    return table([[name, to_text(value)] for name, value in fields.items()])
 
 
 async def _hub_text(session: Session, args: argparse.Namespace) -> str:
@@ -8497,8 +8405,8 @@ async def _hub_text(session: Session, args: argparse.Namespace) -> str:
     found = await session.request(Discover(limit=1000), Discovered)
     listed = await session.request(Status(tasks=True), StatusReply)
     if args.json:
-        return json_text({"hub": hub, "agents": plain(found)["agents"], "tasks": plain(listed)["tasks"]})
-    counts = hub.get("tasks")  # What a hub says of itself has no form that could be relied on.
+        return json_text({"hub": hub, "agents": to_dict(found)["agents"], "tasks": to_dict(listed)["tasks"]})
+    counts = hub.get("tasks")  # The protocol leaves open which fields a hub's status has.
     counts = ", ".join(f"{number} {state}" for state, number in counts.items()) if isinstance(counts, dict) else "?"
     up_s = hub.get("uptime_s")
     up = f"{up_s:.0f}" if isinstance(up_s, int | float) else "?"
@@ -8513,11 +8421,11 @@ async def _hub_text(session: Session, args: argparse.Namespace) -> str:
 
 def _agent_row(agent: AgentInfo) -> list[str]:
     names = ", ".join(one.name for one in agent.capabilities)
-    return cut([agent.agent_id, f"{agent.running}/{agent.max_tasks}", names, agent.description])
+    return truncate([agent.agent_id, f"{agent.running}/{agent.max_tasks}", names, agent.description])
 
 
-def cut(cells: list[str]) -> list[str]:
-    """Return the cells of a row at a length that many rows can have."""
+def truncate(cells: list[str]) -> list[str]:
+    """Return the cells of a row, each shortened to CELL_MAX characters."""
     return [cell if len(cell) <= CELL_MAX else f"{cell[:CELL_MAX]}…" for cell in cells]
 
 
@@ -8534,29 +8442,40 @@ def _task_row(task: TaskInfo) -> list[str]:
         f"{task.ttl:.0f} s",
         progress,
     ]
-    return cut(row)
+    return truncate(row)
 
 
 def table(rows: list[list[str]]) -> str:
-    """Lay rows out in aligned columns, foreign text made printable and cut to the terminal's width."""
+    """Return rows as aligned columns, with unprintable characters escaped, and truncated to the terminal's width."""
     cells = [[escape_unprintable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return "\n".join(line[:room] for line in lines)
+    width_max = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n".join(line[:width_max] for line in lines)
 
 
-def plain(message: HubMessage) -> dict[str, Any]:
-    """Return a message as it is on the wire."""
+def to_dict(message: HubMessage) -> dict[str, Any]:
+    """Return a message as the JSON object that goes over the wire."""
     document: dict[str, Any] = json.loads(encode(message))
     return document
 
 
-def shown(value: Any) -> str:
+def to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # call
+
+
+def _add_call(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("capability", metavar="CAPABILITY", help="capability to delegate the task to")
+    parser.add_argument(
+        "input", nargs="?", default="null", metavar="JSON", help="input of the task; - reads it from stdin"
+    )
+    option(parser, "--agent ID", None, "agent_id of the agent to delegate it to")
+    option(parser, "--ttl S", 300.0, "seconds until the task times out")
+    option(parser, "--no-wait", False, "print the task's id instead of waiting for its output")
+    _add_connection(parser)
 
 
 def _run_call(args: argparse.Namespace) -> int:
@@ -8570,9 +8489,9 @@ def _run_call(args: argparse.Namespace) -> int:
 
 
 async def _call(args: argparse.Namespace, given: Any) -> int:
-    """Delegate a task, and print its output; a signal calls it off."""
+    """Delegate a task, and print its output; cancel it at a signal."""
     with stop_signals() as stopped:
-        calling = asyncio.create_task(_delegated(args, given))
+        calling = asyncio.create_task(_delegate(args, given))
         await done_or_set(calling, stopped)
         if calling.done():
             print(calling.result())
@@ -8582,8 +8501,8 @@ async def _call(args: argparse.Namespace, given: Any) -> int:
         return 130
 
 
-async def _delegated(args: argparse.Namespace, given: Any) -> str:
-    """Delegate a task; return its output as JSON, or its id if it is not to be waited for."""
+async def _delegate(args: argparse.Namespace, given: Any) -> str:
+    """Delegate a task; return its output as JSON, or with --no-wait its id."""
     async with Agent("call", url=args.url, give_up_after_s=0) as agent:
         handle = await agent.submit(args.capability, given, agent_id=args.agent, ttl=args.ttl)
         if args.no_wait:
@@ -8599,7 +8518,7 @@ async def _delegated(args: argparse.Namespace, given: Any) -> str:
 
 
 def json_text(value: Any) -> str:
-    """Return a value as JSON that a person can read and that cannot steer a terminal."""
+    """Return a value as indented JSON without control characters that a terminal would obey."""
     if (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"):
         return json.dumps(value, indent=2)
     text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -8611,23 +8530,34 @@ async def _show_progress(handle: TaskHandle) -> None:
         return
     async for update in handle:
         percent = f"{update.progress:4.0%}" if update.progress is not None else "    "
-        detail = escape_unprintable(shown(update.detail)) if update.detail is not None else ""
+        detail = escape_unprintable(to_text(update.detail)) if update.detail is not None else ""
         print(f"{percent} {detail}"[: shutil.get_terminal_size().columns], file=sys.stderr)
 
 
 # bridge
 
 
+def _add_bridge(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("MCP")
+    direction = group.add_mutually_exclusive_group()
+    option(direction, "--http PORT", None, "speak Streamable HTTP on this port of 127.0.0.1 instead of stdio", type=int)
+    option(direction, "--serve COMMAND", None, "start this MCP server, and offer its tools on the hub", dest="command")
+    option(group, "--name NAME", None, "name of the bridge's agent on the hub")
+    option(group, "--prefix TEXT", "", "with --serve: prefix of the capabilities' names")
+    option(group, "--max-tasks N", 4, "with --serve: tasks that run at once")
+    _add_connection(parser)
+
+
 def _run_bridge(args: argparse.Namespace) -> int:
-    """Run agenthub_mcp, the module that stands beside this one."""
-    export_connection_options(args)  # A wrong URL or token is told now, and not to the model.
+    """Run agenthub_mcp, the module next to this one."""
+    export_connection_options(args)  # So that a wrong URL or token ends the command, rather than reach the model.
     name = f"{__name__.rpartition('.')[0]}.agenthub_mcp".lstrip(".")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise CommandFailed("the bridge is a file of its own: put agenthub_mcp.py beside agenthub.py") from error
+        raise CommandFailed("the bridge is a separate file: copy agenthub_mcp.py next to agenthub.py") from error
     code: int = module.run(args)
     return code
 
@@ -8644,8 +8574,8 @@ def _run_schema(args: argparse.Namespace) -> int:
 
 
 def _add_token(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--file", metavar="PATH", help="write it to this new file, that only its owner can read")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the SHA-256 for an access file")
+    option(parser, "--file PATH", None, "write the token to this new file, readable by its owner only")
+    option(parser, "--json", False, "print JSON, with the SHA-256 for an access file")
 
 
 def _run_token(args: argparse.Namespace) -> int:
@@ -8656,11 +8586,11 @@ def _run_token(args: argparse.Namespace) -> int:
             with open(os.open(args.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(f"{token}\n")
         except OSError as error:
-            raise CommandFailed(f"{args.file}: cannot be made: {error.strerror}") from error
+            raise CommandFailed(f"{args.file}: cannot be created: {error.strerror}") from error
     if args.json:
-        said = {"file": args.file} if args.file is not None else {"token": token}
-        print(json_text({**said, "sha256": sha256}))
+        result = {"file": args.file} if args.file is not None else {"token": token}
+        print(json_text({**result, "sha256": sha256}))
         return 0
     print(args.file if args.file is not None else token)
-    print(f'its SHA-256, for an access file: "{sha256}"', file=sys.stderr)
+    print(f'SHA-256 of the token, for an access file: "{sha256}"', file=sys.stderr)
     return 0

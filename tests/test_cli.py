@@ -456,14 +456,14 @@ def test_agents_are_found_by_an_absolute_path(folder: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("target", "text"),
     [
-        ("empty.py", "empty.py: no agent of agenthub found there"),
-        ("empty.py:x", "empty.py:x: no agent of agenthub found there"),
-        ("classes.py:Third", "classes.py:Third: no agent of agenthub found there"),
+        ("empty.py", "empty.py: defines no Agent of agenthub, nor a subclass of it"),
+        ("empty.py:x", "empty.py:x: defines no Agent of agenthub, nor a subclass of it"),
+        ("classes.py:Third", "classes.py:Third: defines no Agent of agenthub, nor a subclass of it"),
         ("no-such-file.py", "no-such-file.py: no such file"),
         ("no-such-file.py:agent", "no-such-file.py: no such file"),
         ("no_such_module:agent", "no_such_module: No module named 'no_such_module'"),
         ("no_such_package.module:agent", "no_such_package.module: No module named 'no_such_package'"),
-        ("package", "package: no agent of agenthub found there"),
+        ("package", "package: defines no Agent of agenthub, nor a subclass of it"),
         ("", ""),
         (":", ""),
         ("..:x", ""),
@@ -929,6 +929,33 @@ def test_help_of_the_bridge_names_its_options(capsys: pytest.CaptureFixture[str]
         "--ca-file",
     ]
     assert "[--http PORT | --serve COMMAND]" in " ".join(output.split())
+
+
+def test_help_of_the_hub_groups_its_options_and_shows_the_defaults_of_its_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert agenthub_main("hub", "--help") == 0
+    output = capsys.readouterr().out
+    groups = ["options", "listening", "access", "persistence", "process", "times", "limits"]
+    assert re.findall(r"^(\w+):$", output, re.MULTILINE) == groups
+    settings = agenthub.HubSettings()
+    names = ["message_bytes", "open_tasks", "pending_tasks", "agents", "connections", "capabilities", "metadata_bytes"]
+    limits = [str(getattr(settings, f"{name}_max")) for name in names]
+    connection = [str(agenthub.CONNECTIONS_PER_ADDRESS_MAX), str(agenthub.BACKLOG_BYTES_MAX), "2000"]
+    shown = re.findall(r"\(default: ([^)]*)\)", " ".join(output.split()))
+    assert shown == ["info", "127.0.0.1", "8765", "full", "auto", "30", "60", "3600", *limits, *connection]
+    assert output.count("; repeatable") == 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_no_default_that_is_none(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AGENTHUB_URL", "ws://127.0.0.1:1/%41")
+    assert agenthub_main(command, "--help") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"\(default: (None|False|\[\]|)\)", output)
+    assert ("(default: ws://127.0.0.1:1/%41)" in output) == (command in ("agent", "status", "call", "bridge"))
 
 
 def test_bridge_goes_one_way_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ def _nothing_fails_and_nothing_leaks(caplog: pytest.LogCaptureFixture) -> Iterat
     said = [record.getMessage() for record in caplog.get_records("call")]
     assert [line for line in said for secret in (TOKEN, SECRET, WRONG) if secret in line] == []
     errors = [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
-    assert [line for line in errors if not line.startswith("not taken up: ")] == []
+    assert [line for line in errors if not line.startswith("not reloaded: ")] == []
 
 
 @pytest.fixture(autouse=True)
@@ -569,7 +569,7 @@ def test_token_command_makes_a_file_for_its_owner_alone_and_overwrites_none(
     assert output == f"{path}\n"
     assert token not in output + talk
     assert agenthub_main("token", "--file", str(path)) == 1
-    assert capsys.readouterr() == ("", f"agenthub: {path}: cannot be made: File exists\n")
+    assert capsys.readouterr() == ("", f"agenthub: {path}: cannot be created: File exists\n")
     assert path.read_text().strip() == token
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     assert agenthub_main("token", "--file", str(tmp_path / "link")) == 1
@@ -987,7 +987,7 @@ async def test_reload_of_a_bad_file_is_told_and_leaves_the_former_tokens_in_use(
         for text, complaint in BAD_ACCESS_FILES.values():
             private_file(path, text)
             await agenthub._reload(hub, None, args)
-            assert is_logged(caplog, f"not taken up: {path}: {complaint}")
+            assert is_logged(caplog, f"not reloaded: {path}: {complaint}")
             assert (await health(hub.url, TOKEN))["agents"] == 2
 
 
@@ -1035,7 +1035,7 @@ async def test_sighup_has_a_hub_process_read_its_access_file_again(tmp_path: Pat
             for number, (text, complaint) in enumerate(complaints, 1):
                 path.write_text(text)
                 process.send_signal(signal.SIGHUP)
-                await until(lambda number=number: log.read_text().count("not taken up") == number)
+                await until(lambda number=number: log.read_text().count("not reloaded") == number)
                 assert complaint in log.read_text().splitlines()[-1]
                 for client in (stays, leaves, moves):
                     assert (await client.request(type="broadcast", message="x"))["recipients"] == 4
@@ -1055,7 +1055,7 @@ async def test_sighup_has_a_hub_process_read_its_access_file_again(tmp_path: Pat
             assert counted["closed"] == {"1001": 1, "1008": 1}
             assert counted["refused"] == {"unauthorized": 1}
     said = log.read_text()
-    assert said.count("ERROR agenthub.hub not taken up: ") == 4
+    assert said.count("ERROR agenthub.hub not reloaded: ") == 4
     assert said.count("took up 4 tokens of 3 namespaces") == 1
     assert TOKEN not in said
     assert (tmp_path / "hub.db.new").exists()
@@ -1161,8 +1161,8 @@ def test_insecure_hub_starts_with_a_warning(servers: list[HubServer], caplog: py
     assert agenthub_main("hub", "--host", "0.0.0.0", "--insecure") == 0
     assert len(servers) == 1
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "0.0.0.0 can be reached from elsewhere, and with --insecure whoever does may use the hub",
-        "without --tls-cert all that is said, tokens too, can be read on its way",
+        "--insecure: everybody who can reach 0.0.0.0 may use this hub, without a token",
+        "without --tls-cert, tokens and tasks can be read on the network",
     ]
 
 
@@ -1180,7 +1180,7 @@ def test_hub_with_a_token_that_others_can_reach_is_warned_of_what_can_be_read_or
     assert is_logged(caplog, "without --tls-cert")
     monkeypatch.setenv("AGENTHUB_TOKEN", "short")
     assert agenthub_main("hub") == 0
-    assert is_logged(caplog, "the token is so short that it can be guessed")
+    assert is_logged(caplog, "the token is short enough to be guessed")
     assert not is_logged(caplog, "--insecure")
     assert len(servers) == 3
 
@@ -1352,7 +1352,7 @@ async def test_sighup_has_a_hub_process_read_its_certificate_again(
         async with bystanders(url, **tls):
             private_file(Path(certificate[1]), "no PEM")
             process.send_signal(signal.SIGHUP)
-            await until(lambda: "not taken up: the certificate" in log.read_text())
+            await until(lambda: "not reloaded: the certificate" in log.read_text())
             async with raw_client(url, **tls) as client:
                 assert (await client.request(type="status"))["hub"]["agents"] == 2
             private_file(Path(certificate[0]), OTHER_AUTHORITY)

@@ -1666,7 +1666,7 @@ def test_traceback_is_marked_line_by_line(formatted: list[str]) -> None:
     assert all(line.startswith("  | ") and is_harmless(line) for line in others)
 
 
-def test_flood_of_lines_is_bounded_and_says_how_many_were_left_out() -> None:
+def test_flood_of_lines_is_bounded_and_says_how_many_were_dropped() -> None:
     flood = LogFloodFilter()
 
     def passes(number: int, second: float, level: int = logging.WARNING, name: str = "agenthub.hub") -> list[str]:
@@ -1676,10 +1676,10 @@ def test_flood_of_lines_is_bounded_and_says_how_many_were_left_out() -> None:
         return [record.getMessage() for record in records if flood.filter(record)]
 
     assert passes(10_000, 1.0) == [f"line {index}" for index in range(agenthub.LOG_LINES_PER_S)]
-    assert len(passes(300, 1.9, logging.ERROR)) == 300  # A bug is never left out ...
+    assert len(passes(300, 1.9, logging.ERROR)) == 300  # A bug is never dropped ...
     assert len(passes(100, 1.9, name="agenthub.agent")) == 100  # ... and each logger has lines of its own.
-    left_out = 10_000 - agenthub.LOG_LINES_PER_S
-    assert passes(2, 2.0) == [f"[{left_out} lines before this were left out] line 0", "line 1"]
+    dropped = 10_000 - agenthub.LOG_LINES_PER_S
+    assert passes(2, 2.0) == [f"[{dropped} lines before this were dropped] line 0", "line 1"]
     assert passes(1, 3.0) == ["line 0"]
 
 

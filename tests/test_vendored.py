@@ -115,7 +115,7 @@ def test_copy_without_the_bridge_says_that_it_is_a_file_of_its_own(start: list[s
     with running(*start, "bridge", cwd=folder, env={"PYTHONPATH": ""}) as process:
         output, complaint = process.communicate(timeout=WAIT_S)
         assert (process.returncode, output) == (1, "")
-        assert complaint == "agenthub: the bridge is a file of its own: put agenthub_mcp.py beside agenthub.py\n"
+        assert complaint == "agenthub: the bridge is a separate file: copy agenthub_mcp.py next to agenthub.py\n"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_agent_of_another_copy_is_not_taken_for_one(folder: Path) -> None:
     with running("-m", "package.vendor.agenthub", "agent", "worker.py", cwd=folder, env={"PYTHONPATH": ""}) as process:
         _, complaint = process.communicate(timeout=WAIT_S)
         assert process.returncode == 1
-        assert complaint == "agenthub: worker.py: no agent of package.vendor.agenthub found there\n"
+        assert complaint == "agenthub: worker.py: defines no Agent of package.vendor.agenthub, nor a subclass of it\n"
 
 
 def test_agent_runs_itself_with_a_vendored_copy(folder: Path, url: str) -> None:
