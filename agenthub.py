@@ -3137,16 +3137,45 @@ def same_content(one: Delegate, other: Delegate) -> bool:
 # ============================================================================================
 # 5 Journal
 #
-# What has to survive the hub's death, in one file of SQLite (https://sqlite.org/wal.html). It
-# decides nothing: rows go in as the hub gives them, and come out again at the next start. Times
-# are stored as seconds since 1970, because the hub's own clock starts anew with the machine.
+# What must survive the hub's process, in one SQLite file (https://sqlite.org/wal.html). The journal
+# decides nothing: it stores rows as the hub gives them, and returns them at the next start.
+#
+# What is written. One row per agent: its registration, the hash of its resume secret, its state. One
+# row per task: some columns are written when it is accepted and never change, the others are updated
+# with its state; the row is deleted when its record is purged. Progress reports, broadcasts and
+# heartbeats are not written.
+#
+# When. All changes that came up during one write make up the next one, in one transaction, and the
+# effects that follow from them (the acknowledgement, the task to its worker, the outcome to its
+# requester) are held back until it has succeeded: see GroupCommit in section 7. So whatever a client
+# was told is in the file, and whatever is not in the file nobody was told.
+#
+#                    process killed     power lost             disk full
+#   sync "full"      nothing is lost    nothing is lost        new tasks are rejected,
+#   sync "normal"    nothing is lost    the last writes may    the others can still end
+#
+# Outcomes. A task's `told` is the number of the write that recorded its outcome's delivery. The
+# effects of the last write may not have been carried out, so after a restart its outcomes are
+# delivered again; those of earlier writes are not.
+#
+# Reserve. A file of RESERVE_BYTES next to the journal is deleted when a write fails, which frees
+# enough space for open tasks to end. Until it can be allocated again, the hub rejects new tasks.
+#
+# Clock. The hub's clock restarts with the machine, so times are stored as seconds since 1970: the
+# hub's time plus `clock_offset`. A hub keeps the offset of its start for all rows. If the offset has
+# changed by more than CLOCK_STEP_S, the machine's clock was set; then all times in the file are moved
+# by the same step, because otherwise deadlines would shift at the next start.
+#
+# Files: hub.db, hub.db-wal (SQLite's write-ahead log), hub.db-reserve, and for another namespace
+# hub.db.NAMESPACE with the same two next to it.
 # ============================================================================================
 
 JOURNAL_VERSION = 1
-JOURNAL_ID = 0x41484A4C  # "AHJL", PRAGMA application_id: tells a journal from other files of SQLite.
-RESERVE_BYTES = 8_388_608  # Kept beside the journal, and given up when the disk is full, so that tasks can end.
-CLOCK_STEP_S = 0.8  # By so much the machine's clock must have been set for the times in the file to be set too.
-WAL_BYTES_MAX = 67_108_864  # What is left of the write-ahead log after it was emptied.
+JOURNAL_ID = 0x41484A4C  # "AHJL", PRAGMA application_id: distinguishes a journal from other SQLite files.
+RESERVE_BYTES = 8_388_608  # Enough for the outcomes of open tasks while the disk is full.
+CLOCK_STEP_S = 0.8  # A smaller difference of the offset is drift or jitter, and ignored.
+UNCHANGED = "the file was not changed"
+WAL_BYTES_MAX = 67_108_864  # To which the write-ahead log is truncated after a checkpoint.
 JOURNAL_TABLES = """
     CREATE TABLE agents (
         agent_id TEXT PRIMARY KEY, resume_hash TEXT NOT NULL, register BLOB NOT NULL, there INTEGER NOT NULL,
@@ -3160,15 +3189,15 @@ JOURNAL_TABLES = """
 """
 
 
-Kept = TypeVar("Kept")
+StoredMessage = TypeVar("StoredMessage")
 
 
 class Journal:
-    """The file that a hub's tasks and agents are kept in. `open` it, `load` once, then `write`, and `close`.
+    """Persists a hub's tasks and agents in a file. `open` it, `load` once, then `write`, and `close`.
 
-    `sync` "full" is on disk before `write` returns, also if the machine loses power; "normal" survives the end of the
-    process, but a loss of power may take the last writes with it (https://sqlite.org/pragma.html#pragma_synchronous).
-    Its methods may be called from any thread, one at a time.
+    With `sync` "full", `write` returns when the data would survive a power loss; with "normal", when it would survive
+    the end of the process (https://sqlite.org/pragma.html#pragma_synchronous). The methods may be called from any
+    thread, one at a time.
     """
 
     path: str
@@ -3180,28 +3209,28 @@ class Journal:
         self.path = os.fspath(path)
         self.sync = sync
         self._database: sqlite3.Connection | None = None
-        self._writes = 0  # So many, counted on from the last that told an end; its number is what `told` holds.
-        self._clock_offset = math.nan  # With which the times in the file were made.
+        self._writes = 0  # The number of the last write; continued from the highest `told` in the file.
+        self._clock_offset = math.nan  # Of the times in the file.
 
     @property
     def _reserve(self) -> pathlib.Path:
         return pathlib.Path(f"{self.path}-reserve")
 
     def of_namespace(self, namespace: str) -> Journal:
-        """Return the journal of another namespace: the file beside this one whose name ends with it."""
+        """Return the journal of another namespace: the file next to this one with `.NAMESPACE` appended."""
         return Journal(self.path if self.path == ":memory:" else f"{self.path}.{namespace}", sync=self.sync)
 
     def open(self) -> None:
-        """Open the file, or make it, for this process alone. Raises JournalError, and leaves what is there as it is."""
+        """Open the file, or create it, and lock it for this process. Raises JournalError; then no file was changed."""
         import sqlite3
 
         if self._database is not None:
-            raise JournalError(f"{self.path}: is open already")
+            raise JournalError(f"{self.path}: this journal is already open")
         try:
-            self._make_file()
-            self._look()
+            self._create_file()
+            self._check_format()
             self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0)
-            self._begin_alone()
+            self._lock()
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute(f"PRAGMA synchronous = {self.sync}")
             self._database.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
@@ -3210,17 +3239,19 @@ class Journal:
         except sqlite3.Error as error:
             self.close()
             if "locked" in str(error):
-                raise JournalError(f"{self.path}: another hub uses this journal") from error
-            if isinstance(error, sqlite3.OperationalError):  # The disk's or the system's doing, not the file's.
-                raise JournalError(f"{self.path}: cannot be used: {error}; it is left as it is") from error
-            raise JournalError(f"{self.path}: is no journal, or damaged: {error}; it is left as it is") from error
+                raise JournalError(
+                    f"{self.path}: another hub uses this journal; stop it, or use another file"
+                ) from error
+            if isinstance(error, sqlite3.OperationalError):  # A problem of the disk or the system, not of the file.
+                raise JournalError(f"{self.path}: cannot be used: {error}; {UNCHANGED}") from error
+            raise JournalError(f"{self.path}: not an AgentHub journal, or damaged: {error}; {UNCHANGED}") from error
         except JournalError:
             self.close()
             raise
 
-    def _make_file(self) -> None:
-        """Make the file if there is none, for its owner alone. One that is there is not opened: to close it again
-        would take the locks away that this process may have on it.
+    def _create_file(self) -> None:
+        """Create the file, readable by its owner only, unless it exists. An existing file is not opened here: closing
+        it would release the locks that this process may hold on it.
         """
         if self.path == ":memory:":
             return
@@ -3228,46 +3259,46 @@ class Journal:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         found = os.stat(self.path)
         if not stat.S_ISREG(found.st_mode):
-            raise JournalError(f"{self.path}: is no file")
-        if 0 < found.st_size < 512:  # SQLite takes a single byte for nothing.
-            raise JournalError(f"{self.path}: is no journal; it is left as it is")
+            raise JournalError(f"{self.path}: not a regular file")
+        if 0 < found.st_size < 512:  # SQLite takes a file of one byte for an empty one.
+            raise JournalError(f"{self.path}: not an AgentHub journal; {UNCHANGED}")
 
-    def _look(self) -> None:
-        """Refuse what is not a journal of this version before it is opened: to close it again would take in the
-        -wal that another program has left beside it.
+    def _check_format(self) -> None:
+        """Raise JournalError for a file that is not a journal of this version, before it is opened for writing:
+        closing it would write the -wal that another program left next to it into the file.
         """
         import sqlite3
 
-        # Without its first page, or with that half written, it is for SQLite to say.
+        # A file without its first page, or with a rollback journal, cannot be read as it is: SQLite decides.
         if self.path == ":memory:" or not os.stat(self.path).st_size or pathlib.Path(f"{self.path}-journal").exists():
             return
         uri = f"{pathlib.Path(self.path).absolute().as_uri()}?immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
             try:
-                is_empty = self._is_empty(database)  # Of what is in its -wal nothing shows here.
+                is_empty = self._is_empty(database)  # Without the contents of its -wal.
             except sqlite3.DatabaseError as error:
-                # Who was killed while it emptied the -wal has left a first page that speaks of pages not there yet.
+                # A process killed during a checkpoint leaves a header that counts pages not yet written.
                 if error.sqlite_errorcode != sqlite3.SQLITE_CORRUPT:
                     raise
                 return
             if is_empty:
-                raise JournalError(f"{self.path}: is a database, but not a journal of this; it is left as it is")
+                raise JournalError(f"{self.path}: a database, but not an AgentHub journal; {UNCHANGED}")
 
     def _is_empty(self, database: sqlite3.Connection) -> bool:
+        """Return whether a database has no content yet. Raises JournalError if it is not a journal of this version."""
         (kind,) = database.execute("PRAGMA application_id").fetchone()
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,) and kind == version == 0:
             return True
         if kind != JOURNAL_ID:
-            raise JournalError(f"{self.path}: is a database, but not a journal of this; it is left as it is")
+            raise JournalError(f"{self.path}: a database, but not an AgentHub journal; {UNCHANGED}")
         if version != JOURNAL_VERSION:
-            raise JournalError(
-                f"{self.path}: is a journal of version {version}, and this hub knows version {JOURNAL_VERSION}"
-            )
+            text = f"a journal of version {version}, but this hub reads version {JOURNAL_VERSION}: use another file"
+            raise JournalError(f"{self.path}: {text}; {UNCHANGED}")
         return False
 
-    def _begin_alone(self) -> None:
-        """Lock the file for good, and see whether it is a journal; make it one if it is empty."""
+    def _lock(self) -> None:
+        """Lock the file until it is closed, create the tables if it is empty, and check its pages."""
         database = self._connected()
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         database.execute("BEGIN EXCLUSIVE")
@@ -3279,91 +3310,82 @@ class Journal:
         database.execute("COMMIT")
         (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise JournalError(f"{self.path}: is damaged: {verdict.splitlines()[-1]}; it is left as it is")
+            raise JournalError(f"{self.path}: damaged: {verdict.splitlines()[-1]}; {UNCHANGED}")
 
     def close(self) -> None:
-        """Close the file. Without effect if it is closed."""
+        """Close the file, which unlocks it. No effect if it is closed."""
         if self._database is not None:
             self._database.close()
             self._database = None
 
     def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
-        """Return all agents, all tasks, and when the last of them changed. Raises JournalError for a damaged row.
+        """Return all agents, all tasks, and the time of the last change to a task. Raises JournalError if damaged.
 
-        `clock_offset` is what is added to a time of the hub's clock to make it one since 1970.
+        `clock_offset` is the difference between the seconds since 1970 and the hub's clock.
         """
         import sqlite3
 
         try:
             return self._load(clock_offset)
         except (sqlite3.Error, TypeError, ValueError) as error:
-            raise JournalError(f"{self.path}: is damaged: {error}; it is left as it is") from error
+            raise JournalError(f"{self.path}: damaged: {error}; {UNCHANGED}") from error
 
     def _load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
         database = self._connected()
-        agents, tasks, last = [], [], -math.inf
         self._clock_offset = clock_offset
         (self._writes,) = database.execute("SELECT coalesce(max(told), 0) FROM tasks").fetchone()
-        for agent_id, resume_hash, raw, there, departed in database.execute("SELECT * FROM agents"):
-            register = self._read(decoder_from_agent(), raw, Register)
-            agents.append(AgentRow(agent_id, resume_hash, register, bool(there), bool(departed)))
-        for row in database.execute("SELECT * FROM tasks ORDER BY arrival"):
-            (
-                arrival,
-                requester,
-                request,
-                depth,
-                accepted_at,
-                deadline,
-                size,
-                state,
-                assignee,
-                attempt,
-                told,
-                ended_at,
-                end,
-            ) = row
-            last = max(last, accepted_at, ended_at)
-            tasks.append(
-                TaskRow(
-                    arrival,
-                    requester,
-                    self._read(decoder_from_agent(), request, Delegate),
-                    depth,
-                    accepted_at - clock_offset,
-                    deadline - clock_offset,
-                    size,
-                    TaskState(state),
-                    assignee,
-                    int(attempt),
-                    0 < told < self._writes,  # The effects of the last write may not have been carried out.
-                    ended_at - clock_offset,
-                    self._read(decoder_from_hub(), end, TaskOutcome) if end is not None else None,
-                )
-            )
-        return agents, tasks, last - clock_offset
+        agents, tasks = [], []
+        # Loops, because the traceback of a comprehension would hold its cursor, and a held cursor keeps the file open.
+        for agent in map(AgentRow._make, database.execute("SELECT * FROM agents")):
+            agents.append(self._agent_row(agent))
+        for task in map(TaskRow._make, database.execute("SELECT * FROM tasks ORDER BY arrival")):
+            tasks.append(self._task_row(task, clock_offset))
+        last = max((max(row.accepted_at, row.ended_at) for row in tasks), default=-math.inf)
+        return agents, tasks, last
 
-    def _read(self, decode: Callable[[bytes], Any], raw: Any, kind: type[Kept]) -> Kept:
+    def _agent_row(self, stored: AgentRow) -> AgentRow:
+        """Return a row as the hub knows it, from one whose fields are the columns."""
+        register = self._decode(decoder_from_agent(), stored.register, Register)
+        return stored._replace(register=register, there=bool(stored.there), departed=bool(stored.departed))
+
+    def _task_row(self, stored: TaskRow, clock_offset: float) -> TaskRow:
+        """Return a row as the hub knows it, from one whose fields are the columns."""
+        return stored._replace(
+            request=self._decode(decoder_from_agent(), stored.request, Delegate),
+            accepted_at=stored.accepted_at - clock_offset,
+            deadline=stored.deadline - clock_offset,
+            state=TaskState(stored.state),
+            attempt=int(stored.attempt),
+            # The column holds the number of a write. The effects of the last write may not have been carried out.
+            is_delivered=0 < stored.is_delivered < self._writes,
+            ended_at=stored.ended_at - clock_offset,
+            end=self._decode(decoder_from_hub(), stored.end, TaskOutcome) if stored.end is not None else None,
+        )
+
+    def _decode(self, decode: Callable[[bytes], Any], raw: Any, kind: type[StoredMessage]) -> StoredMessage:
         if not isinstance(raw, bytes):
-            raise JournalError(f"{self.path}: holds a damaged row: a {type(raw).__name__} where a message should be")
+            raise JournalError(f"{self.path}: damaged row: a {type(raw).__name__} instead of a message; {UNCHANGED}")
         try:
             message = decode(raw)
         except InvalidMessage as error:
-            raise JournalError(f"{self.path}: holds a damaged row: {error.message}") from error
+            raise JournalError(f"{self.path}: damaged row: {error.message}; {UNCHANGED}") from error
         if not isinstance(message, kind):
-            raise JournalError(f"{self.path}: holds a damaged row: a {type(message).__name__}")
+            raise JournalError(f"{self.path}: damaged row: an unexpected {type(message).__name__}; {UNCHANGED}")
         return message
 
     def write(self, changes: Changes, clock_offset: float) -> None:
-        """Write changes, all or none. Raises sqlite3.Error; then nothing was written, and it may be tried again."""
+        """Write all changes in one transaction. Raises sqlite3.Error; then nothing was written, and a retry is safe."""
         database = self._connected()
         self._writes += 1
         step_s = clock_offset - self._clock_offset
-        is_set = abs(step_s) > CLOCK_STEP_S
-        if abs(step_s) <= CLOCK_STEP_S:  # All times in the file are by the same offset.
+        is_clock_set = abs(step_s) > CLOCK_STEP_S
+        if abs(step_s) <= CLOCK_STEP_S:  # False for the first write of a journal that was not loaded.
             clock_offset = self._clock_offset
-        new = [(*self._kept(row, clock_offset), *self._moving(row, clock_offset)) for row in changes.inserted.values()]
-        moved = [(*self._moving(row, clock_offset), row.sequence) for row in changes.updated.values()]
+        new = [
+            (*fixed_columns(row, clock_offset), *self._state_columns(row, clock_offset))
+            for row in changes.inserted.values()
+        ]
+        moved = [(*self._state_columns(row, clock_offset), row.sequence) for row in changes.updated.values()]
         agents = [
             (row.agent_id, row.resume_hash, encode(row.register), row.there, row.departed)
             for row in changes.agents.values()
@@ -3372,10 +3394,10 @@ class Journal:
         gone = [(agent_id,) for agent_id, row in changes.agents.items() if row is None]
         try:
             database.execute("BEGIN IMMEDIATE")
-            if is_set:
-                self._set_clock(database, step_s)
+            if is_clock_set:
+                self._move_times(database, step_s)
             database.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?)", agents)
-            # OR REPLACE, because a commit that fails may have taken place, and is tried again.
+            # OR REPLACE, because a commit may succeed and still report an error, and is then retried.
             database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", new)
             database.executemany(
                 "UPDATE tasks SET bytes = ?, state = ?, assignee = ?, attempt = ?, told = ?, ended_at = ?, end = ?"
@@ -3392,27 +3414,20 @@ class Journal:
         self._clock_offset = clock_offset
 
     @staticmethod
-    def _set_clock(database: sqlite3.Connection, step_s: float) -> None:
-        """Move all times, because the machine's clock was set; else deadlines would move at the next start."""
+    def _move_times(database: sqlite3.Connection, step_s: float) -> None:
+        """Move all times with the machine's clock, which was set; otherwise deadlines would shift at the next start."""
         database.execute("UPDATE tasks SET accepted_at = accepted_at + ?, deadline = deadline + ?", (step_s, step_s))
         database.execute("UPDATE tasks SET ended_at = ended_at + ? WHERE end IS NOT NULL", (step_s,))
 
-    @staticmethod
-    def _kept(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
-        """Return the columns that never change."""
-        request = encode(dataclasses.replace(row.request, id=None))
-        accepted_at, deadline = row.accepted_at + clock_offset, row.deadline + clock_offset
-        return row.sequence, row.requester, request, row.depth, accepted_at, deadline
-
-    def _moving(self, row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
-        """Return the columns that change with the state."""
+    def _state_columns(self, row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
+        """Return the columns that change with the state of a task."""
         end = encode(row.end) if row.end is not None else None
         ended_at = row.ended_at + clock_offset if row.end is not None else 0.0
         told = self._writes if row.is_delivered else 0
         return row.bytes, row.state.value, row.assignee, row.attempt, told, ended_at, end
 
     def take_reserve(self) -> bool:
-        """Take up room on the disk for the time when it is full; return whether there is some."""
+        """Allocate the reserve unless it exists; return whether the disk has the space."""
         if self.path == ":memory:" or self._reserve.exists():
             return True
         try:
@@ -3425,13 +3440,21 @@ class Journal:
         return True
 
     def give_up_reserve(self) -> None:
+        """Delete the reserve, so that its space is free for the journal."""
         if self.path != ":memory:":
             self._reserve.unlink(missing_ok=True)
 
     def _connected(self) -> sqlite3.Connection:
         if self._database is None:
-            raise JournalError(f"{self.path}: is not open")
+            raise JournalError(f"{self.path}: not open; call open() first")
         return self._database
+
+
+def fixed_columns(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
+    """Return the columns of a task that never change."""
+    request = encode(dataclasses.replace(row.request, id=None))
+    accepted_at, deadline = row.accepted_at + clock_offset, row.deadline + clock_offset
+    return row.sequence, row.requester, request, row.depth, accepted_at, deadline
 
 
 # ============================================================================================

@@ -146,14 +146,14 @@ class DiskJournal(Journal):
         super().__init__(":memory:", sync=sync)
         self._image = image
 
-    def _begin_alone(self) -> None:
+    def _lock(self) -> None:
         if self._image is not None:
             # Copied, because a deserialized database would take up WAL, and then hide what is in that.
             with contextlib.closing(sqlite3.connect(":memory:")) as source:
                 source.deserialize(self._image)
                 source.backup(self._connected())
             self._image = None
-        super()._begin_alone()
+        super()._lock()
 
     def image(self) -> bytes:
         return self._connected().serialize()

@@ -870,7 +870,7 @@ async def test_second_hub_on_a_journal_is_refused_and_the_first_goes_on(tmp_path
                 with running(*second) as process:
                     output, complaint = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
                 assert (process.returncode, output) == (1, ""), f"a second hub has come up: {output}{complaint}"
-                assert complaint == f"agenthub: {path}: another hub uses this journal\n"
+                assert complaint == f"agenthub: {path}: another hub uses this journal; stop it, or use another file\n"
                 await worker.request(type="result", task_id=f"task-{number}", success=True, output=number)
                 result = await client.message("result", task_id=f"task-{number}")
                 assert result["output"] == number, "the first hub was disturbed"

@@ -1014,9 +1014,9 @@ def test_closing_twice_is_the_same_as_once(tmp_path: Path) -> None:
 def test_use_before_open_and_after_close_is_a_journal_error(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "hub.db")
     for _ in range(2):
-        with pytest.raises(JournalError, match="is not open"):
+        with pytest.raises(JournalError, match="not open; call open"):
             journal.load(0.0)
-        with pytest.raises(JournalError, match="is not open"):
+        with pytest.raises(JournalError, match="not open; call open"):
             journal.write(Changes(), 0.0)
         journal.open()
         journal.close()
@@ -1148,7 +1148,7 @@ def test_second_hub_in_another_process_is_refused(tmp_path: Path) -> None:
 
 def test_folder_is_no_journal(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    assert "no file" in complaint_of(tmp_path / "folder")
+    assert "not a regular file" in complaint_of(tmp_path / "folder")
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
@@ -1166,8 +1166,8 @@ def test_link_that_leads_nowhere_is_no_journal(tmp_path: Path) -> None:
 @posix_only
 def test_device_or_pipe_is_no_journal(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "no file" in complaint_of(tmp_path / "pipe")
-    with pytest.raises(JournalError, match="no file"):
+    assert "not a regular file" in complaint_of(tmp_path / "pipe")
+    with pytest.raises(JournalError, match="not a regular file"):
         use("/dev/null")
 
 
@@ -1212,19 +1212,20 @@ def other_database(path: Path, *, mode: str = "delete", is_open: bool = False, i
 @pytest.mark.parametrize("is_empty", [False, True], ids=["with a table", "empty"])
 def test_other_database_is_no_journal(tmp_path: Path, mode: str, is_empty: bool) -> None:
     other_database(tmp_path / "other.db", mode=mode, is_empty=is_empty)
-    assert "not a journal" in complaint_of(tmp_path / "other.db")
+    assert "not an AgentHub journal; the file was not changed" in complaint_of(tmp_path / "other.db")
 
 
 def test_other_database_that_was_not_closed_is_left_as_it_is(tmp_path: Path) -> None:
     other_database(tmp_path / "other.db", mode="wal", is_open=True)
-    assert "not a journal" in complaint_of(tmp_path / "other.db")
+    assert "not an AgentHub journal; the file was not changed" in complaint_of(tmp_path / "other.db")
 
 
 @pytest.mark.parametrize("version", [0, 2, 99])
 def test_journal_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
     fill(tmp_path / "hub.db")
     change(tmp_path / "hub.db", f"PRAGMA user_version = {version}")
-    assert complaint_of(tmp_path / "hub.db") == f"is a journal of version {version}, and this hub knows version 1"
+    text = f"a journal of version {version}, but this hub reads version 1: use another file; the file was not changed"
+    assert complaint_of(tmp_path / "hub.db") == text
 
 
 def test_journal_of_another_version_that_was_not_closed_is_left_as_it_is(tmp_path: Path) -> None:
