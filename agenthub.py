@@ -5142,8 +5142,34 @@ class Timers:
 # The hub on an event loop. Every fact goes through `_apply`: the hub is told, its effects are
 # carried out in order, and the one timer is armed for its next deadline.
 #
-# A link that comes in over the network belongs to the Authenticator until it has been let in; then it is
-# handed to the hub of the namespace that its token opens.
+# A connection passes these stages before its messages reach a hub; a failure of each is counted by
+# its reason, logged, and shown by /healthz:
+#
+#   accept         at most connections_max in total and connections_per_address_max from one
+#      |           address. CONNECTIONS_OVER more get a 503; the others are closed at once.
+#   TLS            if there is a certificate; at most HANDSHAKE_S, as for the next stage.
+#      |
+#   handshake      Host and Origin must be allowed, else 403: a web page can make a browser connect
+#      |           anywhere, but cannot forge these two. GET /healthz is answered and ends here. A
+#      |           valid bearer token skips the next stage.
+#   authenticate   A message has to carry a valid `token`: within TOKEN_S, in TRIES_MAX attempts, each
+#      |           of at most UNAUTHENTICATED_BYTES_MAX. Until then each gets `unauthorized`, and then
+#      |           the connection is closed with 1008. The Authenticator owns the link. Without
+#      |           tokens (`access` None) this stage does not exist.
+#   namespace      The link is handed over to the LocalHub of the token's namespace, for good. Its
+#                  grant stays on the link, and is checked before each message reaches the hub.
+#
+# A wrong token counts against its address: after FAILURES_FREE of them, answers to that address are
+# delayed, for right and wrong tokens alike, so that guessing is slow and a delay tells nothing.
+#
+# What a connection can take, and where it is limited: a file descriptor (here; some are reserved for
+# the journals), the memory of one incoming message (message_bytes_max), the memory of what waits for
+# a slow consumer (backlog_bytes_max, ServerLink), CPU time (messages_per_s_max, ServerLink, charged
+# by what the hub says a message cost), and a share of a journal write (COST_PER_WRITE_MAX,
+# GroupCommit).
+#
+# Namespaces share the port and the settings, and nothing else: each is a LocalHub with its own Hub,
+# limits and journal. HubServer is itself that of `default`.
 # ============================================================================================
 
 
@@ -5151,18 +5177,18 @@ WRITE_AGAIN_S = 1.0  # After a write to the journal that failed.
 ROOM_AGAIN_S = 5.0  # Between two looks whether a full disk has room again.
 COST_PER_WRITE_MAX = 500  # Of one connection: so much may be held back for it, as if of so many plain messages.
 HELD_MAX = 100_000  # Effects held back for a write; beyond that who speaks is told to come back later.
-TOKEN_S = 5.0  # For a connection to say its token.
+TOKEN_S = 5.0  # For a connection to authenticate.
 TOKENS_MAX = 1000  # In an access file.
-TOKEN_LENGTH_MIN = 16  # Shorter ones are warned of; `agenthub token` makes them of 43 characters, or 256 bits.
-FAILURES_FREE = 5  # Wrong tokens from one address before it has to wait for its answers ...
-FAILURE_FORGOTTEN_S = 10.0  # ... of which one is forgotten every so often,
-FAILURE_DELAY_FIRST_S, FAILURE_DELAY_MAX_S = 0.1, 2.0  # and how long: each further one doubles it.
+TOKEN_LENGTH_MIN = 16  # A shorter one is warned of; `agenthub token` generates 43 characters, or 256 bits.
+FAILURES_FREE = 5  # Wrong tokens from one address before answers to it are delayed.
+FAILURE_FORGOTTEN_S = 10.0  # After each such interval, one failure of an address is forgotten.
+FAILURE_DELAY_FIRST_S, FAILURE_DELAY_MAX_S = 0.1, 2.0  # Each further failure doubles the delay.
 ADDRESSES_MAX = 10_000  # Whose failures are remembered.
 CONNECTIONS_PER_ADDRESS_MAX = 1000
-CONNECTIONS_OVER = 64  # Connections over a bound that still get an answer (503); the others are cut at once.
+CONNECTIONS_OVER = 64  # Connections over a limit that still get an answer (503); the others are closed at once.
 DESCRIPTORS_KEPT = 64  # File descriptors that no connection gets, so that the journals can always be written ...
-DESCRIPTORS_OF_JOURNAL = 4  # ... beside those that each of them has open.
-ACCEPT_AGAIN_S = 0.5  # After the system had no room for another connection.
+DESCRIPTORS_OF_JOURNAL = 4  # ... in addition to those that each of them has open.
+ACCEPT_RETRY_S = 0.5  # After a connection could not be accepted, most likely for want of file descriptors.
 NAMESPACE_DEFAULT = "default"
 RIGHTS = ("register", "delegate", "broadcast", "observe")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -5172,25 +5198,26 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 class Grant:
     """What one token allows: in which namespace, which of RIGHTS, and for which capabilities.
 
-    `register` is to offer capabilities, `delegate` to have tasks done and to discover who does them, `broadcast` to
-    speak to all, `observe` to discover and to see the hub's status and list of tasks. Patterns are those of a shell
-    (`review-*`); None is any. A task's own status, its result and a heartbeat need no right: the hub itself decides.
+    `register` allows to offer capabilities, `delegate` to delegate tasks and to discover agents, `broadcast` to
+    broadcast, `observe` to discover agents and to see the hub's status and list of tasks. The patterns in `may_offer`
+    and `may_call` are those of a shell (`review-*`); None matches any capability. The status of one task, a result and
+    a heartbeat need no right: the hub decides by the connection.
     """
 
     name: str
     sha256: str  # Of the token, in hex.
     namespace: str = NAMESPACE_DEFAULT
     may: frozenset[str] = frozenset(RIGHTS)
-    offers: tuple[str, ...] | None = None
-    calls: tuple[str, ...] | None = None
+    may_offer: tuple[str, ...] | None = None
+    may_call: tuple[str, ...] | None = None
 
     @property
-    def place(self) -> tuple[Any, ...]:
-        """What a registration rests on."""
-        return self.namespace, self.offers, "register" in self.may
+    def registration_scope(self) -> tuple[Any, ...]:
+        """What a registration depends on: if a reload changes it, the agent has to register again."""
+        return self.namespace, self.may_offer, "register" in self.may
 
     def refusal(self, message: AgentMessage) -> str | None:
-        """Say why the holder may not send a message; None if it may."""
+        """Return why the holder may not send a message; None if it may."""
         if isinstance(message, Register):
             return self._refusal_to_register(message)
         if isinstance(message, Delegate):
@@ -5209,42 +5236,44 @@ class Grant:
             return "this token may not register"
         if names and "register" not in self.may:
             return "capabilities: this token may not offer any"
-        if not all(fits(name, self.offers) for name in names):
+        if not all(matches_any(name, self.may_offer) for name in names):
             return "capabilities: this token may not offer all of these"
         return None
 
     def _refusal_to_delegate(self, message: Delegate) -> str | None:
         if "delegate" not in self.may:
             return "this token may not delegate"
-        if self.calls is not None and (message.capability is None or not fits(message.capability, self.calls)):
+        if self.may_call is not None and (
+            message.capability is None or not matches_any(message.capability, self.may_call)
+        ):
             return "capability: this token may not call it"
         return None
 
 
-def fits(name: str, patterns: tuple[str, ...] | None) -> bool:
+def matches_any(name: str, patterns: tuple[str, ...] | None) -> bool:
     return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Access:
-    """The tokens that open a hub, known by their SHA-256. Raises ValueError if there are none, or too many."""
+    """The tokens that a hub accepts, by their SHA-256. Raises ValueError for no tokens, or for more than TOKENS_MAX."""
 
     grants: list[Grant]
 
     def __init__(self, grants: Iterable[Grant]) -> None:
         self.grants = list(grants)
         if not 1 <= len(self.grants) <= TOKENS_MAX:
-            raise ValueError(f"a hub has 1 to {TOKENS_MAX} tokens, not {len(self.grants)}")
+            raise ValueError(f"a hub needs 1 to {TOKENS_MAX} tokens, not {len(self.grants)}")
         if len({grant.sha256 for grant in self.grants}) < len(self.grants):
-            raise ValueError("two names have the same token")
+            raise ValueError("two names have the same token; `agenthub token` generates another")
 
     @classmethod
     def of_token(cls, token: str) -> Access:
-        """Let in who has this one token, for everything."""
+        """Return access by this one token, with all rights."""
         return cls([Grant("token", hash_of(check_token("the token", token)))])
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Access:
-        """Read an access file: TOML with a table `tokens.NAME` for each. Raises ValueError, which names the place."""
+        """Read an access file: TOML with a table `tokens.NAME` for each token. Raises ValueError with the path."""
         import tomllib
 
         try:
@@ -5252,12 +5281,12 @@ class Access:
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: is not TOML: {error}") from error
         except RecursionError:
-            raise ValueError(f"{path}: is not TOML that can be read: it is nested too deep") from None
+            raise ValueError(f"{path}: is not TOML that can be read: it is nested too deeply") from None
         tokens = document.get("tokens")
         if not isinstance(tokens, dict) or set(document) != {"tokens"}:
-            raise ValueError(f"{path}: has tables named tokens.NAME, and nothing else")
+            raise ValueError(f"{path}: must have tables named tokens.NAME, and nothing else")
         try:
-            return cls(_grant(name, table) for name, table in tokens.items())
+            return cls(parse_grant(name, table) for name, table in tokens.items())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -5266,10 +5295,10 @@ class Access:
         return list(dict.fromkeys(grant.namespace for grant in self.grants))
 
     def grant(self, token: str) -> Grant | None:
-        """Return what a token allows; None if it is none of these. Takes as long whichever it is, and however wrong."""
-        return self.of_hash(hash_of(token))
+        """Return what a token allows; None if it is unknown. Takes the same time for all tokens, right or wrong."""
+        return self.grant_by_hash(hash_of(token))
 
-    def of_hash(self, sha256: str) -> Grant | None:
+    def grant_by_hash(self, sha256: str) -> Grant | None:
         found = None
         for grant in self.grants:
             if hmac.compare_digest(grant.sha256, sha256):
@@ -5277,36 +5306,40 @@ class Access:
         return found
 
 
-def _grant(name: str, table: Any) -> Grant:
-    """Return the grant that a table of an access file describes; raise ValueError, which names the place."""
+def parse_grant(name: str, table: Any) -> Grant:
+    """Return the grant that a table of an access file describes; raise ValueError with the key."""
     where = f"tokens.{escape_unprintable(name)}"
     known = {"sha256", "namespace", "may", "offers", "calls"}
     if not isinstance(table, dict) or not set(table) <= known:
-        raise ValueError(f"{where}: is a table with {', '.join(sorted(known))}, and nothing else")
+        raise ValueError(f"{where}: must be a table with no other keys than {', '.join(sorted(known))}")
     sha256, namespace = table.get("sha256"), table.get("namespace", NAMESPACE_DEFAULT)
     if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError(f"{where}.sha256: is the SHA-256 of a token, 64 digits of 0-9 a-f; `agenthub token` prints it")
+        raise ValueError(
+            f"{where}.sha256: must be the SHA-256 of a token, 64 digits of 0-9 a-f, as `agenthub token` prints it"
+        )
     if not isinstance(namespace, str) or not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", namespace):
-        raise ValueError(f"{where}.namespace: is 1 to 64 of a-z 0-9 _ -")
+        raise ValueError(f"{where}.namespace: must be 1 to 64 characters of a-z 0-9 _ -")
     if namespace.endswith(("-wal", "-shm", "-journal", "-reserve")):
-        raise ValueError(f"{where}.namespace: ends like a file that stands beside a journal")
+        raise ValueError(
+            f"{where}.namespace: must not end like a file next to a journal: -wal, -shm, -journal, -reserve"
+        )
     lists: dict[str, tuple[str, ...] | None] = {}
     for key in ("may", "offers", "calls"):
         given = table.get(key)
         if given is not None and not (isinstance(given, list) and all(isinstance(one, str) for one in given)):
-            raise ValueError(f"{where}.{key}: is a list of strings")
+            raise ValueError(f"{where}.{key}: must be a list of strings")
         lists[key] = tuple(given) if given is not None else None
     may = frozenset(RIGHTS if lists["may"] is None else lists["may"])
     if not may <= set(RIGHTS):
-        raise ValueError(f"{where}.may: is a list of some of {', '.join(RIGHTS)}")
+        raise ValueError(f"{where}.may: must be a list of some of {', '.join(RIGHTS)}")
     return Grant(name, sha256, namespace, may, lists["offers"], lists["calls"])
 
 
 class AuthBackoff:
-    """Wrong tokens, by the address that they came from, and how long that has to wait for its next answer."""
+    """Counts wrong tokens by address, and tells for how long the next answer to an address is delayed."""
 
     def __init__(self) -> None:
-        self._scores: dict[str, tuple[float, float]] = {}  # A score, and when it was that.
+        self._scores: dict[str, tuple[float, float]] = {}  # By address: its failures, and when they were counted.
 
     def add(self, address: str, now: float) -> None:
         score = self._score(address, now) + 1
@@ -5325,9 +5358,9 @@ class AuthBackoff:
 
 
 class AuthAttempt(NamedTuple):
-    """A message from who has not been let in, and the token in it ("": something that cannot be one)."""
+    """A message on a link that has not authenticated, and the token in it ("": a value that cannot be a token)."""
 
-    message: AgentMessage | InvalidMessage | None  # None: the token came with the handshake.
+    message: AgentMessage | InvalidMessage | None  # None: the token is that of the handshake.
     token: str | None
 
 
@@ -5344,17 +5377,19 @@ def decode_auth_attempt(raw: bytes) -> AuthAttempt:
 
 @dataclass(slots=True, eq=False)
 class Unauthenticated:
-    """Who has not been let in yet, and will be turned away when the timer fires."""
+    """A link that has not authenticated yet. When the timer fires, it is closed."""
 
     timer: asyncio.TimerHandle
-    tries: int = 0
+    bearer: str | None  # The handshake's token.
+    attempts: int = 0
 
 
 class Authenticator:
-    """Lets links in that may come in: owns them until then, and after that `admit` does.
+    """Owns each link from the network until it has authenticated; then `admit` hands it over to its hub.
 
-    `access` None lets everybody in. `names` are those that the hub goes by in a Host header (None: any), `origins` the
-    pages that may connect. Who is turned away is counted in `turned_away`, by reason.
+    Call `check_request` for the request of the handshake, before the link opens. `access` None admits every link.
+    `names` are those that a Host header may have (None: any), `origins` those of web pages that may connect. `rejected`
+    counts rejections, by reason.
     """
 
     def __init__(
@@ -5365,43 +5400,48 @@ class Authenticator:
     ) -> None:
         self.access = access
         self.origins: frozenset[str] = frozenset()
-        self.turned_away: dict[str, int] = {}
+        self.rejected: dict[str, int] = {}
         self._names = names
         self._admit = admit
-        self._failures = AuthBackoff()
-        self._visitors: dict[Link, Unauthenticated] = {}
+        self._backoff = AuthBackoff()
+        self._unauthenticated: dict[Link, Unauthenticated] = {}
         self._loop = asyncio.get_running_loop()
 
-    def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
-        """Return the answer to an HTTP request that a web page may have made, if it is one; else None.
+    # The handshake
 
-        A page can make a browser connect to any address, and its name resolve to any, but not lie in these headers:
-        https://datatracker.ietf.org/doc/html/rfc6455#section-10.2.
+    def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
+        """Return the answer that rejects an HTTP request of a foreign web page; None for any other request.
+
+        A page can make a browser connect to any address, and let its own name resolve to any address, but cannot set
+        these two headers: https://datatracker.ietf.org/doc/html/rfc6455#section-10.2.
         """
         hosts, origins = request.headers.get_all("Host"), request.headers.get_all("Origin")
         if self._names is not None and not (len(hosts) == 1 and host_name(hosts[0]) in self._names):
-            self.turn_away(link, "host")
-            return 403, "this hub does not go by that name; --allow-host adds one\n"
+            self.reject(link, "host")
+            return 403, "this hub does not accept that Host header; --allow-host adds a name\n"
         if origins and not (len(origins) == 1 and origins[0] in self.origins):
-            self.turn_away(link, "origin")
-            return 403, "pages of that origin may not connect; --allow-origin adds one\n"
+            self.reject(link, "origin")
+            return 403, "web pages of that origin may not connect; --allow-origin adds an origin\n"
         return None
 
-    def turn_away(self, link: Link, why: str) -> None:
-        """Take note that somebody was not let in. `why` is one of a few words of ours, never what was said."""
-        count(self.turned_away, why)
-        log_hub.warning("turned away why=%s address=%s", why, link.address)
-
     def grant_of(self, link: Link, request: Any) -> Grant | None:
-        """Return what the token of a plain HTTP request allows. Who would have to wait for the answer gets None."""
+        """Return what the bearer token of a plain HTTP request allows; None while its address has to wait."""
         token = bearer_in(request)
-        if self.access is None or token is None or self._failures.delay_s(link.address, self._loop.time()):
+        if self.access is None or token is None or self._delay_s(link):
             return None
         grant = self.access.grant(token)
         if grant is None:
-            self._failures.add(link.address, self._loop.time())
-            self.turn_away(link, "unauthorized")
+            self._backoff.add(link.address, self._loop.time())
+            self.reject(link, "unauthorized")
         return grant
+
+    def reject(self, link: Link, reason: str) -> None:
+        """Count and log a rejection. `reason` is one of a few words of this module, never what a client sent."""
+        count(self.rejected, reason)
+        log_hub.warning("rejected reason=%s address=%s", reason, link.address)
+
+    def _delay_s(self, link: Link) -> float:
+        return self._backoff.delay_s(link.address, self._loop.time())
 
     # LinkOwner
 
@@ -5409,73 +5449,76 @@ class Authenticator:
         if self.access is None:
             self._admit(link, None)
             return
-        self._visitors[link] = Unauthenticated(self._loop.call_later(TOKEN_S, self._close, link, "no token in time"))
-        if isinstance(link, ServerLink) and link.bearer is not None:
-            self._examine(link, AuthAttempt(None, link.bearer), 0)
+        timer = self._loop.call_later(TOKEN_S, self._close, link, "authentication timed out")
+        bearer = link.bearer if isinstance(link, ServerLink) else None
+        self._unauthenticated[link] = Unauthenticated(timer, bearer)
+        if bearer is not None:
+            self._authenticate(link, AuthAttempt(None, bearer), 0)
 
-    def received(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None:
-        if isinstance(knock, InvalidMessage):  # It was not even text.
-            knock = AuthAttempt(knock, None)
-        if link in self._visitors:
-            self._examine(link, knock, message_bytes)
+    def received(self, link: Link, attempt: AuthAttempt, message_bytes: int) -> None:
+        if isinstance(attempt, InvalidMessage):  # Not UTF-8, or a binary message.
+            attempt = AuthAttempt(attempt, None)
+        if link in self._unauthenticated:
+            self._authenticate(link, attempt, message_bytes)
 
     def closed(self, link: Link, code: int, reason: str) -> None:
-        visitor = self._visitors.pop(link, None)
-        if visitor is not None:
-            visitor.timer.cancel()
+        pending = self._unauthenticated.pop(link, None)
+        if pending is not None:
+            pending.timer.cancel()
 
-    # Who is it?
+    # A token in a message
 
-    def _examine(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None:
-        """Let a visitor in, or not: at once, or later if its address has been wrong too often."""
-        delay_s = self._failures.delay_s(link.address, self._loop.time()) if knock.token is not None else 0.0
+    def _authenticate(self, link: Link, attempt: AuthAttempt, message_bytes: int) -> None:
+        """Decide about an attempt: at once, or after a delay if its address has failed too often."""
+        delay_s = self._delay_s(link) if attempt.token is not None else 0.0
         if not delay_s:
-            self._decide(link, knock, message_bytes)
+            self._decide(link, attempt, message_bytes)
             return
 
         def decide() -> None:
-            if link in self._visitors:
-                self._decide(link, knock, message_bytes)
+            if link in self._unauthenticated:
+                self._decide(link, attempt, message_bytes)
             link.resume_reading(PauseReason.AUTH_BACKOFF)
 
         link.pause_reading(PauseReason.AUTH_BACKOFF)
         self._loop.call_later(delay_s, decide)
 
-    def _decide(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None:
+    def _decide(self, link: Link, attempt: AuthAttempt, message_bytes: int) -> None:
         if self.access is None:
-            raise AssertionError("nobody is a visitor where everybody may come in")
-        grant = self.access.grant(knock.token) if knock.token is not None else None
+            raise AssertionError("without tokens, every link is admitted as it opens")
+        grant = self.access.grant(attempt.token) if attempt.token is not None else None
         if grant is None:
-            self._refuse(link, knock)
+            self._refuse(link, attempt)
             return
-        self.closed(link, CloseCode.DONE, "let in")
+        self.closed(link, CloseCode.DONE, "authenticated")
         owner = self._admit(link, grant)
-        if knock.message is not None:
-            owner.received(link, knock.message, message_bytes)
+        if attempt.message is not None:
+            owner.received(link, attempt.message, message_bytes)
 
-    def _refuse(self, link: Link, knock: AuthAttempt) -> None:
-        text = "this hub has a token: AGENTHUB_TOKEN, a bearer token of the handshake, or `token` in the first message"
-        if knock.token is not None:
-            text = "that is not a token of this hub"
-            self._failures.add(link.address, self._loop.time())
-        if knock.message is not None:
-            reply_to = knock.message.reply_to if isinstance(knock.message, InvalidMessage) else knock.message.id
+    def _refuse(self, link: Link, attempt: AuthAttempt) -> None:
+        pending = self._unauthenticated[link]
+        pending.attempts += 1
+        if attempt.token is not None:
+            self._backoff.add(link.address, self._loop.time())
+        if attempt.message is not None:
+            reply_to = attempt.message.reply_to if isinstance(attempt.message, InvalidMessage) else attempt.message.id
+            text = "authentication required: set AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE"
+            if attempt.token is not None or pending.bearer is not None:
+                text = "invalid token: check AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE"
             link.send(encode(Error(reply_to=reply_to, code=Code.UNAUTHORIZED, message=text)))
-        visitor = self._visitors[link]
-        visitor.tries += 1
-        if visitor.tries >= TRIES_MAX:
-            self._close(link, "tried too often")
+        if pending.attempts >= TRIES_MAX:
+            self._close(link, "too many failed attempts to authenticate")
         else:
-            self.turn_away(link, "unauthorized")
+            self.reject(link, "unauthorized")
 
     def _close(self, link: Link, reason: str) -> None:
-        self.turn_away(link, "unauthorized")
+        self.reject(link, "unauthorized")
         self.closed(link, CloseCode.NOT_ALLOWED, reason)
         link.close(CloseCode.NOT_ALLOWED, reason)
 
 
 def bearer_in(request: Any) -> str | None:
-    """Return the bearer token of an HTTP request (RFC 6750 §2.1); None if there is none, or more than one."""
+    """Return the bearer token of an HTTP request (RFC 6750 §2.1); None if it has none, or more than one."""
     headers = request.headers.get_all("Authorization")
     scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     return token.strip() if scheme.lower() == "bearer" else None
@@ -5484,11 +5527,11 @@ def bearer_in(request: Any) -> str | None:
 def host_name(header: str) -> str:
     """Return the name in a Host header, in lower case and without the port (RFC 9110 §7.2)."""
     match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]*)(?::[0-9]{1,5})?", header.lower())
-    return match[1] if match is not None and match[1] else "?"  # Which is nobody's name.
+    return match[1] if match is not None and match[1] else "?"  # No host has this name.
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address or name to listen on can be reached from this machine only."""
+    """Return whether an address or name to listen on can be reached from this machine only."""
     import ipaddress
 
     try:
@@ -5498,7 +5541,7 @@ def is_loopback(host: str) -> bool:
 
 
 def network_of(address: str) -> str:
-    """Return what counts as one address: of IPv6 the first 64 bits, because who has one of those has all of them."""
+    """Return what counts as one address: of IPv6 the first 64 bits, because a site owns all addresses with the same."""
     import ipaddress
 
     if ":" not in address:
@@ -5507,7 +5550,7 @@ def network_of(address: str) -> str:
 
 
 def server_tls(cert_file: str, key_file: str | None = None) -> ssl.SSLContext:
-    """Return what a hub needs to speak TLS 1.2 or better. Raises ValueError if the files do not make a pair."""
+    """Return a context for TLS 1.2 or later. Raises ValueError for files that are not a certificate and its key."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -5517,14 +5560,14 @@ def server_tls(cert_file: str, key_file: str | None = None) -> ssl.SSLContext:
 
 
 def load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> None:
-    """Take up a certificate, for the connections to come. Raises ValueError if the files do not make a pair."""
+    """Load a certificate, for new connections. Raises ValueError for files that are not a certificate and its key."""
     import ssl
 
     def no_password() -> NoReturn:
-        raise ValueError("the key has a password; a hub takes one without")
+        raise ValueError("the key is encrypted; give one without a password")
 
     try:
-        # Into another one first: a pair that does not fit would leave the certificate without a key.
+        # Into a second context first: a key that does not match would leave the first with a certificate and no key.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, no_password)
         context.load_cert_chain(cert_file, key_file, no_password)
     except OSError as error:
@@ -5534,10 +5577,10 @@ def load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str | No
 
 
 def descriptors_max() -> float:
-    """Return how many files and sockets this process may have open."""
+    """Return the number of files and sockets that this process may have open."""
     try:
         import resource
-    except ImportError:  # Windows has no such bound.
+    except ImportError:  # Windows has no such limit.
         return math.inf
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else soft
@@ -5879,12 +5922,13 @@ class LocalHub:
 class HubServer(LocalHub):
     """A hub that listens for WebSockets, and answers `GET /healthz` on the same port.
 
-    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken. Without `access`
-    everybody who reaches it may come in: it raises ValueError if that is not only this machine, unless `insecure`.
-    Other namespaces than `default` are hubs of their own behind the same port; a `journal` has a file for each.
+    With `port=0` it picks a free one, which `url` contains. `start` raises OSError if the port is taken. Without
+    `access` all clients are accepted; if `host` is not loopback, that raises ValueError unless `insecure`. Each
+    namespace but `default`, which is this object, is a hub of its own behind the same port, with a journal of its own.
 
-    On loopback it answers only to the names of that, and to those in `allow_hosts`; elsewhere to any name, or to those.
-    Web pages may connect if they are its own, or if their origin (`https://example.org`) is in `allow_origins`.
+    On loopback it accepts the Host names of loopback and those in `allow_hosts`; elsewhere those in `allow_hosts`, or
+    any if that is empty. Web pages may connect from its own origins and those in `allow_origins`
+    (`https://example.org`).
     """
 
     host: str
@@ -5908,15 +5952,15 @@ class HubServer(LocalHub):
     ) -> None:
         super().__init__(settings, journal=journal)
         if backlog_bytes_max <= 0:
-            raise ValueError("the backlog must be more than 0 bytes")
+            raise ValueError("backlog_bytes_max must be more than 0")
         if connections_per_address_max <= 0:
-            raise ValueError("there must be room for a connection from an address")
+            raise ValueError("connections_per_address_max must be more than 0")
         if not 0 <= messages_per_s_max < math.inf:
-            raise ValueError("messages_per_s_max must be a number of at least 0, which is no bound")
+            raise ValueError("messages_per_s_max must be a number of at least 0 (unlimited)")
         if access is None and not insecure and not is_loopback(host):
             raise ValueError(
-                f"{host} can be reached from elsewhere, and whoever reaches this hub could use it: give it a token"
-                " (AGENTHUB_TOKEN, --token-file or --access; `agenthub token` makes one), or say --insecure"
+                f"{host} can be reached from other machines, so this hub needs a token: set AGENTHUB_TOKEN,"
+                " --token-file or --access (`agenthub token` generates one), or accept everybody with --insecure"
             )
         self.host = host
         self.port = port
@@ -5929,15 +5973,20 @@ class HubServer(LocalHub):
         self._backlog_bytes_max = backlog_bytes_max
         self._per_address_max = connections_per_address_max
         self._messages_per_s_max = messages_per_s_max
-        self._rooms: dict[str, LocalHub] = {NAMESPACE_DEFAULT: self}
+        self._namespaces: dict[str, LocalHub] = {NAMESPACE_DEFAULT: self}
         self._reloading = asyncio.Lock()
         self._accepting: set[asyncio.Task[None]] = set()
-        self._sockets: dict[ServerLink, None] = {}  # Also those that are no WebSocket yet.
-        self._addresses: dict[str, int] = {}  # How many of them are from there.
+        self._sockets: dict[ServerLink, None] = {}  # All connections, also before and without a WebSocket handshake.
+        self._addresses: dict[str, int] = {}  # How many of them each address has.
 
     @property
     def url(self) -> str:
         return f"{'ws' if self._tls is None else 'wss'}://{self._name}:{self.port}"
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """The number of rejected connections and attempts to authenticate, by reason."""
+        return dict(self._authenticator.rejected)
 
     @property
     def _name(self) -> str:
@@ -5946,73 +5995,78 @@ class HubServer(LocalHub):
     async def start(self) -> None:
         names = self._allow_hosts | {self._name.lower()} | set(LOOPBACK_NAMES if is_loopback(self.host) else ())
         is_any_name = not is_loopback(self.host) and not self._allow_hosts
-        self._door = Authenticator(self._access, None if is_any_name else names, self._admit)
+        self._authenticator = Authenticator(self._access, None if is_any_name else names, self._admit)
         await super().start()
         try:
             for namespace in self._access.namespaces if self._access is not None else ():
-                await self._open_room(namespace)
+                await self._start_namespace(namespace)
             self._count_descriptors()
             listeners = await self._listen()
         except BaseException:
-            await self.stop()  # The journal is another's to open.
+            await self.stop()  # Unlocks the journals for another hub.
             raise
-        self._door.origins = self._allow_origins | own_origins(names, self.port, is_secure=self._tls is not None)
+        self._authenticator.origins = self._allow_origins | own_origins(
+            names, self.port, is_secure=self._tls is not None
+        )
         self._accepting = {self._loop.create_task(self._accept_all(listener)) for listener in listeners}
         log_hub.info("messages: %s; websocket: %s", codec().name, websockets_used().name)
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        others = [room.stop(drain_s) for room in self._rooms.values() if room is not self]
-        await asyncio.gather(super().stop(drain_s), *others)
-        async with self._reloading:  # Which may have opened another one meanwhile.
-            await asyncio.gather(*(room.stop() for room in self._rooms.values() if room is not self))
+        await asyncio.gather(super().stop(drain_s), *(other.stop(drain_s) for other in self._other_namespaces()))
+        async with self._reloading:  # A reload may have started another one meanwhile.
+            await asyncio.gather(*(other.stop() for other in self._other_namespaces()))
         await asyncio.gather(*self._accepting, return_exceptions=True)  # Until the port is free again.
 
     def shut_down(self) -> None:
-        for room in self._rooms.values():
-            room.hub.shut_down()
+        for namespace in self._namespaces.values():
+            namespace.hub.shut_down()
+
+    def _other_namespaces(self) -> list[LocalHub]:
+        return [namespace for namespace in self._namespaces.values() if namespace is not self]
 
     async def reload(self, access: Access) -> None:
-        """Take other tokens from now on, for the connections that there are too.
+        """Replace the tokens, also for the present connections.
 
-        Whose token is none any more is closed with 1008; who has to register anew by it, with 1001. Raises
-        JournalError, and leaves the tokens as they are, if a new namespace cannot be opened; ValueError if this hub was
-        started without tokens.
+        Closes connections whose token was revoked with 1008, and those whose agent has to register again under the
+        changed grant with 1001. Raises JournalError, and keeps the tokens, if the journal of a new namespace cannot be
+        opened; ValueError if this hub was started without tokens.
         """
         if self._access is None:
-            raise ValueError("this hub was started without tokens, and lets everybody in")
+            raise ValueError("this hub was started without tokens; restart it with --token-file or --access")
         async with self._reloading:
             for namespace in access.namespaces:
-                await self._open_room(namespace)
+                await self._start_namespace(namespace)
             self._count_descriptors()
-        self._access = self._door.access = access
+        self._access = self._authenticator.access = access
         for link in list(self._sockets):
             if link.grant is None:
                 continue
-            grant = access.of_hash(link.grant.sha256)
+            grant = access.grant_by_hash(link.grant.sha256)
             if grant is None:
-                link.close(CloseCode.NOT_ALLOWED, "its token was withdrawn")
-            elif grant.place != link.grant.place:
-                link.close(CloseCode.GOING_AWAY, "its token is for another namespace or other capabilities now")
+                link.close(CloseCode.NOT_ALLOWED, "the token was revoked")
+            elif grant.registration_scope != link.grant.registration_scope:
+                link.close(CloseCode.GOING_AWAY, "the token's namespace or capabilities changed; register again")
             else:
                 link.grant = grant
-        log_hub.info("took up %d tokens of %d namespaces", len(access.grants), len(access.namespaces))
+        log_hub.info("loaded %d tokens of %d namespaces", len(access.grants), len(access.namespaces))
 
-    async def _open_room(self, namespace: str) -> None:
-        """Start the hub of a namespace, if there is none."""
-        if namespace not in self._rooms and self._is_running:
+    async def _start_namespace(self, namespace: str) -> None:
+        """Start the hub of a namespace, unless it runs already."""
+        if namespace not in self._namespaces and self._is_running:
             journal = self._journal.of_namespace(namespace) if self._journal is not None else None
-            room = LocalHub(self.settings, journal=journal)
-            await room.start()
-            self._rooms[namespace] = room
+            local_hub = LocalHub(self.settings, journal=journal)
+            await local_hub.start()
+            self._namespaces[namespace] = local_hub
 
     def _admit(self, link: Link, grant: Grant | None) -> LinkOwner:
-        room = self._rooms[grant.namespace if grant is not None else NAMESPACE_DEFAULT]
+        """Hand a link over to the hub of its namespace."""
+        local_hub = self._namespaces[grant.namespace if grant is not None else NAMESPACE_DEFAULT]
         link.grant = grant
-        link.set_owner(room, decoder_from_agent())
+        link.set_owner(local_hub, decoder_from_agent())
         if self._access is not None and isinstance(link, ServerLink):
             link.limit_messages(self.settings.message_bytes_max)
-        room.opened(link)
-        return room
+        local_hub.opened(link)
+        return local_hub
 
     # Connections
 
@@ -6030,7 +6084,7 @@ class HubServer(LocalHub):
                 except OSError as error:
                     if error.errno != errno.EADDRNOTAVAIL or (address == found[-1][-1] and not listeners):
                         raise
-                    log_hub.warning("%s is no address of this machine", address[0])  # `localhost` without IPv6.
+                    log_hub.warning("%s is not an address of this machine", address[0])  # `localhost` without IPv6.
                     continue
                 listeners.append(opened.enter_context(listener))
                 listener.setblocking(False)
@@ -6039,18 +6093,18 @@ class HubServer(LocalHub):
         return listeners
 
     def _count_descriptors(self) -> None:
-        """See how many sockets there may be, so that some descriptors are left for the journals."""
-        left = descriptors_max() - DESCRIPTORS_KEPT - DESCRIPTORS_OF_JOURNAL * len(self._rooms)
+        """Limit the number of sockets so that file descriptors are left for the journals."""
+        left = descriptors_max() - DESCRIPTORS_KEPT - DESCRIPTORS_OF_JOURNAL * len(self._namespaces)
         if left < 1:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if left < self.settings.connections_max:
-            log_hub.warning("there are file descriptors for %d connections only: ulimit -n", left)
+            log_hub.warning("file descriptors suffice for %d connections only: raise the limit with ulimit -n", left)
         self._sockets_max = min(self.settings.connections_max + CONNECTIONS_OVER, left)
 
     def _stop_listening(self) -> list[Link]:
         for task in self._accepting:
             task.cancel()
-        elsewhere = {link for room in self._rooms.values() if room is not self for link in room._links}
+        elsewhere = {link for other in self._other_namespaces() for link in other._links}
         return [link for link in dict.fromkeys([*self._links, *self._sockets]) if link not in elsewhere]
 
     async def _accept_all(self, listener: socket.socket) -> None:
@@ -6060,23 +6114,23 @@ class HubServer(LocalHub):
                     connection, address = await self._loop.sock_accept(listener)
                 except OSError as error:
                     log_hub.error("a connection cannot be accepted: %s", error.strerror)
-                    await asyncio.sleep(ACCEPT_AGAIN_S)
+                    await asyncio.sleep(ACCEPT_RETRY_S)
                 else:
-                    # As asyncio does for sockets of its own: else a small message waits for the last one's receipt.
-                    with contextlib.suppress(OSError):  # It has hung up already.
+                    # As asyncio does for its own sockets: else a small message waits for the previous one's ACK.
+                    with contextlib.suppress(OSError):  # The client has hung up already.
                         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     self._accept(connection, network_of(address[0]))
-                    await asyncio.sleep(0)  # `sock_accept` does not wait while there is another one.
+                    await asyncio.sleep(0)  # `sock_accept` does not wait while another client is in the queue.
 
     def _accept(self, connection: socket.socket, network: str) -> None:
         over = self._addresses.get(network, 0) - self._per_address_max
         if len(self._sockets) >= self._sockets_max or over >= CONNECTIONS_OVER:
-            count(self._door.turned_away, "connections")
-            log_hub.warning("turned away why=connections address=%s", network)
+            count(self._authenticator.rejected, "connections")
+            log_hub.warning("rejected reason=connections address=%s", network)
             connection.close()
             return
         link = ServerLink(
-            self._door,
+            self._authenticator,
             self._answer,
             message_bytes_max=self._first_bytes_max,
             backlog_bytes_max=self._backlog_bytes_max,
@@ -6085,7 +6139,7 @@ class HubServer(LocalHub):
             decode=decode_auth_attempt if self._access is not None else None,
             on_gone=self._on_gone,
         )
-        self._sockets[link] = None  # Now, and not in the task: the next one is accepted before that runs.
+        self._sockets[link] = None  # Now, not in the task: the next client is accepted before that runs.
         self._addresses[network] = self._addresses.get(network, 0) + 1
         task = self._loop.create_task(self._open(link, connection, network))
         self._accepting.add(task)
@@ -6093,12 +6147,12 @@ class HubServer(LocalHub):
 
     def _on_opened(self, link: ServerLink, task: asyncio.Task[None]) -> None:
         self._accepting.discard(task)
-        if task.cancelled():  # Even before it began.
+        if task.cancelled():  # Perhaps before it began.
             self._on_gone(link)
             link.gone.set()
 
     async def _open(self, link: ServerLink, connection: socket.socket, network: str) -> None:
-        """Make a socket into a link, which takes a while with TLS."""
+        """Attach a socket to its link, with TLS after that handshake."""
         options: dict[str, Any] = {}
         if self._tls is not None:
             options = {"ssl": self._tls, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": CLOSING_S}
@@ -6106,59 +6160,59 @@ class HubServer(LocalHub):
             await self._loop.connect_accepted_socket(lambda: link, connection, **options)
         except BaseException as error:
             self._on_gone(link, "tls")
-            link.gone.set()  # It was never made, and so is never lost.
+            link.gone.set()  # `connection_lost` will not be called, as `connection_made` was not.
             if not isinstance(error, OSError):
                 raise
-            log_hub.debug("no TLS address=%s: %s", network, error)
+            log_hub.debug("TLS handshake failed address=%s: %s", network, error)
 
-    def _on_gone(self, link: ServerLink, why: str = "handshake") -> None:
-        """Forget a socket. May be told so twice."""
+    def _on_gone(self, link: ServerLink, reason: str = "handshake") -> None:
+        """Forget a connection. May be called twice for one."""
         if link in self._sockets:
             if not link.is_answered and self._is_running:
-                self._door.turn_away(link, why)
+                self._authenticator.reject(link, reason)
             del self._sockets[link]
             self._addresses[link.address] -= 1
             if not self._addresses[link.address]:
                 del self._addresses[link.address]
 
     def _answer(self, link: ServerLink, request: Any) -> tuple[int, str] | None:
-        """Answer a plain HTTP request; None lets it become a WebSocket."""
-        refusal = self._door.check_request(link, request)
+        """Return the answer to a plain HTTP request; None if the WebSocket handshake may go on."""
+        refusal = self._authenticator.check_request(link, request)
         if refusal is not None:
             return refusal
         if request.path.partition("?")[0] == "/healthz":
             return self._health(link, request)
-        for bound, number, whose in (
-            (self.settings.connections_max, len(self._sockets), "the hub has"),
-            (self._per_address_max, self._addresses[link.address], "that address has"),
+        for limit, number, whose in (
+            (self.settings.connections_max, len(self._sockets), "the hub"),
+            (self._per_address_max, self._addresses[link.address], "that address"),
         ):
-            if number > bound:
-                self._door.turn_away(link, "connections")
-                return 503, f"{whose} its {bound} connections\n"
+            if number > limit:
+                self._authenticator.reject(link, "connections")
+                return 503, f"{whose} has its {limit} connections; try again later\n"
         link.bearer = bearer_in(request)
         return None
 
     def _health(self, link: ServerLink, request: Any) -> tuple[int, str]:
-        """Say how the hub is, and to who may observe a namespace how that is."""
-        room: LocalHub | None = self
+        """Return the hub's health; for a token with the right to observe, also the summary of its namespace."""
+        observed: LocalHub | None = self
         if self._access is not None:
-            grant = self._door.grant_of(link, request)
-            room = self._rooms[grant.namespace] if grant is not None and "observe" in grant.may else None
-        hub = (room or self).hub
+            grant = self._authenticator.grant_of(link, request)
+            observed = self._namespaces[grant.namespace] if grant is not None and "observe" in grant.may else None
+        hub = (observed or self).hub
         health = "shutting_down" if hub.shutting_down else "journal_full" if hub.is_full else "ok"
-        more = {**room.hub.summary(), "turned_away": self._door.turned_away} if room is not None else {}
+        more = {**observed.hub.summary(), "turned_away": self._authenticator.rejected} if observed is not None else {}
         return 503 if hub.shutting_down else 200, json.dumps({"status": health, **more}) + "\n"
 
 
 def check_origin(origin: str) -> str:
-    """Return the origin of web pages, as browsers write it; raise ValueError if it is none."""
+    """Return an origin as browsers write it; raise ValueError if it is not one."""
     if not re.fullmatch(r"https?://[^\s/?#@]+", origin):
         raise ValueError(f"an origin looks like https://example.org, not {origin!r}")
     return origin
 
 
 def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozenset[str]:
-    """Return the origins of pages that come from this hub, as a browser writes them (RFC 6454 §6.2)."""
+    """Return the origins of web pages that this hub serves, as browsers write them (RFC 6454 §6.2)."""
     scheme, usual_port = ("https", 443) if is_secure else ("http", 80)
     suffix = "" if port == usual_port else f":{port}"
     return frozenset(f"{scheme}://{name}{suffix}" for name in names)

@@ -67,7 +67,7 @@ def secured(**options: Any) -> HubServer:
 
 def access_of(**tokens: dict[str, Any]) -> Access:
     """Return an access with a token for each table, which is also its name."""
-    return Access(agenthub._grant(name, {"sha256": hash_of(name), **table}) for name, table in tables_of(tokens))
+    return Access(agenthub.parse_grant(name, {"sha256": hash_of(name), **table}) for name, table in tables_of(tokens))
 
 
 def tables_of(tokens: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -77,14 +77,14 @@ def tables_of(tokens: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, An
 # Messages that cost much.
 
 
-async def test_visitor_may_say_little_at_once_before_it_is_let_in_and_more_after() -> None:
+async def test_unauthenticated_client_may_send_small_messages_only_and_an_authenticated_one_large_ones() -> None:
     most = agenthub.UNAUTHENTICATED_BYTES_MAX
     async with secured() as hub:
-        async with raw_client(hub.url) as visitor:
-            await visitor.connection.send(STATUS + " " * (most - len(STATUS)))
-            assert (await visitor.receive())["code"] == "unauthorized"
-            await visitor.connection.send(STATUS + " " * (most + 1 - len(STATUS)))
-            assert await visitor.closed() == 1009
+        async with raw_client(hub.url) as client:
+            await client.connection.send(STATUS + " " * (most - len(STATUS)))
+            assert (await client.receive())["code"] == "unauthorized"
+            await client.connection.send(STATUS + " " * (most + 1 - len(STATUS)))
+            assert await client.closed() == 1009
         most = hub.settings.message_bytes_max
         async with raw_client(hub.url, **bearer(TOKEN)) as one, raw_client(hub.url) as other:
             assert (await other.request(type="status", token=TOKEN))["type"] == "status"
@@ -95,13 +95,13 @@ async def test_visitor_may_say_little_at_once_before_it_is_let_in_and_more_after
                 assert await client.closed() == 1009
 
 
-async def test_unfinished_message_of_a_visitor_is_refused_by_its_announced_length() -> None:
-    async with secured() as hub, raw_client(hub.url) as visitor:
-        visitor.connection.transport.write(frame(length=agenthub.UNAUTHENTICATED_BYTES_MAX + 1))
-        assert await visitor.closed() == 1009
+async def test_unfinished_message_of_an_unauthenticated_client_is_refused_by_its_announced_length() -> None:
+    async with secured() as hub, raw_client(hub.url) as client:
+        client.connection.transport.write(frame(length=agenthub.UNAUTHENTICATED_BYTES_MAX + 1))
+        assert await client.closed() == 1009
 
 
-async def test_hub_that_lets_everybody_in_has_no_visitors() -> None:
+async def test_hub_without_tokens_has_no_unauthenticated_clients() -> None:
     async with HubServer(port=0) as hub, raw_client(hub.url) as client:
         await client.connection.send(STATUS + " " * (hub.settings.message_bytes_max - len(STATUS)))
         assert (await client.receive())["type"] == "status"
@@ -232,11 +232,11 @@ async def test_namespace_that_has_stopped_before_another_takes_no_one_in() -> No
                 await requester.register("requester")
                 await requester.delegate("task", capability="work")
                 stopping = asyncio.create_task(hub.stop(10 * WAIT_S))
-                await until(lambda: not hub._rooms["other"]._is_running)
+                await until(lambda: not hub._namespaces["other"]._is_running)
                 assert hub._is_running  # Its task is not done.
                 async with raw_client(hub.url, **bearer("other")) as late:
                     assert await late.closed() == 1001
-                assert hub._rooms["other"].hub.summary()["agents"] == 0
+                assert hub._namespaces["other"].hub.summary()["agents"] == 0
                 await worker.send(type="result", task_id="task", success=True)
                 assert (await requester.message("result"))["success"]
         await asyncio.wait_for(stopping, WAIT_S)
@@ -256,7 +256,7 @@ async def test_hub_stops_at_once_in_the_midst_of_handshakes_of_tls(
         await until(lambda: len(hub._sockets) == 4)
         links = list(hub._sockets)
         one.writer.transport.abort()
-        await until(lambda: hub._door.turned_away == {"tls": 1})  # Another one has given up by itself.
+        await until(lambda: hub.rejected == {"tls": 1})  # Another one has given up by itself.
         await asyncio.wait_for(hub.stop(), WAIT_S)
         assert all(link.gone.is_set() for link in links)
         assert hub._sockets == hub._addresses == {}
@@ -275,9 +275,9 @@ async def test_bounds_hold_for_connections_that_wait_all_at_once(bound: str, mon
         with contextlib.ExitStack() as stack:
             for _ in range(50):  # Meanwhile the hub has no turn.
                 stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), timeout=WAIT_S))
-            most = await until(lambda: len(hub._sockets) + hub._door.turned_away.get("connections", 0) == 50 and hub)
+            most = await until(lambda: len(hub._sockets) + hub.rejected.get("connections", 0) == 50 and hub)
             assert len(most._sockets) == sum(most._addresses.values()) == 5
-            assert hub._door.turned_away == {"connections": 45}
+            assert hub.rejected == {"connections": 45}
 
 
 # The end of a connection.
@@ -399,7 +399,7 @@ async def test_end_of_the_socket_takes_nothing_away_that_came_before_it(is_close
 
 @pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal", "-reserve"])
 def test_namespace_may_not_end_like_a_file_beside_a_journal(ending: str) -> None:
-    with pytest.raises(ValueError, match=r"tokens\.a\.namespace: ends like a file"):
+    with pytest.raises(ValueError, match=r"tokens\.a\.namespace: must not end like a file"):
         access_of(a={"namespace": f"x{ending}"})
     for namespace in (f"x{ending}s", ending[1:], f"x_{ending[1:]}"):
         assert namespace in access_of(a={"namespace": namespace}).namespaces
@@ -437,14 +437,14 @@ UNREADABLE = ["", ":", ":80", "a b[", "evil.example:x", "evil.example:123456", "
 @pytest.mark.parametrize("header", UNREADABLE)
 async def test_name_that_cannot_be_read_is_nobodys(header: str) -> None:
     # Of a hub on all addresses, whose own name is empty.
-    door = agenthub.Authenticator(None, frozenset({"", "hub.example"}), lambda link, grant: Owner())
+    authenticator = agenthub.Authenticator(None, frozenset({"", "hub.example"}), lambda link, grant: Owner())
     link: Any = Owner()
     link.address = "192.0.2.1"
-    refused = door.check_request(link, _request(header))
+    refused = authenticator.check_request(link, _request(header))
     assert refused is not None
     assert refused[0] == 403
-    assert door.check_request(link, _request("HUB.example:80")) is None
-    assert door.turned_away == {"host": 1}
+    assert authenticator.check_request(link, _request("HUB.example:80")) is None
+    assert authenticator.rejected == {"host": 1}
 
 
 def _request(host: str) -> Any:
@@ -470,10 +470,10 @@ async def test_page_of_health_counts_wrong_tokens_and_does_not_tell_right_ones_f
         assert "agents" in await health(hub.url, TOKEN)
         for _ in range(2):
             assert await health(hub.url, WRONG) == {"status": "ok"}
-        assert hub._door.turned_away == {"unauthorized": 2}
+        assert hub.rejected == {"unauthorized": 2}
         assert await health(hub.url, TOKEN) == await health(hub.url, WRONG) == {"status": "ok"}
-        assert hub._door.turned_away == {"unauthorized": 2}  # It was not looked at.
-        hub._door._failures = AuthBackoff()
+        assert hub.rejected == {"unauthorized": 2}  # It was not looked at.
+        hub._authenticator._backoff = AuthBackoff()
         assert "agents" in await health(hub.url, TOKEN)
 
 
@@ -481,7 +481,7 @@ async def test_two_reloads_at_once_open_a_new_namespace_once(tmp_path: Path) -> 
     former, latter = access_of(), access_of(a={"namespace": "new"})
     async with HubServer(port=0, access=former, journal=Journal(tmp_path / "hub.db", sync="normal")) as hub:
         await asyncio.gather(hub.reload(latter), hub.reload(latter))
-        assert list(hub._rooms) == ["default", "new"]
+        assert list(hub._namespaces) == ["default", "new"]
         async with raw_client(hub.url, **bearer("a")) as client:
             assert (await client.register("a"))["type"] == "register"
 
@@ -490,7 +490,7 @@ async def test_reload_of_a_hub_that_has_stopped_opens_no_namespace(tmp_path: Pat
     async with HubServer(port=0, access=access_of(), journal=Journal(tmp_path / "hub.db", sync="normal")) as hub:
         pass
     await hub.reload(access_of(a={"namespace": "new"}))
-    assert list(hub._rooms) == ["default"]
+    assert list(hub._namespaces) == ["default"]
     assert not (tmp_path / "hub.db.new").exists()
 
 
@@ -671,9 +671,9 @@ async def test_namespace_that_is_opened_during_the_stop_is_stopped_too(is_reload
     await hub.start()
     both = [hub.stop(), hub.reload(access_of(a={"namespace": "new"}))]
     await asyncio.gather(*(reversed(both) if is_reload_first else both))
-    running = [name for name, room in hub._rooms.items() if room._is_running]
-    for room in hub._rooms.values():
-        await room.stop()
+    running = [name for name, namespace in hub._namespaces.items() if namespace._is_running]
+    for namespace in hub._namespaces.values():
+        await namespace.stop()
     assert running == []
 
 

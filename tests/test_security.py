@@ -371,7 +371,7 @@ async def test_token_may_stand_in_the_first_message_of_any_type(kind: str) -> No
         reply = await client.request(type=kind, token=TOKEN, **FIRST_MESSAGES[kind])
         assert reply["type"] == kind or reply["code"] == "not_registered"
         assert (await client.request(type="status"))["hub"]["version"] == agenthub.__version__
-        assert hub._door.turned_away == {}
+        assert hub.rejected == {}
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
@@ -379,7 +379,7 @@ async def test_token_may_come_as_a_bearer_token_of_the_handshake(scheme: str) ->
     headers = {"Authorization": f"{scheme} {TOKEN}"}
     async with hub_in_use() as hub, raw_client(hub.url, additional_headers=headers) as client:
         assert (await client.register("ann"))["type"] == "register"
-        assert hub._door.turned_away == {}
+        assert hub.rejected == {}
 
 
 async def test_token_in_the_url_opens_nothing() -> None:
@@ -414,10 +414,12 @@ async def test_before_the_token_everything_is_unauthorized_and_the_third_try_is_
         before = hub.hub.summary()["agents"]
         for _ in range(3):
             await client.connection.send(raw)
-            assert (await client.receive())["code"] == "unauthorized"
+            answer = await client.receive()
+            assert answer["code"] == "unauthorized"
+            assert answer["message"] == "authentication required: set AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE"
         assert await client.closed() == 1008
-        assert hub._door.turned_away == {"unauthorized": 3}
-        assert is_logged(caplog, "turned away why=unauthorized address=127.0.0.1")
+        assert hub.rejected == {"unauthorized": 3}
+        assert is_logged(caplog, "rejected reason=unauthorized address=127.0.0.1")
         assert hub.hub.summary()["agents"] == before
         assert (await health(hub.url, TOKEN))["turned_away"] == {"unauthorized": 3}
 
@@ -446,7 +448,7 @@ async def test_page_of_health_is_no_place_to_guess_tokens_at(
         assert await health(hub.url, TOKEN) == {"status": "ok"}  # It has to wait, and is not told that it was right.
         page = await health(hub.url, TOKEN, local_addr=("127.0.0.2", 0))
         assert page["turned_away"] == {"unauthorized": 3}
-        assert is_logged(caplog, "turned away why=unauthorized address=127.0.0.1")
+        assert is_logged(caplog, "rejected reason=unauthorized address=127.0.0.1")
 
 
 async def test_who_says_no_token_in_time_is_closed_with_1008(
@@ -459,9 +461,9 @@ async def test_who_says_no_token_in_time_is_closed_with_1008(
                 await talking.send(type="status")
             assert await silent.closed() == 1008
             assert await talking.closed() == 1008
-        assert hub._door.turned_away["unauthorized"] >= 2
-        assert is_logged(caplog, "turned away why=unauthorized")
-        assert hub._door._visitors == {}
+        assert hub.rejected["unauthorized"] >= 2
+        assert is_logged(caplog, "rejected reason=unauthorized")
+        assert hub._authenticator._unauthenticated == {}
 
 
 async def test_wrong_token_of_the_handshake_is_a_try() -> None:
@@ -469,7 +471,7 @@ async def test_wrong_token_of_the_handshake_is_a_try() -> None:
         for _ in range(2):
             assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
         assert await client.closed() == 1008
-        assert hub._door.turned_away == {"unauthorized": 3}
+        assert hub.rejected == {"unauthorized": 3}
 
 
 async def test_right_token_after_two_wrong_ones_opens_the_hub() -> None:
@@ -486,7 +488,7 @@ async def test_token_that_cannot_be_one_is_unauthorized_and_no_more(
         for _ in range(3):
             assert (await client.request(type="status", token=token))["code"] == "unauthorized"
         assert await client.closed() == 1008
-        assert is_logged(caplog, "turned away why=unauthorized")
+        assert is_logged(caplog, "rejected reason=unauthorized")
 
 
 @pytest.mark.parametrize(
@@ -650,13 +652,13 @@ async def test_answer_to_an_address_that_failed_too_often_is_held_back_and_other
             assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
             for one in (client, later):
                 await one.send(type="status", id="held", token=WRONG)
-            await until(lambda: sum(bool(link.pause_reasons) for link in hub._door._visitors) == 2)
-            assert not any(link._transport.is_reading() for link in hub._door._visitors)
+            await until(lambda: sum(bool(link.pause_reasons) for link in hub._authenticator._unauthenticated) == 2)
+            assert not any(link._transport.is_reading() for link in hub._authenticator._unauthenticated)
             async with raw_client(hub.url, local_addr=("127.0.0.2", 0)) as other:
                 assert (await other.request(type="status", token=TOKEN))["hub"]["agents"] == 2
             # The answers never came: who was made to wait is closed like one that said nothing.
-            for link in list(hub._door._visitors):
-                hub._door._close(link, "no token in time")
+            for link in list(hub._authenticator._unauthenticated):
+                hub._authenticator._close(link, "authentication timed out")
             for one in (client, later):
                 assert await one.closed() == 1008
                 assert one.seen == []
@@ -694,12 +696,12 @@ async def test_log_of_a_hub_process_shows_no_token_and_no_payload_even_at_debug(
             assert await client.closed() == 1008
         assert (await health(url, TOKEN))["turned_away"] == {"unauthorized": 3}
     said = log.read_text()
-    assert said.count("turned away why=unauthorized address=127.0.0.1") == 3
+    assert said.count("rejected reason=unauthorized address=127.0.0.1") == 3
     assert "received type=delegate" in said
     assert [secret for secret in (TOKEN, WRONG, SECRET) if secret in said] == []
 
 
-async def test_agent_with_a_wrong_token_ends_with_a_clear_error_and_does_not_knock_for_ever() -> None:
+async def test_agent_with_a_wrong_token_ends_with_a_clear_error_instead_of_retrying() -> None:
     async with hub_in_use() as hub:
         with pytest.raises((Disconnected, agenthub.Refused), match="token"):
             async with asyncio.timeout(WAIT_S), Agent("ann", url=hub.url, token=WRONG):
@@ -724,34 +726,37 @@ def access_text(**tokens: dict[str, Any]) -> str:
 async def hub_with_tokens(**tokens: dict[str, Any]) -> AsyncIterator[HubServer]:
     """A hub with an access file, with bystanders in its namespace `default`."""
     tables = {**tokens, TOKEN: {}}
-    access = Access(agenthub._grant(token, {"sha256": hash_of(token), **table}) for token, table in tables.items())
+    access = Access(agenthub.parse_grant(token, {"sha256": hash_of(token), **table}) for token, table in tables.items())
     async with hub_in_use(access=access) as hub:
         yield hub
 
 
 BAD_ACCESS_FILES = {
     "no TOML": ("[tokens.a\n", "is not TOML"),
-    "another table": ("[agents.a]\n", "has tables named tokens.NAME, and nothing else"),
-    "another table too": (access_text(a={}) + "[more]\n", "has tables named tokens.NAME, and nothing else"),
-    "no table": ("tokens = 1\n", "has tables named tokens.NAME, and nothing else"),
-    "no token": ("", "has tables named tokens.NAME, and nothing else"),
+    "another table": ("[agents.a]\n", "must have tables named tokens.NAME, and nothing else"),
+    "another table too": (access_text(a={}) + "[more]\n", "must have tables named tokens.NAME, and nothing else"),
+    "no table": ("tokens = 1\n", "must have tables named tokens.NAME, and nothing else"),
+    "no token": ("", "must have tables named tokens.NAME, and nothing else"),
     "nested too deep": (f"x = {'[' * 5000}{']' * 5000}\n", "is not TOML"),
-    "an empty table": ("[tokens]\n", "a hub has 1 to 1000 tokens, not 0"),
-    "too many": (access_text(**{f"t{number}": {} for number in range(1001)}), "a hub has 1 to 1000 tokens, not 1001"),
-    "an unknown key": (access_text(a={"may_not": []}), "tokens.a: is a table with"),
-    "a token for a table": ('[tokens]\na = "x"\n', "tokens.a: is a table with"),
-    "no hash": ("[tokens.a]\n", "tokens.a.sha256: is the SHA-256 of a token"),
-    "the token itself": (access_text(a={"sha256": TOKEN}), "tokens.a.sha256: is the SHA-256 of a token"),
-    "a hash in capitals": (access_text(a={"sha256": hash_of("a").upper()}), "tokens.a.sha256: is the SHA-256"),
-    "a short hash": (access_text(a={"sha256": hash_of("a")[1:]}), "tokens.a.sha256: is the SHA-256"),
-    "a number for a hash": (access_text(a={"sha256": 1}), "tokens.a.sha256: is the SHA-256"),
+    "an empty table": ("[tokens]\n", "a hub needs 1 to 1000 tokens, not 0"),
+    "too many": (access_text(**{f"t{number}": {} for number in range(1001)}), "a hub needs 1 to 1000 tokens, not 1001"),
+    "an unknown key": (access_text(a={"may_not": []}), "tokens.a: must be a table with"),
+    "a token for a table": ('[tokens]\na = "x"\n', "tokens.a: must be a table with"),
+    "no hash": ("[tokens.a]\n", "tokens.a.sha256: must be the SHA-256 of a token"),
+    "the token itself": (access_text(a={"sha256": TOKEN}), "tokens.a.sha256: must be the SHA-256 of a token"),
+    "a hash in capitals": (access_text(a={"sha256": hash_of("a").upper()}), "tokens.a.sha256: must be the SHA-256"),
+    "a short hash": (access_text(a={"sha256": hash_of("a")[1:]}), "tokens.a.sha256: must be the SHA-256"),
+    "a number for a hash": (access_text(a={"sha256": 1}), "tokens.a.sha256: must be the SHA-256"),
     "a token twice": (access_text(a={}, b={"sha256": hash_of("a")}), "two names have the same token"),
-    "a path for a namespace": (access_text(a={"namespace": "../etc"}), "tokens.a.namespace: is 1 to 64 of a-z"),
-    "an empty namespace": (access_text(a={"namespace": ""}), "tokens.a.namespace: is 1 to 64 of a-z"),
-    "an unknown right": (access_text(a={"may": ["everything"]}), "tokens.a.may: is a list of some of register"),
-    "a text for rights": (access_text(a={"may": "register"}), "tokens.a.may: is a list of strings"),
-    "numbers for patterns": (access_text(a={"offers": [1]}), "tokens.a.offers: is a list of strings"),
-    "a text for patterns": (access_text(a={"calls": "*"}), "tokens.a.calls: is a list of strings"),
+    "a path for a namespace": (
+        access_text(a={"namespace": "../etc"}),
+        "tokens.a.namespace: must be 1 to 64 characters of a-z",
+    ),
+    "an empty namespace": (access_text(a={"namespace": ""}), "tokens.a.namespace: must be 1 to 64 characters of a-z"),
+    "an unknown right": (access_text(a={"may": ["everything"]}), "tokens.a.may: must be a list of some of register"),
+    "a text for rights": (access_text(a={"may": "register"}), "tokens.a.may: must be a list of strings"),
+    "numbers for patterns": (access_text(a={"offers": [1]}), "tokens.a.offers: must be a list of strings"),
+    "a text for patterns": (access_text(a={"calls": "*"}), "tokens.a.calls: must be a list of strings"),
 }
 
 
@@ -944,7 +949,9 @@ async def test_identity_of_another_namespace_cannot_be_taken_up() -> None:
 async def test_reload_closes_who_may_not_stay_and_applies_other_rights_at_once() -> None:
     def access(**tokens: dict[str, Any]) -> Access:
         tables = {**tokens, "kept": {}, TOKEN: {}}
-        return Access(agenthub._grant(token, {"sha256": hash_of(token), **table}) for token, table in tables.items())
+        return Access(
+            agenthub.parse_grant(token, {"sha256": hash_of(token), **table}) for token, table in tables.items()
+        )
 
     rights = ["register", "delegate", "observe"]
     former = access(withdrawn={}, moved={}, curbed={}, barred={})
@@ -971,7 +978,7 @@ async def test_reload_closes_who_may_not_stay_and_applies_other_rights_at_once()
             assert (await client.request(type="status", token="withdrawn"))["code"] == "unauthorized"
 
 
-async def test_visitor_who_knocks_during_a_reload_is_judged_by_the_new_tokens() -> None:
+async def test_client_that_authenticates_after_a_reload_needs_one_of_the_new_tokens() -> None:
     async with hub_with_tokens(former={}) as hub, raw_client(hub.url) as client:
         await hub.reload(Access([*Access.of_token(TOKEN).grants, Grant("latter", hash_of("latter"))]))
         assert (await client.request(type="status", token="former"))["code"] == "unauthorized"
@@ -1030,7 +1037,7 @@ async def test_sighup_has_a_hub_process_read_its_access_file_again(tmp_path: Pat
             complaints = (
                 ("[tokens.stays", "is not TOML"),
                 (access_text(stays={"may": ["all"]}), "tokens.stays.may"),
-                ("", "has tables named tokens.NAME"),
+                ("", "must have tables named tokens.NAME"),
             )
             for number, (text, complaint) in enumerate(complaints, 1):
                 path.write_text(text)
@@ -1056,7 +1063,7 @@ async def test_sighup_has_a_hub_process_read_its_access_file_again(tmp_path: Pat
             assert counted["refused"] == {"unauthorized": 1}
     said = log.read_text()
     assert said.count("ERROR agenthub.hub not reloaded: ") == 4
-    assert said.count("took up 4 tokens of 3 namespaces") == 1
+    assert said.count("loaded 4 tokens of 3 namespaces") == 1
     assert TOKEN not in said
     assert (tmp_path / "hub.db.new").exists()
     assert (tmp_path / "hub.db.newer").exists()
@@ -1195,7 +1202,7 @@ async def test_agent_reaches_a_hub_over_tls_that_an_authority_of_a_file_vouches_
         monkeypatch.setenv("AGENTHUB_CA_FILE", authority)
         async with Agent("ann", url=url, token=TOKEN) as ann:
             assert ann.agent_id is not None
-        assert hub._door.turned_away == {}
+        assert hub.rejected == {}
 
 
 async def test_hub_that_no_trusted_authority_vouches_for_gets_no_token(
@@ -1205,8 +1212,8 @@ async def test_hub_that_no_trusted_authority_vouches_for_gets_no_token(
     async with secure_hub(certificate, authority) as (hub, url):
         for options in ({}, {"ca_file": other}):
             assert "certificate verify failed" in await failure_to_connect(url, **options)
-        await until(lambda: hub._door.turned_away == {"tls": 2})
-        assert is_logged(caplog, "turned away why=tls address=127.0.0.1")
+        await until(lambda: hub.rejected == {"tls": 2})
+        assert is_logged(caplog, "rejected reason=tls address=127.0.0.1")
         assert hub.hub.summary()["connections"] == 2
 
 
@@ -1215,7 +1222,7 @@ async def test_hub_by_another_name_than_its_certificates_gets_no_token(
 ) -> None:
     async with secure_hub(certificate, authority) as (hub, _):
         assert "certificate" in await failure_to_connect(hub.url, ca_file=authority)
-        await until(lambda: hub._door.turned_away == {"tls": 1})
+        await until(lambda: hub.rejected == {"tls": 1})
 
 
 async def test_tls_below_1_2_is_refused(
@@ -1233,8 +1240,8 @@ async def test_tls_below_1_2_is_refused(
                 pass
         if "NO_PROTOCOLS_AVAILABLE" in str(caught.value):
             pytest.skip("this OpenSSL cannot even ask for TLS 1.1")
-        await until(lambda: hub._door.turned_away == {"tls": 1})
-        assert is_logged(caplog, "turned away why=tls")
+        await until(lambda: hub.rejected == {"tls": 1})
+        assert is_logged(caplog, "rejected reason=tls")
         assert is_logged(caplog, "UNSUPPORTED_PROTOCOL")
 
 
@@ -1246,8 +1253,8 @@ async def test_who_speaks_no_tls_to_a_hub_that_does_gets_no_answer(
         async with plain_connection(url) as one:
             await one.send(os.urandom(10_000))
             await one.rest()
-        await until(lambda: hub._door.turned_away == {"tls": 2})
-        assert is_logged(caplog, "turned away why=tls")
+        await until(lambda: hub.rejected == {"tls": 2})
+        assert is_logged(caplog, "rejected reason=tls")
         page = await health(url, TOKEN, ssl=client_context(authority))
         assert page["turned_away"] == {"tls": 2}
 
@@ -1265,8 +1272,8 @@ async def test_handshake_of_tls_that_does_not_end_is_cut_and_counted(
         async with plain_connection(url) as silent, plain_connection(url) as one:
             await one.send(b"\x16\x03\x01\x02\x00\x01")  # The beginning of a greeting.
             assert await silent.rest() == await one.rest() == b""
-        await until(lambda: hub._door.turned_away == {"tls": 2})
-        assert is_logged(caplog, "turned away why=tls")
+        await until(lambda: hub.rejected == {"tls": 2})
+        assert is_logged(caplog, "rejected reason=tls")
         assert len(hub._sockets) == 2
 
 
@@ -1277,7 +1284,7 @@ async def test_who_hangs_up_during_the_handshake_of_tls_is_forgotten(
         for _ in range(3):
             async with plain_connection(url) as one:
                 await one.send(b"\x16\x03")
-        await until(lambda: hub._door.turned_away == {"tls": 3})
+        await until(lambda: hub.rejected == {"tls": 3})
         assert len(hub._sockets) == 2
         assert hub._addresses == {"127.0.0.1": 2}
 
@@ -1290,7 +1297,7 @@ def test_certificate_that_cannot_be_used_is_one_clear_line(
     no_pem = private_file(tmp_path / "no.pem", "no PEM")
     for cert, key, complaint in (
         (certificate[0], other_key, "KEY_VALUES_MISMATCH"),
-        (certificate[0], locked_key, "the key has a password; a hub takes one without"),
+        (certificate[0], locked_key, "the key is encrypted; give one without a password"),
         (certificate[0], no_pem, "cannot be used"),
         (no_pem, certificate[1], "cannot be used"),
         (str(tmp_path / "none.pem"), certificate[1], "No such file"),
@@ -1411,8 +1418,8 @@ async def test_page_of_another_origin_may_not_connect(caplog: pytest.LogCaptureF
             headers = [named(hub, "localhost:PORT"), *(origin(hub, text) for text in origins)]
             assert await status_code(hub.url, *headers, *UPGRADE) == 403, origins
             assert await status_code(hub.url, *headers, path="/healthz") == 403, origins
-            assert hub._door.turned_away == {"origin": 2 * number}
-        assert is_logged(caplog, "turned away why=origin address=127.0.0.1")
+            assert hub.rejected == {"origin": 2 * number}
+        assert is_logged(caplog, "rejected reason=origin address=127.0.0.1")
         assert not is_logged(caplog, "evil")
         assert (await health(hub.url))["turned_away"] == {"origin": 2 * len(ORIGINS_OF_OTHERS)}
         assert hub.hub.summary()["connections"] == 2
@@ -1425,7 +1432,7 @@ async def test_page_of_the_hubs_own_origin_or_of_one_that_is_allowed_may_connect
             assert await status_code(hub.url, *headers, *UPGRADE) == 101
             assert await status_code(hub.url, *headers, path="/healthz") == 200
         assert await status_code(hub.url, named(hub, "localhost:PORT"), *UPGRADE) == 101  # No page at all.
-        assert hub._door.turned_away == {}
+        assert hub.rejected == {}
 
 
 async def test_page_of_a_secure_hub_has_a_secure_origin(certificate: tuple[str, str], authority: str) -> None:
@@ -1485,8 +1492,8 @@ async def test_hub_on_loopback_does_not_answer_to_the_names_of_others(caplog: py
             assert await status_code(hub.url, *headers, *UPGRADE) == 403, hosts
             assert await status_code(hub.url, *headers, path="/healthz") == 403, hosts
             assert await status_code(hub.url, *headers, path="/") == 403, hosts
-            assert hub._door.turned_away == {"host": 3 * number}
-        assert is_logged(caplog, "turned away why=host address=127.0.0.1")
+            assert hub.rejected == {"host": 3 * number}
+        assert is_logged(caplog, "rejected reason=host address=127.0.0.1")
         assert not is_logged(caplog, "evil")
         assert (await health(hub.url))["turned_away"] == {"host": 3 * len(HOSTS_OF_OTHERS)}
 
@@ -1518,7 +1525,7 @@ async def test_hub_that_others_can_reach_answers_to_the_names_that_it_was_given(
         own = f"http://hub.example.org:{hub.port}"
         for text, code in ((own, 101), (f"http://localhost:{hub.port}", 403)):
             assert await status_code(hub.url, named(hub, "hub.example.org"), f"Origin: {text}", *UPGRADE) == code
-        assert hub._door.turned_away == {"host": 6, "origin": 1}
+        assert hub.rejected == {"host": 6, "origin": 1}
 
 
 async def test_hub_that_others_can_reach_answers_to_any_name_when_it_was_given_none(
@@ -1529,7 +1536,7 @@ async def test_hub_that_others_can_reach_answers_to_any_name_when_it_was_given_n
         assert await status_code(hub.url, "Host: whatever.example", *UPGRADE) == 101
         headers = ("Host: whatever.example", "Origin: http://whatever.example")
         assert await status_code(hub.url, *headers, *UPGRADE) == 403
-        assert hub._door.turned_away == {"origin": 1}
+        assert hub.rejected == {"origin": 1}
 
 
 # 5: whoever takes up room: slowly, in silence, or in great numbers.
@@ -1564,8 +1571,8 @@ async def test_handshake_that_is_too_slow_is_counted_and_logged(
         async with plain_connection(hub.url) as silent:
             assert await silent.rest() == b""
         await until(lambda: len(hub._sockets) == 2)
-        assert sum(hub._door.turned_away.values()) == 1
-        assert is_logged(caplog, "turned away why=")
+        assert sum(hub.rejected.values()) == 1
+        assert is_logged(caplog, "rejected reason=")
 
 
 async def test_request_that_is_no_handshake_is_answered_and_closed() -> None:
@@ -1624,17 +1631,17 @@ async def test_connections_over_a_bound_are_answered_with_503_and_beyond_that_cu
             await until(lambda hub=hub: len(hub._sockets) == 5)
             for _ in range(3):
                 assert await (await open_plain()).rest() == b""
-            assert hub._door.turned_away == {"connections": 3}
+            assert hub.rejected == {"connections": 3}
             for one in waiting:
                 await one.send(request_of(*headers))
                 answer = await one.rest()
                 assert answer.startswith(b"HTTP/1.1 503 ")
                 assert text in answer
-            assert hub._door.turned_away == {"connections": 5}
+            assert hub.rejected == {"connections": 5}
             await until(lambda hub=hub: len(hub._sockets) == 3)
             assert (await health(hub.url, TOKEN))["turned_away"] == {"connections": 5}
             assert not silent.reader.at_eof()
-        assert is_logged(caplog, "turned away why=connections address=127.0.0.1")
+        assert is_logged(caplog, "rejected reason=connections address=127.0.0.1")
 
 
 async def test_connections_that_come_in_one_turn_of_the_loop_are_bounded_like_others(
@@ -1645,7 +1652,7 @@ async def test_connections_that_come_in_one_turn_of_the_loop_are_bounded_like_ot
         async with hub_in_use(**options) as hub:
             flood = [socket.create_connection(("127.0.0.1", hub.port), WAIT_S) for _ in range(50)]
             try:
-                await until(lambda hub=hub: len(hub._sockets) + hub._door.turned_away.get("connections", 0) >= 52)
+                await until(lambda hub=hub: len(hub._sockets) + hub.rejected.get("connections", 0) >= 52)
                 assert len(hub._sockets) == 5
             finally:
                 for one in flood:
@@ -1698,7 +1705,9 @@ async def test_hub_process_whose_descriptors_are_used_up_still_writes_its_journa
     with hub_process(*args) as (url, _):
         async with raw_client(url) as client:
             assert (await client.request(type="status"))["hub"]["tasks"]["pending"] == 20
-    assert re.search(r"there are file descriptors for \d\d connections only: ulimit -n", log.read_text())
+    assert re.search(
+        r"file descriptors suffice for \d\d connections only: raise the limit with ulimit -n", log.read_text()
+    )
     assert SECRET not in log.read_text()
 
 

@@ -278,7 +278,7 @@ async def test_frames_behind_a_request_that_is_no_handshake_are_not_read(path: s
     assert scene.server.hub.summary()["connections"] == joined
     await scene.nobody_noticed()
     if host != "127.0.0.1":
-        assert scene.server._door.turned_away == {"host": 1}
+        assert scene.server.rejected == {"host": 1}
 
 
 async def test_first_frames_may_come_with_the_handshake(scene: Scene) -> None:

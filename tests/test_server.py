@@ -282,7 +282,7 @@ async def test_connection_over_the_bound_is_refused_with_503_and_healthz_still_a
                 assert caught.value.status_code == 503
                 answer = await http(url, upgrade)
                 assert answer.startswith("HTTP/1.1 503 ")
-                assert answer.endswith("the hub has its 2 connections\n")
+                assert answer.endswith("the hub has its 2 connections; try again later\n")
                 health = await http(url, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert health.startswith("HTTP/1.1 200 ")
                 assert json.loads(health.partition("\r\n\r\n")[2])["connections"] == 2
