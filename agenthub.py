@@ -3975,7 +3975,7 @@ class ServerLink(WebSocketLink):
         decode = decode if decode is not None else decoder_from_agent()
         super().__init__(websockets_used().server(message_bytes_max), owner, decode)
         self.address = address
-        self.bearer: str | None = None  # The token that came with the handshake.
+        self.bearer: str | None = None  # The handshake's token, if it did not authenticate the link at once.
         self.is_answered = False  # Its request has come, and was answered.
         self._answer = answer
         self._on_gone = on_gone
@@ -5380,16 +5380,16 @@ class Unauthenticated:
     """A link that has not authenticated yet. When the timer fires, it is closed."""
 
     timer: asyncio.TimerHandle
-    bearer: str | None  # The handshake's token.
+    bearer: str | None  # The handshake's token, which did not authenticate it at once.
     attempts: int = 0
 
 
 class Authenticator:
     """Owns each link from the network until it has authenticated; then `admit` hands it over to its hub.
 
-    Call `check_request` for the request of the handshake, before the link opens. `access` None admits every link.
-    `names` are those that a Host header may have (None: any), `origins` those of web pages that may connect. `rejected`
-    counts rejections, by reason.
+    Call `check_request` and `check_bearer` for the request of the handshake, before the link opens. `access` None
+    admits every link. `names` are those that a Host header may have (None: any), `origins` those of web pages that may
+    connect. `rejected` counts rejections, by reason.
     """
 
     def __init__(
@@ -5424,6 +5424,16 @@ class Authenticator:
             return 403, "web pages of that origin may not connect; --allow-origin adds an origin\n"
         return None
 
+    def check_bearer(self, link: ServerLink, request: Any) -> None:
+        """Look up the bearer token of a handshake: with a valid one, the link is admitted as it opens.
+
+        A wrong one is treated as a failed attempt once the link is open; so is one whose answer has to be delayed.
+        """
+        token = bearer_in(request)
+        if self.access is not None and token is not None:
+            link.grant = self.access.grant(token) if not self._delay_s(link) else None
+            link.bearer = token if link.grant is None else None
+
     def grant_of(self, link: Link, request: Any) -> Grant | None:
         """Return what the bearer token of a plain HTTP request allows; None while its address has to wait."""
         token = bearer_in(request)
@@ -5446,8 +5456,8 @@ class Authenticator:
     # LinkOwner
 
     def opened(self, link: Link) -> None:
-        if self.access is None:
-            self._admit(link, None)
+        if self.access is None or link.grant is not None:
+            self._admit(link, link.grant)
             return
         timer = self._loop.call_later(TOKEN_S, self._close, link, "authentication timed out")
         bearer = link.bearer if isinstance(link, ServerLink) else None
@@ -6189,7 +6199,7 @@ class HubServer(LocalHub):
             if number > limit:
                 self._authenticator.reject(link, "connections")
                 return 503, f"{whose} has its {limit} connections; try again later\n"
-        link.bearer = bearer_in(request)
+        self._authenticator.check_bearer(link, request)
         return None
 
     def _health(self, link: ServerLink, request: Any) -> tuple[int, str]:

@@ -474,6 +474,22 @@ async def test_wrong_token_of_the_handshake_is_a_try() -> None:
         assert hub.rejected == {"unauthorized": 3}
 
 
+async def test_valid_bearer_token_from_an_address_that_failed_too_often_is_admitted_after_the_delay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with hub_in_use() as hub:
+        monkeypatch.setattr(agenthub, "FAILURES_FREE", 1)
+        monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
+        monkeypatch.setattr(agenthub, "FAILURE_DELAY_FIRST_S", 0.2)
+        async with raw_client(hub.url) as client:
+            assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
+        began = time.monotonic()
+        async with raw_client(hub.url, **bearer(TOKEN)) as client:
+            assert (await client.request(type="status"))["hub"]["version"] == agenthub.__version__
+        assert time.monotonic() - began >= 0.2
+        assert hub.rejected == {"unauthorized": 1}
+
+
 async def test_right_token_after_two_wrong_ones_opens_the_hub() -> None:
     async with hub_in_use() as hub, raw_client(hub.url, **bearer(WRONG)) as client:
         assert (await client.request(type="register", name="ann", token=WRONG))["code"] == "unauthorized"
