@@ -5162,11 +5162,10 @@ class Timers:
 # A wrong token counts against its address: after FAILURES_FREE of them, answers to that address are
 # delayed, for right and wrong tokens alike, so that guessing is slow and a delay tells nothing.
 #
-# What a connection can take, and where it is limited: a file descriptor (here; some are reserved for
-# the journals), the memory of one incoming message (message_bytes_max), the memory of what waits for
-# a slow consumer (backlog_bytes_max, ServerLink), CPU time (messages_per_s_max, ServerLink, charged
-# by what the hub says a message cost), and a share of a journal write (COST_PER_WRITE_MAX,
-# GroupCommit).
+# What one connection uses is limited: file descriptors, of which some are reserved for the journals
+# (HubServer); the memory of an incoming message (message_bytes_max) and of what waits for a slow
+# consumer (backlog_bytes_max, ServerLink); CPU time (messages_per_s_max, ServerLink, to which the
+# hub adds the cost of each message); its share of a journal write (COST_PER_WRITE_MAX, GroupCommit).
 #
 # Namespaces share the port and the settings, and nothing else: each is a LocalHub with its own Hub,
 # limits and journal. HubServer is itself that of `default`.
@@ -5336,7 +5335,7 @@ def parse_grant(name: str, table: Any) -> Grant:
 
 
 class AuthBackoff:
-    """Counts wrong tokens by address, and tells for how long the next answer to an address is delayed."""
+    """Counts wrong tokens by address, and computes the delay of the next answer to an address."""
 
     def __init__(self) -> None:
         self._scores: dict[str, tuple[float, float]] = {}  # By address: its failures, and when they were counted.
@@ -7842,7 +7841,7 @@ async def done_or_set(future: asyncio.Future[Any], event: asyncio.Event | LightE
 async def serve(*agents: Agent, drain_s: float = DRAIN_S) -> None:
     """Run agents side by side until SIGINT or SIGTERM, then drain them for at most `drain_s` seconds.
 
-    A second signal ends it at once, with KeyboardInterrupt. Raises what ends an agent's connection for good.
+    Raises KeyboardInterrupt at once for a second signal, and the error with which an agent has ended.
     """
     with stop_signals() as stopped:
         try:
@@ -8047,12 +8046,8 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("connection")
     url = os.environ.get("AGENTHUB_URL") or URL_DEFAULT
     option(group, "--url URL", url, "URL of the hub; AGENTHUB_URL sets the default")
-    option(
-        group, "--token-file PATH", None, "file with the hub's token, instead of AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE"
-    )
-    option(
-        group, "--ca-file PATH", None, "CA certificates to check the hub's certificate with, instead of the system's"
-    )
+    option(group, "--token-file PATH", None, "file with the hub's token; overrides AGENTHUB_TOKEN")
+    option(group, "--ca-file PATH", None, "CA certificates to trust instead of the system's")
 
 
 def export_connection_options(args: argparse.Namespace) -> None:
@@ -8084,9 +8079,7 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
     _add_access(parser.add_argument_group("access"))
     group = parser.add_argument_group("persistence")
     option(group, "--db PATH", None, "persist tasks and agents in this file across restarts")
-    option(
-        group, "--sync full|normal", "full", "with --db: full survives a power loss, normal only a crash of the process"
-    )
+    option(group, "--sync full|normal", "full", "with --db: full survives a power loss, normal a crash of the process")
     group = parser.add_argument_group("process")
     option(group, "--with FILE[:NAME]", [], "also run the agents of this file, in the hub's process", dest="files")
     _add_loop(group)
@@ -8094,12 +8087,7 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_access(group: argparse._ActionsContainer) -> None:
-    option(
-        group,
-        "--token-file PATH",
-        None,
-        "file with the token to require, instead of AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE",
-    )
+    option(group, "--token-file PATH", None, "file with the token to require; overrides AGENTHUB_TOKEN")
     option(group, "--access PATH", None, "file with several tokens and what each allows; SIGHUP reloads it")
     option(group, "--insecure", False, "run without a token on an address that others can reach")
     option(group, "--allow-origin ORIGIN", [], "origin whose web pages may connect, such as https://example.org")
@@ -8114,9 +8102,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         option(group, flag, getattr(settings, name), purpose, dest=name)
 
     group = parser.add_argument_group("times")
-    setting(
-        group, "--heartbeat S", "heartbeat_s", "seconds between heartbeats; three silent intervals end a connection"
-    )
+    setting(group, "--heartbeat S", "heartbeat_s", "seconds between heartbeats; three missed ones disconnect")
     setting(group, "--grace S", "grace_s", "seconds that the session of a disconnected agent is kept")
     setting(group, "--retention S", "retention_s", "seconds that the record of an ended task is kept")
     group = parser.add_argument_group("limits")
@@ -8234,7 +8220,7 @@ async def _start_hub(server: HubServer) -> None:
     except OSError as error:
         number = error.errno or 0  # Negative for a name that cannot be resolved.
         reason = os.strerror(number) if number > 0 else error.strerror
-        raise CommandFailed(f"cannot listen on {server.url}: {reason}") from error
+        raise CommandFailed(f"cannot listen on {server.url}: {reason}; try another --host or --port") from error
     print(f"listening on {server.url}", flush=True)
 
 

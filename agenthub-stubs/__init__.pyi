@@ -816,35 +816,36 @@ class Hub:
         Requesters are told again of what ended after `redeliver_after`: the word of it may have been lost with the hub.
         """
 
-Kept = TypeVar("Kept")
+StoredMessage = TypeVar("StoredMessage")
 
 class Journal:
-    """The file that a hub\'s tasks and agents are kept in. `open` it, `load` once, then `write`, and `close`.
+    """Persists a hub\'s tasks and agents in a file. `open` it, `load` once, then `write`, and `close`.
 
-    `sync` "full" is on disk before `write` returns, also if the machine loses power; "normal" survives the end of the
-    process, but a loss of power may take the last writes with it (https://sqlite.org/pragma.html#pragma_synchronous).
-    Its methods may be called from any thread, one at a time.
+    With `sync` "full", `write` returns when the data would survive a power loss; with "normal", when it would survive
+    the end of the process (https://sqlite.org/pragma.html#pragma_synchronous). The methods may be called from any
+    thread, one at a time.
     """
 
     path: str
     sync: str
     def __init__(self, path: str | os.PathLike[str], *, sync: str = "full") -> None: ...
     def of_namespace(self, namespace: str) -> Journal:
-        """Return the journal of another namespace: the file beside this one whose name ends with it."""
+        """Return the journal of another namespace: the file next to this one with `.NAMESPACE` appended."""
     def open(self) -> None:
-        """Open the file, or make it, for this process alone. Raises JournalError, and leaves what is there as it is."""
+        """Open the file, or create it, and lock it for this process. Raises JournalError; then no file was changed."""
     def close(self) -> None:
-        """Close the file. Without effect if it is closed."""
+        """Close the file, which unlocks it. No effect if it is closed."""
     def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
-        """Return all agents, all tasks, and when the last of them changed. Raises JournalError for a damaged row.
+        """Return all agents, all tasks, and the time of the last change to a task. Raises JournalError if damaged.
 
-        `clock_offset` is what is added to a time of the hub's clock to make it one since 1970.
+        `clock_offset` is the difference between the seconds since 1970 and the hub's clock.
         """
     def write(self, changes: Changes, clock_offset: float) -> None:
-        """Write changes, all or none. Raises sqlite3.Error; then nothing was written, and it may be tried again."""
+        """Write all changes in one transaction. Raises sqlite3.Error; then nothing was written, and a retry is safe."""
     def take_reserve(self) -> bool:
-        """Take up room on the disk for the time when it is full; return whether there is some."""
-    def give_up_reserve(self) -> None: ...
+        """Allocate the reserve unless it exists; return whether the disk has the space."""
+    def give_up_reserve(self) -> None:
+        """Delete the reserve, so that its space is free for the journal."""
 
 Output = TypeVar("Output")
 
@@ -1213,84 +1214,92 @@ class Timers:
 class Grant:
     """What one token allows: in which namespace, which of RIGHTS, and for which capabilities.
 
-    `register` is to offer capabilities, `delegate` to have tasks done and to discover who does them, `broadcast` to
-    speak to all, `observe` to discover and to see the hub's status and list of tasks. Patterns are those of a shell
-    (`review-*`); None is any. A task's own status, its result and a heartbeat need no right: the hub itself decides.
+    `register` allows to offer capabilities, `delegate` to delegate tasks and to discover agents, `broadcast` to
+    broadcast, `observe` to discover agents and to see the hub's status and list of tasks. The patterns in `may_offer`
+    and `may_call` are those of a shell (`review-*`); None matches any capability. The status of one task, a result and
+    a heartbeat need no right: the hub decides by the connection.
     """
 
     name: str
     sha256: str
     namespace: str = ...
     may: frozenset[str] = ...
-    offers: tuple[str, ...] | None = ...
-    calls: tuple[str, ...] | None = ...
+    may_offer: tuple[str, ...] | None = ...
+    may_call: tuple[str, ...] | None = ...
     @property
-    def place(self) -> tuple[Any, ...]:
-        """What a registration rests on."""
+    def registration_scope(self) -> tuple[Any, ...]:
+        """What a registration depends on: if a reload changes it, the agent has to register again."""
     def refusal(self, message: AgentMessage) -> str | None:
-        """Say why the holder may not send a message; None if it may."""
+        """Return why the holder may not send a message; None if it may."""
 
 class Access:
-    """The tokens that open a hub, known by their SHA-256. Raises ValueError if there are none, or too many."""
+    """The tokens that a hub accepts, by their SHA-256. Raises ValueError for no tokens, or for more than TOKENS_MAX."""
 
     grants: list[Grant]
     def __init__(self, grants: Iterable[Grant]) -> None: ...
     @classmethod
     def of_token(cls, token: str) -> Access:
-        """Let in who has this one token, for everything."""
+        """Return access by this one token, with all rights."""
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Access:
-        """Read an access file: TOML with a table `tokens.NAME` for each. Raises ValueError, which names the place."""
+        """Read an access file: TOML with a table `tokens.NAME` for each token. Raises ValueError with the path."""
     @property
     def namespaces(self) -> list[str]: ...
     def grant(self, token: str) -> Grant | None:
-        """Return what a token allows; None if it is none of these. Takes as long whichever it is, and however wrong."""
-    def of_hash(self, sha256: str) -> Grant | None: ...
+        """Return what a token allows; None if it is unknown. Takes the same time for all tokens, right or wrong."""
+    def grant_by_hash(self, sha256: str) -> Grant | None: ...
 
 class AuthBackoff:
-    """Wrong tokens, by the address that they came from, and how long that has to wait for its next answer."""
+    """Counts wrong tokens by address, and computes the delay of the next answer to an address."""
     def __init__(self) -> None: ...
     def add(self, address: str, now: float) -> None: ...
     def delay_s(self, address: str, now: float) -> float: ...
 
 class AuthAttempt(NamedTuple):
-    """A message from who has not been let in, and the token in it ("": something that cannot be one)."""
+    """A message on a link that has not authenticated, and the token in it ("": a value that cannot be a token)."""
 
     message: AgentMessage | InvalidMessage | None
     token: str | None
 
 @dataclass(slots=True, eq=False)
 class Unauthenticated:
-    """Who has not been let in yet, and will be turned away when the timer fires."""
+    """A link that has not authenticated yet. When the timer fires, it is closed."""
 
     timer: asyncio.TimerHandle
-    tries: int = ...
+    bearer: str | None
+    attempts: int = ...
 
 class Authenticator:
-    """Lets links in that may come in: owns them until then, and after that `admit` does.
+    """Owns each link from the network until it has authenticated; then `admit` hands it over to its hub.
 
-    `access` None lets everybody in. `names` are those that the hub goes by in a Host header (None: any), `origins` the
-    pages that may connect. Who is turned away is counted in `turned_away`, by reason.
+    Call `check_request` and `check_bearer` for the request of the handshake, before the link opens. `access` None
+    admits every link. `names` are those that a Host header may have (None: any), `origins` those of web pages that may
+    connect. `rejected` counts rejections, by reason.
     """
 
     access: Incomplete
     origins: frozenset[str]
-    turned_away: dict[str, int]
+    rejected: dict[str, int]
     def __init__(
         self, access: Access | None, names: frozenset[str] | None, admit: Callable[[Link, Grant | None], LinkOwner]
     ) -> None: ...
     def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
-        """Return the answer to an HTTP request that a web page may have made, if it is one; else None.
+        """Return the answer that rejects an HTTP request of a foreign web page; None for any other request.
 
-        A page can make a browser connect to any address, and its name resolve to any, but not lie in these headers:
-        https://datatracker.ietf.org/doc/html/rfc6455#section-10.2.
+        A page can make a browser connect to any address, and let its own name resolve to any address, but cannot set
+        these two headers: https://datatracker.ietf.org/doc/html/rfc6455#section-10.2.
         """
-    def turn_away(self, link: Link, why: str) -> None:
-        """Take note that somebody was not let in. `why` is one of a few words of ours, never what was said."""
+    def check_bearer(self, link: ServerLink, request: Any) -> None:
+        """Look up the bearer token of a handshake: with a valid one, the link is admitted as it opens.
+
+        A wrong one is treated as a failed attempt once the link is open; so is one whose answer has to be delayed.
+        """
     def grant_of(self, link: Link, request: Any) -> Grant | None:
-        """Return what the token of a plain HTTP request allows. Who would have to wait for the answer gets None."""
+        """Return what the bearer token of a plain HTTP request allows; None while its address has to wait."""
+    def reject(self, link: Link, reason: str) -> None:
+        """Count and log a rejection. `reason` is one of a few words of this module, never what a client sent."""
     def opened(self, link: Link) -> None: ...
-    def received(self, link: Link, knock: AuthAttempt, message_bytes: int) -> None: ...
+    def received(self, link: Link, attempt: AuthAttempt, message_bytes: int) -> None: ...
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 class GroupCommit:
@@ -1341,12 +1350,13 @@ class LocalHub:
 class HubServer(LocalHub):
     """A hub that listens for WebSockets, and answers `GET /healthz` on the same port.
 
-    With `port=0` it takes a free one: `url` says which. `start` raises OSError if the port is taken. Without `access`
-    everybody who reaches it may come in: it raises ValueError if that is not only this machine, unless `insecure`.
-    Other namespaces than `default` are hubs of their own behind the same port; a `journal` has a file for each.
+    With `port=0` it picks a free one, which `url` contains. `start` raises OSError if the port is taken. Without
+    `access` all clients are accepted; if `host` is not loopback, that raises ValueError unless `insecure`. Each
+    namespace but `default`, which is this object, is a hub of its own behind the same port, with a journal of its own.
 
-    On loopback it answers only to the names of that, and to those in `allow_hosts`; elsewhere to any name, or to those.
-    Web pages may connect if they are its own, or if their origin (`https://example.org`) is in `allow_origins`.
+    On loopback it accepts the Host names of loopback and those in `allow_hosts`; elsewhere those in `allow_hosts`, or
+    any if that is empty. Web pages may connect from its own origins and those in `allow_origins`
+    (`https://example.org`).
     """
 
     host: str
@@ -1369,15 +1379,18 @@ class HubServer(LocalHub):
     ) -> None: ...
     @property
     def url(self) -> str: ...
+    @property
+    def rejected(self) -> dict[str, int]:
+        """The number of rejected connections and attempts to authenticate, by reason."""
     async def start(self) -> None: ...
     async def stop(self, drain_s: float = 0.0) -> None: ...
     def shut_down(self) -> None: ...
     async def reload(self, access: Access) -> None:
-        """Take other tokens from now on, for the connections that there are too.
+        """Replace the tokens, also for the present connections.
 
-        Whose token is none any more is closed with 1008; who has to register anew by it, with 1001. Raises
-        JournalError, and leaves the tokens as they are, if a new namespace cannot be opened; ValueError if this hub was
-        started without tokens.
+        Closes connections whose token was revoked with 1008, and those whose agent has to register again under the
+        changed grant with 1001. Raises JournalError, and keeps the tokens, if the journal of a new namespace cannot be
+        opened; ValueError if this hub was started without tokens.
         """
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -1794,20 +1807,20 @@ class LocalHubLike(Protocol):
 async def serve(*agents: Agent, drain_s: float = ...) -> None:
     """Run agents side by side until SIGINT or SIGTERM, then drain them for at most `drain_s` seconds.
 
-    A second signal ends it at once, with KeyboardInterrupt. Raises what ends an agent's connection for good.
+    Raises KeyboardInterrupt at once for a second signal, and the error with which an agent has ended.
     """
 
 class CommandFailed(Exception):
     """Ends the command line with exit code 1 and this one line on stderr."""
 
 class LogFormatter(logging.Formatter):
-    """One line per record, whatever others have put into it; a traceback follows with its lines marked."""
+    """Write one line per record, unprintable characters escaped. A traceback follows, each line marked with `|`."""
     def __init__(self) -> None: ...
     def formatMessage(self, record: logging.LogRecord) -> str: ...
     def formatException(self, exc_info: Any) -> str: ...
 
 class LogFloodFilter(logging.Filter):
-    """Leaves out what is beyond LOG_LINES_PER_S of one logger, and says how much that was. It lets errors through."""
+    """Drop records over LOG_LINES_PER_S of one logger, and log how many were dropped. Errors always pass."""
     def __init__(self) -> None: ...
     def filter(self, record: logging.LogRecord) -> bool: ...
 
@@ -1815,7 +1828,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
 
 class Command(NamedTuple):
-    """A command of the command line: what it is for, who adds its options, and who runs it."""
+    """A command of the command line: its help text, the function that adds its options, and the one that runs it."""
 
     purpose: str
     add_options: Callable[[argparse.ArgumentParser], None]

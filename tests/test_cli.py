@@ -314,7 +314,10 @@ def test_reader_that_goes_away_is_no_traceback(argv: list[str], url: str) -> Non
 def test_taken_port_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     port = url.rpartition(":")[2]
     assert agenthub_main("hub", "--port", port) == 1
-    assert complaint_of(capsys) == f"agenthub: cannot listen on ws://127.0.0.1:{port}: Address already in use\n"
+    assert (
+        complaint_of(capsys)
+        == f"agenthub: cannot listen on ws://127.0.0.1:{port}: Address already in use; try another --host or --port\n"
+    )
 
 
 def test_address_that_is_none_is_one_line_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
