@@ -6374,8 +6374,6 @@ class Session:
         when the loop's clock reaches `until`, and then leaves the connection as it is.
         """
         replied: asyncio.Future[HubMessage | AgentHubError] = self._loop.create_future()
-        lost_at = math.inf if within_s is None else self._loop.time() + within_s
-        on_timeout = functools.partial(self._on_timeout, replied, within_s if lost_at <= until else None)
 
         def resolve(reply: HubMessage | AgentHubError) -> None:
             if on_reply is not None and isinstance(reply, reply_type):
@@ -6383,8 +6381,7 @@ class Session:
             if not replied.done():
                 replied.set_result(reply)
 
-        if (given_up_at := min(lost_at, until)) < math.inf:
-            self._timers.set(on_timeout, given_up_at)
+        on_timeout = self._set_timeout(replied, within_s, until)
         try:
             if self._link is not None and not self._link.writable.is_set():
                 await done_or_set(replied, self._link.writable)
@@ -6393,6 +6390,17 @@ class Session:
             return expect_reply(await replied, reply_type)
         finally:
             self._timers.cancel(on_timeout)
+
+    def _set_timeout(
+        self, replied: asyncio.Future[HubMessage | AgentHubError], within_s: float | None, until: float
+    ) -> Callable[[], None]:
+        """Set the earlier of a request's two timeouts, that of the hub and that of the caller; return its function."""
+        lost_at = math.inf if within_s is None else self._loop.time() + within_s
+        on_timeout = functools.partial(self._on_timeout, replied, within_s if lost_at <= until else None)
+        given_up_at = min(lost_at, until)
+        if given_up_at < math.inf:
+            self._timers.set(on_timeout, given_up_at)
+        return on_timeout
 
     def _on_timeout(self, replied: asyncio.Future[HubMessage | AgentHubError], within_s: float | None) -> None:
         """Fail a request because the hub did not reply within `within_s` seconds, or (None) its caller gave it up."""

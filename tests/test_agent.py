@@ -2473,11 +2473,11 @@ ENDS: dict[str, dict[str, Any]] = {
 }
 
 
-def fields_of(settled: agenthub.TaskOutcome | None) -> dict[str, Any]:
+def fields_of(outcome: agenthub.TaskOutcome | None) -> dict[str, Any]:
     """Return the fields of an outcome; of a timeout the code without the text, which names the seconds."""
-    assert settled is not None
-    error = settled.error and (settled.error.code, None if settled.state == "timeout" else settled.error.message)
-    return {"success": settled.success, "state": settled.state, "output": settled.output, "error": error}
+    assert outcome is not None
+    error = outcome.error and (outcome.error.code, None if outcome.state == "timeout" else outcome.error.message)
+    return {"success": outcome.success, "state": outcome.state, "output": outcome.output, "error": error}
 
 
 async def ended(me: Agent, how: str) -> agenthub.TaskHandle:
@@ -2490,24 +2490,24 @@ async def ended(me: Agent, how: str) -> agenthub.TaskHandle:
 
 
 @pytest.mark.parametrize("how", ENDS)
-async def test_settled_is_the_hubs_word_of_the_end(hub: LocalHub, how: str) -> None:
+async def test_outcome_is_the_hubs_word_of_the_end(hub: LocalHub, how: str) -> None:
     async with asked(hub, hub) as (worker, me):
-        settled = (await ended(me, how)).outcome
-        assert settled is not None
-        assert fields_of(settled) == ENDS[how]
-        assert settled.attempt == 1
+        outcome = (await ended(me, how)).outcome
+        assert outcome is not None
+        assert fields_of(outcome) == ENDS[how]
+        assert outcome.attempt == 1
         by_hub = how in ("expire", "cancel")
-        assert settled.sender in ((None, me.agent_id) if by_hub else (worker.agent_id,))
+        assert outcome.sender in ((None, me.agent_id) if by_hub else (worker.agent_id,))
 
 
-async def test_settled_is_none_while_the_task_is_open(hub: LocalHub) -> None:
+async def test_outcome_is_none_while_the_task_is_open(hub: LocalHub) -> None:
     async with asked(hub, hub) as (_, me):
         handles = [await me.submit("nobody", wait=True), await me.submit("wait")]
         await eventually(lambda: tasks_of(hub) == {"pending": 1, "in_progress": 1})
         assert [(handle.done, handle.outcome) for handle in handles] == [(False, None)] * 2
 
 
-async def test_settled_counts_the_attempts(kind: Callable[..., LocalHub]) -> None:
+async def test_outcome_counts_the_attempts(kind: Callable[..., LocalHub]) -> None:
     async with kind(HubSettings(grace_s=0.05)) as hub, Agent("requester", **at(hub)) as me:
         wire = Wire(hub)
         lost = Agent("lost", hub=wire)
@@ -2531,7 +2531,7 @@ async def test_settled_counts_the_attempts(kind: Callable[..., LocalHub]) -> Non
 
 
 @pytest.mark.parametrize("how", ENDS)
-async def test_settled_is_the_same_when_it_is_told_after_a_reconnect(hub: LocalHub, wire: Wire, how: str) -> None:
+async def test_outcome_is_the_same_when_it_is_told_after_a_reconnect(hub: LocalHub, wire: Wire, how: str) -> None:
     """The outcome is lost on the wire; the report that the agent asks for instead is equivalent."""
     async with asked(hub, wire) as (_, me):
         direct = (await ended(me, how)).outcome
@@ -2550,7 +2550,7 @@ async def test_settled_is_the_same_when_it_is_told_after_a_reconnect(hub: LocalH
         assert (handle.outcome.task_id, handle.outcome.attempt) == (handle.task_id, direct.attempt)
 
 
-async def test_settled_says_that_the_hub_has_lost_its_memory(kind: Callable[..., LocalHub]) -> None:
+async def test_outcome_says_that_the_hub_has_lost_its_memory(kind: Callable[..., LocalHub]) -> None:
     async with forgetful(kind) as (wire, restart), Agent("me", hub=wire) as me:
         handle = await me.submit("nothing", wait=True)
         await restart()
@@ -2562,7 +2562,7 @@ async def test_settled_says_that_the_hub_has_lost_its_memory(kind: Callable[...,
         )
 
 
-async def test_settled_is_none_when_the_agent_was_stopped(hub: LocalHub) -> None:
+async def test_outcome_is_none_when_the_agent_was_stopped(hub: LocalHub) -> None:
     async with asked(hub, hub) as (_, me):
         handle = await me.submit("wait")
         completed = await ended(me, "complete")
