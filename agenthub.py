@@ -6697,7 +6697,7 @@ class HubConnection:
 
 @dataclass(frozen=True, slots=True)
 class HandlerOptions:
-    """What the decorators `capability` and `on_broadcast` say of a function; None: the function says it itself."""
+    """The arguments of the decorators `capability` and `on_broadcast`; None: derived from the function."""
 
     name: str | None = None
     description: str | None = None
@@ -6707,60 +6707,40 @@ class HandlerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Handler:
-    """A function that does the tasks of one capability."""
+class HandlerSignature:
+    """How a task's input becomes a handler's keyword arguments."""
 
-    function: Callable[..., Any]
-    capability: Capability
-    validate: Validator | None  # Of an input; None if the function takes nothing but the Task.
-    task_parameter: str | None  # The one that takes the Task.
+    schema: dict[str, Any] | None  # Of an input; None if the function takes nothing but the Task.
+    validate: Validator | None  # Of an input, likewise.
+    task_parameter: str | None  # Takes the Task.
     sole_parameter: str | None  # Takes an input that is not an object: the only parameter, or the only required one.
-    is_async: bool
 
     @classmethod
-    def of(cls, function: Callable[..., Any], mark: HandlerOptions) -> Handler:
-        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments, or for a schema
-        that is no JSON.
-        """
-        hints = hints_of(function)
+    def of(cls, function: Callable[..., Any], hints: dict[str, Any]) -> HandlerSignature:
+        """Read a function's signature. Raises ValueError if it cannot be called with keyword arguments."""
         task_parameter = None
         properties: dict[str, Any] = {}
         fields: list[tuple[str, Validator, bool]] = []
         is_open = False
         for parameter in inspect.signature(function).parameters.values():
+            annotation = hints.get(parameter.name)
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
-                raise ValueError(f"{function.__name__}: a handler's parameters are given by keyword, see {parameter}")
+                text = f"a handler is called with keyword arguments, so {parameter} must be a keyword parameter"
+                raise ValueError(f"{function.__name__}: {text}")
             if parameter.kind is parameter.VAR_KEYWORD:
                 is_open = True
-            elif hints.get(parameter.name) is Task:
+            elif annotation is Task:
                 task_parameter = parameter.name
             else:
-                annotation = hints.get(parameter.name)
                 properties[parameter.name] = parameter_schema(parameter, annotation)
                 fields.append((parameter.name, validator_for(annotation), parameter.default is parameter.empty))
-        required = [name for name, _, is_required in fields if is_required]
-        schema: dict[str, Any] | None = {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": is_open,
-        }
-        validate: Validator | None = object_validator(dict, fields, is_open=is_open)
         if task_parameter is not None and not properties and not is_open:
-            schema = validate = None  # It reads whatever it wants from the task.
-        for given in (mark.input_schema, mark.output_schema):
-            if given is not None and not isinstance(check_json(given), dict):
-                raise ValueError(f"{function.__name__}: a schema is a JSON object")
-        description = mark.description or (inspect.getdoc(function) or "").partition("\n")[0]
-        offered = Capability(
-            check_text("a capability's name", mark.name or function.__name__, VISIBLE_PATTERN),
-            description[:4096],
-            schema if mark.input_schema is None else mark.input_schema,
-            schema_of(hints.get("return")) or None if mark.output_schema is None else mark.output_schema,
-        )
-        alone = required or list(properties)
-        sole_parameter = alone[0] if len(alone) == 1 else None
-        return cls(function, offered, validate, task_parameter, sole_parameter, inspect.iscoroutinefunction(function))
+            return cls(None, None, task_parameter, None)  # It reads the input from the task.
+        required = [name for name, _, is_required in fields if is_required]
+        schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": is_open}
+        candidates = required or list(properties)
+        sole_parameter = candidates[0] if len(candidates) == 1 else None
+        return cls(schema, object_validator(dict, fields, is_open=is_open), task_parameter, sole_parameter)
 
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
@@ -6778,12 +6758,39 @@ class Handler:
         return given if self.task_parameter is None else {**given, self.task_parameter: task}
 
 
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """The function that does the tasks of one capability."""
+
+    function: Callable[..., Any]
+    capability: Capability
+    signature: HandlerSignature
+    is_async: bool
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], options: HandlerOptions) -> Handler:
+        """Make a function a handler. Raises ValueError if its signature, or what the options say, does not allow it."""
+        hints = hints_of(function)
+        signature = HandlerSignature.of(function, hints)
+        for given in (options.input_schema, options.output_schema):
+            if given is not None and not isinstance(check_json(given), dict):
+                raise ValueError(f"{function.__name__}: a schema must be a JSON object")
+        description = options.description or (inspect.getdoc(function) or "").partition("\n")[0]
+        capability = Capability(
+            check_text("a capability's name", options.name or function.__name__, VISIBLE_PATTERN),
+            description[:4096],
+            signature.schema if options.input_schema is None else options.input_schema,
+            schema_of(hints.get("return")) or None if options.output_schema is None else options.output_schema,
+        )
+        return cls(function, capability, signature, inspect.iscoroutinefunction(function))
+
+
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return a function's annotations, evaluated where they can be; those that cannot are left out."""
+    """Return a function's annotations, evaluated, without those that cannot be evaluated."""
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError, SyntaxError):
-        pass  # A name imported for type checkers only; the others can still be had one by one.
+        pass  # A name that is imported for type checkers only; below, the others are evaluated one by one.
     hints = {}
     scope = getattr(inspect.unwrap(function), "__globals__", {})
     for name, annotation in inspect.get_annotations(function).items():
@@ -6795,12 +6802,13 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def parameter_schema(parameter: inspect.Parameter, annotation: Any) -> dict[str, Any]:
+    """Return the JSON Schema of a parameter, with its default."""
     schema = schema_of(annotation)
     if parameter.default is not parameter.empty:
         try:
             json.dumps(check_json(parameter.default))
         except (ValueError, TypeError):
-            return schema  # A default that JSON cannot show is the function's own affair.
+            return schema  # A default that is not JSON stays with the function: the schema only omits it.
         schema["default"] = parameter.default
     return schema
 
@@ -7149,7 +7157,7 @@ class Worker:
 
     async def _call(self, task: Task) -> Any:
         handler = self._functions.handler_for(task.capability)
-        arguments = handler.arguments(task)
+        arguments = handler.signature.arguments(task)
         if handler.is_async:
             return await handler.function(**arguments)
         output = await self._threads.run(functools.partial(handler.function, **arguments))

@@ -1505,7 +1505,7 @@ class HubConnection:
 
 @dataclass(frozen=True, slots=True)
 class HandlerOptions:
-    """What the decorators `capability` and `on_broadcast` say of a function; None: the function says it itself."""
+    """The arguments of the decorators `capability` and `on_broadcast`; None: derived from the function."""
 
     name: str | None = ...
     description: str | None = ...
@@ -1514,22 +1514,30 @@ class HandlerOptions:
     is_broadcast: bool = ...
 
 @dataclass(frozen=True, slots=True)
-class Handler:
-    """A function that does the tasks of one capability."""
+class HandlerSignature:
+    """How a task's input becomes a handler's keyword arguments."""
 
-    function: Callable[..., Any]
-    capability: Capability
+    schema: dict[str, Any] | None
     validate: Validator | None
     task_parameter: str | None
     sole_parameter: str | None
-    is_async: bool
     @classmethod
-    def of(cls, function: Callable[..., Any], mark: HandlerOptions) -> Handler:
-        """Make a function a handler. Raises ValueError if it cannot be called with keyword arguments, or for a schema
-        that is no JSON.
-        """
+    def of(cls, function: Callable[..., Any], hints: dict[str, Any]) -> HandlerSignature:
+        """Read a function's signature. Raises ValueError if it cannot be called with keyword arguments."""
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """The function that does the tasks of one capability."""
+
+    function: Callable[..., Any]
+    capability: Capability
+    signature: HandlerSignature
+    is_async: bool
+    @classmethod
+    def of(cls, function: Callable[..., Any], options: HandlerOptions) -> Handler:
+        """Make a function a handler. Raises ValueError if its signature, or what the options say, does not allow it."""
 
 class CapabilityDecorator:
     """Make a function the handler of a capability: `@capability`, or `@capability("name", description=...)`.
