@@ -3488,8 +3488,8 @@ def fixed_columns(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
 # * closing: a close was sent: by `close`, as the echo of the peer's, or because the peer broke the
 #   protocol. Nothing may follow it. After a close of ours the peer's is awaited, and what comes
 #   before it is discarded. CLOSING_S later the socket is cut.
-# * closed: `closed` was called, once, with the code of whoever closed first, or 1006. It comes as
-#   early as that is known; `gone` is set when nothing is left of the socket.
+# * closed: `closed` was called, once, with the peer's close code, or ours, or 1006 if the socket
+#   was lost; `gone` is set when nothing is left of the socket.
 #
 # What waits where, until when, and the limit:
 #
@@ -4551,7 +4551,7 @@ class WebSocketProtocol:
         self._buffer = b""
 
     def _wait(self) -> Event | None:
-        """Forget what was read, so that an idle connection buffers nothing."""
+        """Drop what was read, so that an idle connection buffers nothing; return None for `next_event`."""
         if self.position:
             self._buffer = self._buffer[self.position :]
             self.position = 0

@@ -1010,6 +1010,47 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return str(request.param)
 
 
+def opened_protocol(role: Role, limit: int) -> Any:
+    """Return a protocol of the implementation in use after its handshake."""
+    protocol = agenthub.websockets_used().server(limit) if role is SERVER else client_protocol()
+    protocol.limit_messages(limit)
+    if role is CLIENT:
+        request_of(protocol)
+    return opened(End(protocol), role.opening).protocol
+
+
+@both_roles
+def test_all_but_small_text_messages_are_announced_as_costly(implementation: str, role: Role) -> None:
+    long = b"x" * agenthub.CPU_COUNTED_BYTES
+    protocol = opened_protocol(role, 10_000)
+    fragments = role.frame(TEXT, b"d", fin=False) + role.frame(CONTINUATION, b"e")
+    frames = role.frame(TEXT, b"a"), role.frame(PING, b"p"), role.frame(TEXT, long), role.frame(BINARY, b"b"), fragments
+    protocol.receive_data(b"".join(frames) + role.frame(TEXT, long)[:-1])
+    costly = agenthub.COSTLY
+    assert [protocol.next_event() for _ in range(11)] == [
+        *(b"a", costly, Frame(PING, b"p", True), costly, long, costly, Message(b"b", False)),
+        *(costly, Frame(TEXT, b"d", False), costly, Message(b"de", True)),
+    ]
+    assert protocol.next_event() is None  # The last one is not complete.
+    assert protocol.unread_bytes == len(role.frame(TEXT, long)) - 1
+    protocol.receive_data(role.frame(TEXT, long)[-1:])
+    assert [protocol.next_event() for _ in range(3)] == [costly, long, None]
+    assert protocol.unread_bytes == 0
+
+
+@both_roles
+def test_each_event_can_be_answered_before_the_next_is_read(implementation: str, role: Role) -> None:
+    protocol = opened_protocol(role, LIMIT)
+    pieces = role.frame(TEXT, b"a"), role.frame(PING, b"p"), role.frame(TEXT, b"b"), role.frame(CLOSE, close_of(1000))
+    protocol.receive_data(b"".join(pieces))
+    while (event := protocol.next_event()) is not None:
+        if isinstance(event, bytes):
+            protocol.send_text(event.upper())
+    protocol.send_text(b"too late")
+    said = [(one.opcode, one.data) for one in frames_in(protocol.data_to_send(), masked=role is CLIENT)]
+    assert said == [(TEXT, b"A"), (PONG, b"p"), (TEXT, b"B"), (CLOSE, close_of(1000))]
+
+
 @both_roles
 @pytest.mark.parametrize("name", ["valid", "masking", "too big", "immense", "reserved bits 4", "text in fragments"])
 async def test_link_makes_the_same_of_the_same_bytes_wherever_they_are_cut(
@@ -1241,10 +1282,8 @@ def compared(role: Role, raw: bytes) -> tuple[End, End]:
     """Return what `websockets` and our own protocol object make of the same frames."""
     with pytest.MonkeyPatch.context() as patch:
         use("websockets", patch)
-        protocol = agenthub.websockets_used().server(LIMIT) if role is SERVER else client_protocol()
-    if role is CLIENT:
-        request_of(protocol)
-    return opened(End(protocol), role.opening).feed(raw), role.opened().feed(raw)
+        theirs = End(opened_protocol(role, LIMIT))
+    return theirs.feed(raw), role.opened().feed(raw)
 
 
 def check_alike(role: Role, raw: bytes) -> None:

@@ -277,18 +277,18 @@ async def test_length_may_be_written_with_more_bytes_than_it_needs(pair: Pair, h
     assert pair.owner.messages == [agenthub.Heartbeat()] * 2
 
 
-async def test_link_that_is_held_and_released_within_a_message_goes_on_in_order(pair: Pair) -> None:
-    def hold_for_a_moment(link: agenthub.Link) -> None:
+async def test_link_that_is_paused_and_resumed_within_a_message_goes_on_in_order(pair: Pair) -> None:
+    def pause_for_a_moment(link: agenthub.Link) -> None:
         link.pause_reading("for a moment")
         link.resume_reading("for a moment")
 
-    pair.owner.on_message = hold_for_a_moment
+    pair.owner.on_message = pause_for_a_moment
     pair.link.data_received(b"".join(frame(b'{"type":"heartbeat","id":"%d"}' % number) for number in range(5)))
     assert [message.id for message in pair.owner.messages] == ["0", "1", "2", "3", "4"]
     assert pair.socket.is_reading is True
 
 
-async def test_link_that_is_held_keeps_the_rest_and_goes_on_where_it_was(pair: Pair) -> None:
+async def test_paused_link_keeps_the_rest_and_goes_on_where_it_was(pair: Pair) -> None:
     pair.owner.on_message = lambda link: link.pause_reading("enough")
     raw = mixed_frames()
     pair.link.data_received(raw[:-3])
@@ -364,7 +364,7 @@ async def test_all_that_is_sent_in_one_turn_is_written_at_once(pair: Pair) -> No
     assert await pair.heard() == [TextMessage(text) for text in "1212"]
 
 
-async def test_peer_that_does_not_read_is_closed_and_then_cut(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_consumer_is_closed_and_then_cut(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub, "CLOSING_S", 0.05)
     pair.socket.backlog_bytes = 100_001
     pair.link.send(b"x")
@@ -375,7 +375,7 @@ async def test_peer_that_does_not_read_is_closed_and_then_cut(pair: Pair, monkey
     assert pair.socket.is_aborted
 
 
-async def test_backlog_within_its_bound_is_no_reason_to_close(pair: Pair) -> None:
+async def test_backlog_within_its_limit_is_no_reason_to_close(pair: Pair) -> None:
     pair.socket.backlog_bytes = 100_000
     pair.link.send(b"x")
     await asyncio.sleep(0)
@@ -418,7 +418,7 @@ async def test_close_that_is_not_answered_is_a_cut(pair: Pair, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("how", ["cut", "end of file", "abort"])
-async def test_lost_connection_is_told_once(pair: Pair, how: str) -> None:
+async def test_lost_connection_is_reported_once(pair: Pair, how: str) -> None:
     if how == "cut":
         pair.link.connection_lost(ConnectionResetError())
     elif how == "end of file":
@@ -545,8 +545,10 @@ def test_url_of_a_hub_is_returned(url: str) -> None:
     assert agenthub.check_url(url) == url
 
 
-async def test_nobody_there_is_disconnected() -> None:
-    with pytest.raises(Disconnected, match=r"no hub at ws://127.0.0.1:9: "):
+async def test_connecting_to_a_port_where_nothing_listens_says_how_to_start_a_hub() -> None:
+    with pytest.raises(
+        Disconnected, match=r"^no hub at ws://127.0.0.1:9: nothing listens there; start one with \"agenthub hub\"$"
+    ):
         await agenthub.connect_websocket("ws://127.0.0.1:9", Owner())
 
 
@@ -559,7 +561,7 @@ async def test_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.1)
     server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
     url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    with pytest.raises(Disconnected, match="no hub"):
+    with pytest.raises(Disconnected, match=r"^no hub answers at ws://127.0.0.1:\d+ within 0.1 s; check host and port$"):
         await agenthub.connect_websocket(url, Owner())
     server.close()
 
