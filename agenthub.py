@@ -3147,14 +3147,14 @@ def same_content(one: Delegate, other: Delegate) -> bool:
 #
 # When. All changes that came up during one write make up the next one, in one transaction, and the
 # effects that follow from them (the acknowledgement, the task to its worker, the outcome to its
-# requester) are held back until it has succeeded: see GroupCommit in section 7. So whatever a client
-# was told is in the file, and whatever is not in the file nobody was told.
+# requester) are held back until it has succeeded: see GroupCommit in section 7. So everything that
+# was acknowledged is in the file, and what is not in the file had no effect.
 #
-#                    process killed     power lost             disk full
-#   sync "full"      nothing is lost    nothing is lost        new tasks are rejected,
-#   sync "normal"    nothing is lost    the last writes may    the others can still end
+#                    process killed     power lost               disk full
+#   sync "full"      nothing is lost    nothing is lost          new tasks are rejected,
+#   sync "normal"    nothing is lost    the last writes may be   the others can still end
 #
-# Outcomes. A task's `told` is the number of the write that recorded its outcome's delivery. The
+# Outcomes. The column `told` is the number of the write that recorded an outcome's delivery. The
 # effects of the last write may not have been carried out, so after a restart its outcomes are
 # delivered again; those of earlier writes are not.
 #

@@ -354,6 +354,36 @@ def test_signal_ends_a_hub_with_work_in_progress(tmp_path: Path, count: int) -> 
         assert code == (0 if count == 1 else 130)
 
 
+@posix_only
+@pytest.mark.parametrize("has_handlers", [True, False], ids=["unix", "windows"])
+async def test_signal_handler_is_called_each_time_and_removed_afterwards(
+    has_handlers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loops of Windows have no signal handlers, and not every system has every signal."""
+
+    def not_implemented(*_: Any) -> None:
+        raise NotImplementedError
+
+    if not has_handlers:
+        monkeypatch.setattr(asyncio.get_running_loop(), "add_signal_handler", not_implemented)
+    former = signal.getsignal(signal.SIGUSR1)
+    received = asyncio.Event()
+    with agenthub.signal_handler(received.set, "SIGNONE", "SIGUSR1"):
+        for _ in range(2):
+            received.clear()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.wait_for(received.wait(), WAIT_S)
+    assert signal.getsignal(signal.SIGUSR1) == former
+
+
+async def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    async def is_stopped() -> bool:
+        with agenthub.stop_signals() as stopped:
+            return stopped.is_set()
+
+    assert not await asyncio.to_thread(asyncio.run, is_stopped())
+
+
 def test_hub_runs_agents_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two files may have the same name in different folders; a NAME picks one of several agents."""
     targets = []
