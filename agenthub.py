@@ -35,6 +35,7 @@ HubSettings (section 4); a command, in section 9. docs/protocol.md describes the
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import contextvars
@@ -373,20 +374,19 @@ JSON_TYPES: Mapping[Any, str] = {
 
 
 class ValidationError(ValueError):
-    """A value does not fit. `path` leads to the part that is wrong; `expected` are its possible JSON types, if its
-    type is wrong.
-    """
+    """A value does not fit. `path` leads to the wrong part; `kinds` are its possible types, if its type is wrong."""
 
-    def __init__(self, reason: str, *path: str, expected: tuple[str, ...] = (), code: str = Code.INVALID_MESSAGE):
+    def __init__(self, reason: str, *path: str, kinds: tuple[Any, ...] = (), code: str = Code.INVALID_MESSAGE) -> None:
         super().__init__(reason)
-        self.reason, self.path, self.expected, self.code = reason, path, expected, code
+        self.reason, self.path, self.kinds, self.code = reason, path, kinds, code
 
     def __str__(self) -> str:
         return f"{'.'.join(self.path)}: {self.reason}" if self.path else self.reason
 
     @classmethod
-    def of_type(cls, *expected: str) -> ValidationError:
-        return cls(f"must be of type {' or '.join(expected)}", expected=expected)
+    def of_type(cls, *kinds: Any) -> ValidationError:
+        """Return the error of a value that has none of these types."""
+        return cls(f"must be of type {' or '.join(JSON_TYPES[kind] for kind in kinds)}", kinds=kinds)
 
     def within(self, part: str) -> ValidationError:
         """Return the same error, as one of the whole that holds `part`."""
@@ -426,8 +426,6 @@ def check_json(value: Any, depth: int = DEPTH_MAX) -> Any:
 
 SCALARS = frozenset((str, bool, types.NoneType))  # Types whose every value is JSON.
 ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # In JSON, where a literal backslash is written twice.
-
-
 _compiled = functools.cache(re.compile)
 
 
@@ -892,16 +890,19 @@ def accept(value: Any) -> Any:
 def validator_for(annotation: Any, of_class: Callable[[Any], Validator] = lambda kind: accept) -> Validator:
     """Return the validator of an annotation. `of_class` makes those of the types that JSON does not have."""
     kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated and typing.get_origin(arguments[0]) is list:
+        (item,) = typing.get_args(arguments[0])
+        return list_validator(validator_for(item, of_class), arguments[1])
     if kind is Annotated:
-        inner = validator_for(arguments[0], of_class)
-        return arguments[1].validator(inner) if isinstance(arguments[1], Limit | JsonLimit) else inner
+        limit: Limit | JsonLimit = arguments[1]
+        return limit.validator(validator_for(arguments[0], of_class))
     if kind in (typing.Union, types.UnionType):
         branches = [validator_for(branch, of_class) for branch in arguments if branch is not types.NoneType]
         return union_validator(branches, is_nullable=types.NoneType in arguments)
     if kind is Literal:
         return literal_validator(arguments)
     if kind is list and arguments:
-        return list_validator(validator_for(arguments[0], of_class))
+        return list_validator(validator_for(arguments[0], of_class), Limit())
     if kind is dict and arguments:
         return dict_validator(validator_for(arguments[1], of_class))
     if kind is float:
@@ -919,7 +920,7 @@ def json_type(kind: Any) -> str | None:
 def type_validator(kind: type) -> Validator:
     def validate(value: Any) -> Any:
         if type(value) is not kind:
-            raise ValidationError.of_type(JSON_TYPES[kind])
+            raise ValidationError.of_type(kind)
         return value
 
     return validate
@@ -930,7 +931,7 @@ def validate_number(value: Any) -> Any:
     if type(value) is int:
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
     elif type(value) is not float:
-        raise ValidationError.of_type(JSON_TYPES[float])
+        raise ValidationError.of_type(float)
     if not math.isfinite(value):
         raise ValidationError("must be a finite number")
     return value
@@ -945,10 +946,13 @@ def literal_validator(literals: tuple[Any, ...]) -> Validator:
     return validate
 
 
-def list_validator(validate_item: Validator) -> Validator:
+def list_validator(validate_item: Validator, limit: Limit) -> Validator:
     def validate(value: Any) -> Any:
         if type(value) is not list:
-            raise ValidationError.of_type(JSON_TYPES[list])
+            raise ValidationError.of_type(list)
+        problem = limit.problem_of_size(value)  # First, because there may be a million items.
+        if problem is not None:
+            raise ValidationError(problem)
         items: list[Any] = []
         try:
             for item in value:
@@ -963,7 +967,7 @@ def list_validator(validate_item: Validator) -> Validator:
 def dict_validator(validate_item: Validator) -> Validator:
     def validate(value: Any) -> Any:
         if type(value) is not dict:
-            raise ValidationError.of_type(JSON_TYPES[dict])
+            raise ValidationError.of_type(dict)
         try:
             return value if validate_item is accept else {key: validate_item(item) for key, item in value.items()}
         except ValidationError as error:
@@ -984,10 +988,11 @@ def union_validator(branches: list[Validator], *, is_nullable: bool) -> Validato
                 return branch(value)
             except ValidationError as error:
                 errors.append(error)
-        if fitting := [error for error in errors if not error.expected]:
-            raise max(fitting, key=lambda error: len(error.path))
-        expected = [name for error in errors for name in error.expected]
-        raise ValidationError.of_type(*expected, *[JSON_TYPES[types.NoneType]] * is_nullable)
+        of_the_right_type = [error for error in errors if not error.kinds]
+        if of_the_right_type:
+            raise max(of_the_right_type, key=lambda error: len(error.path))
+        kinds = [kind for error in errors for kind in error.kinds]
+        raise ValidationError.of_type(*kinds, *[types.NoneType] * is_nullable)
 
     return validate
 
@@ -997,14 +1002,14 @@ def object_validator(
 ) -> Validator:
     """Return the validator of an object that becomes `make(**fields)`.
 
-    `fields` are the name, the validator and whether it is required, of each. Others are ignored if it `is_open`, and
-    else refused.
+    `fields` has the name, the validator and whether it is required, of each. Other fields are ignored if the object
+    `is_open`, and rejected if it is not.
     """
-    names = [name for name, _, _ in fields]
+    names = dict.fromkeys(name for name, _, _ in fields)
 
     def validate(value: Any) -> Any:
         if type(value) is not dict:
-            raise ValidationError.of_type(JSON_TYPES[dict])
+            raise ValidationError.of_type(dict)
         found = {}
         for name, validate_field, is_required in fields:
             if name in value:
@@ -1014,7 +1019,7 @@ def object_validator(
                     raise error.within(name) from None
             elif is_required:
                 raise ValidationError("is required", name)
-        if not is_open and not value.keys() <= set(names):
+        if not is_open and not value.keys() <= names.keys():
             raise ValidationError(f"has a field that is not one of {', '.join(names) or 'none'}")
         return make(**found)
 
@@ -1035,6 +1040,7 @@ def class_validator(made: Any) -> Validator:
 # From bytes to messages and back: by the standard library, or by Pydantic. Both accept and reject the same messages;
 # tests/test_builtin_messages.py compares them.
 
+NUMBER_SHAPES = bytes.maketrans(b"123456789E", b"000000000e")  # 0 stands for any digit.
 DIGITS_MAX = 4300  # Of a number's whole part. Converting is quadratic, so Pydantic and Python's int have this limit.
 SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -1059,7 +1065,7 @@ class BuiltinCodec:
         def parse(raw: bytes) -> Any:
             document = parse_json(raw)
             if type(document) is not dict:
-                raise ValidationError.of_type(JSON_TYPES[dict]).within("message")
+                raise ValidationError.of_type(dict).within("message")
             tag = document.get("type")
             if type(tag) is not str:
                 raise ValidationError(f"must be a string, one of {types_known}", "type")
@@ -1151,12 +1157,19 @@ def parse_json(raw: bytes) -> Any:
     try:
         if b"\\" in raw and SURROGATE.search(SURROGATE_PAIR.sub(b"", raw.replace(b"\\\\", b"  "))):
             raise ValueError("lone surrogate in an escape")
-        parse = parse_small if len(raw) <= DIGITS_MAX else parse_large
-        return parse(raw.decode())
+        return (parse_long_numbers if has_long_number(raw) else parse_numbers)(raw.decode())
     except RecursionError:
         raise ValidationError("Invalid JSON: it is nested too deep") from None
     except ValueError as error:
         raise ValidationError(f"Invalid JSON: {error}") from None
+
+
+def has_long_number(raw: bytes) -> bool:
+    """Return whether some JSON has DIGITS_MAX digits in a row. One of them would be in a sample of that step."""
+    samples = raw[::DIGITS_MAX]
+    return len(samples.translate(None, b"0123456789")) < len(samples) and b"0" * DIGITS_MAX in raw.translate(
+        NUMBER_SHAPES
+    )
 
 
 def _refuse_constant(constant: str) -> NoReturn:
@@ -1169,8 +1182,8 @@ def _parse_number(convert: Callable[[str], float], text: str) -> float:
     return convert(text)
 
 
-parse_small = json.JSONDecoder(parse_constant=_refuse_constant).decode
-parse_large = json.JSONDecoder(
+parse_numbers = json.JSONDecoder(parse_constant=_refuse_constant).decode
+parse_long_numbers = json.JSONDecoder(
     parse_int=functools.partial(_parse_number, int),
     parse_float=functools.partial(_parse_number, float),
     parse_constant=_refuse_constant,
@@ -1238,8 +1251,10 @@ def field_names(made: type) -> tuple[str, ...]:
 
 def payload_name(message: type) -> str | None:
     """Return the name of the field whose JSON the hub passes on without reading it; None if there is none."""
-    hints = typing.get_type_hints(message, include_extras=True)
-    return next((name for name, hint in hints.items() if hint == Json), None)
+    names = [name for name, hint in typing.get_type_hints(message, include_extras=True).items() if hint == Json]
+    if len(names) > 1:
+        raise AssertionError(f"{message.__name__} has several payloads, and `decode` checks one")
+    return names[0] if names else None
 
 
 def has_default(one: dataclasses.Field[Any]) -> bool:
@@ -1253,9 +1268,8 @@ def type_of(message: type) -> str:
 
 # What shows in the bytes. Walking through a parsed value in Python takes longer than parsing it did.
 
-NUMBER_SHAPES = bytes.maketrans(b"123456789E", b"000000000e")  # 0 stands for any digit.
-NESTING = bytes.maketrans(b"{}", b"[]")  # One kind of bracket stands for both.
-NOT_NESTING = bytes(set(range(256)) - set(b'[]{}"'))
+STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one level deeper, or back.
+NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
 
 
@@ -1286,15 +1300,10 @@ def nests_deeper_than(raw: bytes, depth: int) -> bool:
         return False
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = raw.translate(NESTING, NOT_NESTING)
+    marks = raw.translate(STEPS, NOT_MARKS)
     # Most strings are empty now. Removing "" leaves all other quotes in their roles, and every second part is a string.
-    brackets = b"".join(marks.replace(b'""', b"").split(b'"')[::2])
-    for _ in range(depth):
-        inner = brackets.replace(b"[]", b"")  # Removes the innermost brackets, everywhere.
-        if len(inner) == len(brackets):
-            return False
-        brackets = inner
-    return bool(brackets)
+    steps = array.array("b", b"".join(marks.replace(b'""', b"").split(b'"')[::2]))
+    return max(itertools.accumulate(steps), default=0) > depth
 
 
 # Rejected messages.
@@ -1388,10 +1397,10 @@ def schema_of(annotation: Any, of_class: Callable[[Any], dict[str, Any]] = lambd
         return _in_order(schema | _keywords(arguments[1], schema)) if isinstance(arguments[1], Limit) else schema
     if kind in (typing.Union, types.UnionType):
         return {"anyOf": [schema_of(branch, of_class) for branch in arguments]}
+    if kind is Literal and len(arguments) == 1:
+        return {"const": arguments[0]} | schema_of(type(arguments[0]))
     if kind is Literal:
-        return (
-            {"enum": list(arguments)} if len(arguments) > 1 else {"const": arguments[0]} | schema_of(type(arguments[0]))
-        )
+        return {"enum": list(arguments)}
     if kind is list and arguments:
         return {"items": schema_of(arguments[0], of_class), "type": "array"}
     if kind is dict and arguments:

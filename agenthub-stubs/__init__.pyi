@@ -153,12 +153,11 @@ class CloseCode(enum.IntEnum):
     NOT_READING = 4002
 
 class ValidationError(ValueError):
-    """A value does not fit. `path` leads to the part that is wrong; `expected` are its possible JSON types, if its
-    type is wrong.
-    """
-    def __init__(self, reason: str, *path: str, expected: tuple[str, ...] = (), code: str = ...) -> None: ...
+    """A value does not fit. `path` leads to the wrong part; `kinds` are its possible types, if its type is wrong."""
+    def __init__(self, reason: str, *path: str, kinds: tuple[Any, ...] = (), code: str = ...) -> None: ...
     @classmethod
-    def of_type(cls, *expected: str) -> ValidationError: ...
+    def of_type(cls, *kinds: Any) -> ValidationError:
+        """Return the error of a value that has none of these types."""
     def within(self, part: str) -> ValidationError:
         """Return the same error, as one of the whole that holds `part`."""
 

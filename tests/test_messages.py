@@ -478,6 +478,15 @@ def test_number_that_is_too_large_is_refused_among_many_values(type: str, field:
     assert error.message.startswith((f"{field}: holds a number that is not", f"{field}: holds an integer of more than"))
 
 
+def test_payloads_are_the_fields_that_the_decoder_looks_at() -> None:
+    """A payload inside of another field, or a second one, would go unchecked."""
+    found = {type: str(typing.get_type_hints(FROM_AGENT[type], include_extras=True)) for type in MESSAGES}
+    assert {type: text.count("JsonLimit(bytes_max=None)") for type, text in found.items()} == {
+        type: len([field for one, field in PAYLOADS if one == type]) for type in MESSAGES
+    }
+    assert [(type, agenthub.payload_name(FROM_AGENT[type])) for type, _ in PAYLOADS] == PAYLOADS
+
+
 @pytest.mark.parametrize(("type", "field"), PAYLOADS)
 def test_payload_of_numbers_is_not_walked(type: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub, "check_json", None)
