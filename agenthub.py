@@ -20,7 +20,7 @@ The sections, top to bottom. Each uses only those above it:
 
     1 Errors         the exceptions, by whose fault they are, and the codes on the wire
     2 Messages       the ten messages, their limits, validation, decode and encode, JSON Schema
-    3 Task states    the transition table of a task, and the priority queue with lazy deletion
+    3 States         the transition tables of tasks and agents, and the priority queue with lazy deletion
     4 Hub            every decision about agents and tasks; no socket, no clock, no event loop
     5 Journal        tasks and agents in an SQLite file, so that they survive the hub
     6 Transport      links that carry messages: over a WebSocket, or in memory
@@ -125,7 +125,10 @@ __all__ = [
     "StatusReply",
     "TaskInfo",
     "TaskOutcome",
-    # 3 Task states
+    # 3 States
+    "AGENT_TRANSITIONS",
+    "AgentEvent",
+    "AgentState",
     "FINAL_STATES",
     "TRANSITIONS",
     "TaskEvent",
@@ -184,7 +187,7 @@ def usable_version(package: str, oldest: tuple[int, int]) -> str | None:
 #   │   └── TaskTimeout       ... because its time to live was over
 #   ├── PackageMissing      the installation's fault: a package is not installed
 #   ├── JournalError        the deployment's fault: the journal cannot be used
-#   └── IllegalTransition   our fault: the table of task states has no such transition
+#   └── IllegalTransition   our fault: the table of states has no such transition
 # ============================================================================================
 
 
@@ -288,7 +291,7 @@ class JournalError(AgentHubError):
 
 
 class IllegalTransition(AgentHubError):
-    """The table of task states has no such transition: a bug in the hub. Nothing has changed."""
+    """The table of states has no such transition: a bug in the hub. Nothing has changed."""
 
 
 # ============================================================================================
@@ -1456,14 +1459,21 @@ def _in_order(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 # ============================================================================================
-# 3 Task states
+# 3 States
 #
 # A task is PENDING from its acceptance until the hub assigns it to an agent, and again while it
 # waits for a retry. It is IN_PROGRESS while exactly one agent, its assignee, holds it. The other
 # three states are final: their rows are empty, and the record is kept only for late fetching.
 #
-# `next_state` is the only reader of the table, and Hub._transition the only place that assigns a
-# task's state. README.md's diagram is generated from the table.
+# An agent is ONLINE while it has a connection and takes tasks. When it loses its connection, the
+# hub keeps its session for a grace period: it is DISCONNECTED, and GONE when that is over. It
+# drains if it wants to finish what it has and get nothing new: DRAINING, or INTERRUPTED when it
+# loses its connection meanwhile. It is DEREGISTERED when it has left by its own wish. No state of
+# an agent is final: it may resume its session as long as the hub still has a record of it.
+#
+# `next_state` and `next_agent_state` are the only readers of the tables; TaskTable.transition and
+# Directory.transition are the only places that assign a state. README.md's diagrams are generated
+# from the tables.
 #
 # LazyHeap stands here because both the hub and the SDK keep their deadlines in one.
 # ============================================================================================
@@ -1521,6 +1531,61 @@ def next_state(state: TaskState, event: TaskEvent) -> TaskState:
         return TRANSITIONS[state][event]
     except KeyError:
         raise IllegalTransition(f"a task that is {state} cannot be {event}") from None
+
+
+class AgentState(enum.StrEnum):
+    """The state of an agent."""
+
+    ONLINE = "online"  # It has a connection and takes tasks.
+    DRAINING = "draining"  # It has a connection, finishes what it has and gets no new task.
+    DISCONNECTED = "disconnected"  # It lost its connection, and is in its grace period: it still counts as available.
+    INTERRUPTED = "interrupted"  # It lost its connection while it was draining, and is in its grace period.
+    GONE = "gone"  # Its grace period is over.
+    DEREGISTERED = "deregistered"  # It left by its own wish.
+
+
+class AgentEvent(enum.StrEnum):
+    """The events that change an agent's state."""
+
+    DRAIN_REQUESTED = "drain requested"
+    CONNECTION_LOST = "connection lost"  # Or closed by the hub, because it was silent or a newer one resumed.
+    RESUMED = "resumed"  # It registered with its agent_id and its secret.
+    GRACE_EXPIRED = "grace period expired"
+    DEREGISTERED = "deregistered"  # It asked to leave at once, or the last task of a draining agent has ended.
+
+
+AGENT_TRANSITIONS: Mapping[AgentState, Mapping[AgentEvent, AgentState]] = {
+    AgentState.ONLINE: {
+        AgentEvent.DRAIN_REQUESTED: AgentState.DRAINING,
+        AgentEvent.CONNECTION_LOST: AgentState.DISCONNECTED,
+        AgentEvent.DEREGISTERED: AgentState.DEREGISTERED,
+    },
+    AgentState.DRAINING: {
+        AgentEvent.CONNECTION_LOST: AgentState.INTERRUPTED,
+        AgentEvent.DEREGISTERED: AgentState.DEREGISTERED,
+    },
+    AgentState.DISCONNECTED: {
+        AgentEvent.RESUMED: AgentState.ONLINE,
+        AgentEvent.GRACE_EXPIRED: AgentState.GONE,
+    },
+    AgentState.INTERRUPTED: {
+        AgentEvent.RESUMED: AgentState.ONLINE,
+        AgentEvent.GRACE_EXPIRED: AgentState.GONE,
+    },
+    AgentState.GONE: {AgentEvent.RESUMED: AgentState.ONLINE},
+    AgentState.DEREGISTERED: {AgentEvent.RESUMED: AgentState.ONLINE},
+}
+ONLINE = AgentState.ONLINE
+TARGET_STATES = frozenset((AgentState.ONLINE, AgentState.DISCONNECTED))  # New tasks may be for such an agent.
+LEFT_STATES = frozenset((AgentState.GONE, AgentState.DEREGISTERED))  # Its record is kept only while it is needed.
+
+
+def next_agent_state(state: AgentState, event: AgentEvent) -> AgentState:
+    """Return the state after an event; raise IllegalTransition if the table has no such transition."""
+    try:
+        return AGENT_TRANSITIONS[state][event]
+    except KeyError:
+        raise IllegalTransition(f"an agent that is {state} has no transition for: {event}") from None
 
 
 Item = TypeVar("Item", bound=Hashable)
@@ -1659,7 +1724,7 @@ Effect = tuple[Any, HubOutput | Close]
 
 @dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
-    """What the hub knows of one task. Only `Hub._transition` assigns `state`."""
+    """What the hub knows of one task. Only `TaskTable.transition` assigns `state`."""
 
     task_id: str
     request: Delegate
@@ -1668,8 +1733,8 @@ class TaskRecord:
     depth: int
     accepted_at: float
     deadline: float
-    sequence: int  # Its place in the order of acceptance; kept over retries.
-    bytes: int
+    sequence: int  # In the order of acceptance; kept over retries.
+    bytes: int  # Of its payloads and RECORD_BYTES, as `TaskTable.bytes` counts them.
     state: TaskState = TaskState.PENDING
     assignee: AgentRecord | None = None
     attempt: int = 0  # Deliveries so far.
@@ -1682,7 +1747,7 @@ class TaskRecord:
     error: ErrorInfo | None = None
     settled_by: AgentRecord | None = None  # The assignee if its result ended it, None if the hub did.
     ended_at: float = 0.0
-    children: dict[str, TaskRecord] | None = None  # Those still open.
+    children: dict[str, TaskRecord] | None = None  # Its open subtasks.
     is_delivered: bool = False  # Its outcome was sent to its requester, or is kept for nobody.
     is_journaled: bool = False  # A row of it has left in the changes of some step.
 
@@ -1692,26 +1757,80 @@ class TaskRecord:
         return -self.request.priority, self.sequence
 
     @property
+    def target(self) -> tuple[str | None, str | None]:
+        """The queue in which it waits for an agent: an agent_id, a capability, or both."""
+        return self.request.agent_id, self.request.capability
+
+    @property
     def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
         return self.request.wait or self.request.max_retries > 0
 
+    def ack(self, reply_to: str | None = None) -> TaskAck:
+        return TaskAck(reply_to=reply_to, task_id=self.task_id, state=self.state, attempt=self.attempt)
+
+    def outcome(self) -> TaskOutcome:
+        return TaskOutcome(
+            task_id=self.task_id,
+            sender=self.settled_by.agent_id if self.settled_by is not None else None,
+            success=self.success,
+            state=self.state,
+            output=self.output,
+            error=self.error,
+            attempt=self.attempt,
+        )
+
+    def info_fields(self, now: float) -> dict[str, Any]:
+        """Return the fields that TaskInfo and StatusReply share."""
+        request = self.request
+        return {
+            "task_id": self.task_id,
+            "state": self.state,
+            "requester": self.requester.agent_id,
+            "agent_id": self.assignee.agent_id if self.assignee is not None else request.agent_id,
+            "capability": request.capability,
+            "attempt": self.attempt,
+            "priority": request.priority,
+            "max_retries": request.max_retries,
+            "parent_id": request.parent_id,
+            "ttl": 0.0 if self.state in FINAL_STATES else round(max(0.0, self.deadline - now), 3),
+            "age_s": round(now - self.accepted_at, 3),
+            "progress": self.progress,
+            "code": self.error.code if self.error is not None else None,
+        }
+
+    def row(self) -> TaskRow:
+        """Return what a journal keeps of it: all but its progress."""
+        return TaskRow(
+            sequence=self.sequence,
+            requester=self.requester.agent_id,
+            request=self.request,
+            depth=self.depth,
+            accepted_at=self.accepted_at,
+            deadline=self.deadline,
+            bytes=self.bytes - self.detail_bytes,
+            state=self.state,
+            assignee=self.assignee.agent_id if self.assignee is not None else None,
+            attempt=self.attempt,
+            is_delivered=self.is_delivered,
+            ended_at=self.ended_at,
+            end=self.outcome() if self.state in FINAL_STATES else None,
+        )
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class AgentRecord:
-    """What the hub knows of one agent.
+    """What the hub knows of one agent. Only `Directory.transition` assigns `state`.
 
-    It is online while it has a connection; away from the loss of that until its grace time ends (both count as
-    "there"); and gone after that, when its record stays only as long as `is_needed`.
+    After its grace period, or after it has deregistered, its record is kept only as long as it `is_needed`.
     """
 
     agent_id: str
-    resume: str  # Its secret; empty after a restart, until it has said it.
+    resume: str  # Its secret; empty after a restart, until the agent has presented it.
     resume_hash: str = ""  # SHA-256 of that, in hex.
-    connection: Connection | None = None
-    there: bool = True
-    departed: bool = False  # It deregistered: nothing is kept for it.
-    leaving: Deregister | None = None  # The request to drain, until it is granted.
+    state: AgentState = ONLINE
+    connection: Connection | None = None  # While it is online or draining.
+    drain_id: str | None = None  # The id of its request to drain, until the hub replies to it.
     name: str = ""
     description: str = ""
     capabilities: dict[str, Capability] = field(default_factory=dict)
@@ -1719,22 +1838,24 @@ class AgentRecord:
     max_tasks: int = 1
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = 0  # The size of its AgentInfo.
-    pools: list[Pool] = field(default_factory=list)  # Of its capabilities, while it is there and takes tasks.
+    pools: list[Pool] = field(default_factory=list)  # Of its capabilities, while it is online or disconnected.
     load: int | None = None  # The load under which the pools list it; None while it can take no task.
-    running: dict[str, TaskRecord] = field(default_factory=dict)  # In progress at it.
+    running: dict[str, TaskRecord] = field(default_factory=dict)  # In progress, with it as the assignee.
     awaited: dict[str, TaskRecord] = field(default_factory=dict)  # Pending, and naming it.
-    requested: dict[str, TaskRecord] = field(default_factory=dict)  # Open, and asked for by it.
-    undelivered: dict[str, TaskRecord] = field(default_factory=dict)  # Ended while it was away.
-    delivered: int = 0  # Records kept of ended tasks that it was told of, which does not mean that it heard.
+    requested: dict[str, TaskRecord] = field(default_factory=dict)  # Open, with it as the requester.
+    undelivered: dict[str, TaskRecord] = field(default_factory=dict)  # Ended while it was disconnected or gone.
+    delivered: int = 0  # Records kept whose outcome was sent to it, which does not mean that it arrived.
 
     @property
     def is_available(self) -> bool:
-        return self.connection is not None and self.leaving is None and len(self.running) < self.max_tasks
+        return self.state is ONLINE and len(self.running) < self.max_tasks
 
     @property
     def is_needed(self) -> bool:
-        """Whether a gone agent still has a reason to come back."""
-        return bool(self.awaited) or (not self.departed and bool(self.requested or self.undelivered or self.delivered))
+        """Whether an agent that is gone may still want something, or be wanted, when it comes back."""
+        if self.state is AgentState.DEREGISTERED:
+            return bool(self.awaited)
+        return bool(self.awaited or self.requested or self.undelivered or self.delivered)
 
     @property
     def info(self) -> AgentInfo:
@@ -1747,6 +1868,18 @@ class AgentRecord:
             self.max_tasks,
             self.metadata,
         )
+
+    def row(self) -> AgentRow:
+        """Return what a journal keeps of it."""
+        register = Register(
+            name=self.name,
+            description=self.description,
+            capabilities=list(self.capabilities.values()),
+            max_tasks=self.max_tasks,
+            metadata=self.metadata,
+        )
+        is_deregistered = self.state is AgentState.DEREGISTERED
+        return AgentRow(self.agent_id, self.resume_hash, register, self.state not in LEFT_STATES, is_deregistered)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -1761,7 +1894,11 @@ class Connection:
 
 
 class AgentRow(NamedTuple):
-    """What a journal keeps of an agent: its registration, without the secret."""
+    """What a journal keeps of an agent: its registration, without the secret.
+
+    `there` is false once it is gone, `departed` is true if that is because it deregistered. Other states do not
+    outlive the hub: to the next one, every agent that is not gone is disconnected.
+    """
 
     agent_id: str
     resume_hash: str
@@ -1783,7 +1920,7 @@ class TaskRow(NamedTuple):
     state: TaskState
     assignee: str | None
     attempt: int
-    is_delivered: bool  # Its requester was told of the end.
+    is_delivered: bool  # Its outcome was sent to its requester.
     ended_at: float
     end: TaskOutcome | None
 
@@ -2007,57 +2144,350 @@ def trigrams(text: str) -> dict[str, None]:
     return dict.fromkeys(text[start : start + 3] for start in range(len(text) - 2))
 
 
+class Directory:
+    """The agents that the hub knows, and what finds one of them: for a task, and for `discover`.
+
+    An agent that is online or disconnected is a member of the pool of each of its capabilities and is in the index of
+    `discover`; one that is draining, interrupted or gone is in neither. A pool lists those of its members that can take
+    a task under their load. `transition` and `describe` keep that true, and `update_load` does after each change of
+    what an agent is running.
+    """
+
+    def __init__(self, *, is_journaled: bool) -> None:
+        self.agents: dict[str, AgentRecord] = {}
+        self.gone: dict[str, AgentRecord] = {}  # Those of them in one of LEFT_STATES.
+        self.pools: dict[str, Pool] = {}  # By capability; none of them is empty.
+        self.index = CapabilityIndex()
+        self.changed: dict[AgentRecord, bool] = {}  # Since the last step; False if the record was dropped.
+        self._is_journaled = is_journaled
+
+    def mark(self, agent: AgentRecord, is_kept: bool = True) -> None:
+        """Have an agent's row written, or deleted, by this step."""
+        if self._is_journaled:
+            self.changed[agent] = is_kept
+
+    def transition(self, agent: AgentRecord, event: AgentEvent) -> None:
+        """Take one step of the table. Nothing else assigns an agent's state; pools and index follow it here."""
+        agent.state = state = next_agent_state(agent.state, event)
+        if state in TARGET_STATES:
+            self.update_load(agent)
+        else:
+            self._leave_pools(agent)
+        if state in LEFT_STATES:
+            self.gone[agent.agent_id] = agent
+            self.mark(agent)
+        else:
+            self.gone.pop(agent.agent_id, None)
+
+    def describe(self, agent: AgentRecord, message: Register, running_max: int) -> None:
+        """Make an agent what its registration says it is."""
+        self._leave_pools(agent)
+        offered = [Capability(one) if isinstance(one, str) else one for one in message.capabilities]
+        agent.name, agent.description = message.name, message.description
+        agent.max_tasks, agent.metadata = min(message.max_tasks, running_max), message.metadata
+        agent.capabilities = {one.name: one for one in offered}
+        agent.info_bytes = len(encode(Discovered(agents=[agent.info], total=1)))
+        if agent.state in TARGET_STATES:
+            self._join_pools(agent)
+        self.update_load(agent)
+        self.mark(agent)
+
+    def restore(self, row: AgentRow, running_max: int) -> AgentRecord:
+        """Add an agent that a journal has kept."""
+        left = AgentState.DEREGISTERED if row.departed else AgentState.GONE
+        agent = AgentRecord(row.agent_id, "", row.resume_hash, AgentState.DISCONNECTED if row.there else left)
+        self.agents[row.agent_id] = agent
+        if agent.state in LEFT_STATES:
+            self.gone[row.agent_id] = agent
+        self.describe(agent, row.register, running_max)
+        return agent
+
+    def forget_unneeded(self) -> None:
+        """Drop those that are gone and that nothing needs any more."""
+        for agent in [agent for agent in self.gone.values() if not agent.is_needed]:
+            self.forget(agent)
+
+    def forget(self, agent: AgentRecord) -> None:
+        del self.agents[agent.agent_id], self.gone[agent.agent_id]
+        self.mark(agent, is_kept=False)
+
+    def update_load(self, agent: AgentRecord) -> None:
+        """List an agent in its pools under what it has to do now."""
+        old, new = agent.load, len(agent.running) if agent.is_available else None
+        if new != old:
+            for pool in agent.pools:
+                pool.move(agent, old, new)
+            agent.load = new
+
+    def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
+        """Return an agent that can take a task now: one to avoid only if there is no other, never its requester."""
+        agent_id, capability = task.target
+        if agent_id is None:
+            pool = self.pools.get(capability or "")
+            if pool is None:
+                return None
+            return pool.least_loaded(task.requester, avoiding) or pool.least_loaded(task.requester)
+        agent = self.agents.get(agent_id)
+        if agent is None or agent.load is None:
+            return None
+        return agent if capability is None or capability in agent.capabilities else None
+
+    def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
+        """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
+        were looked at.
+        """
+        ranks = self.index.ranks(keyword) if keyword else dict.fromkeys(self.agents.values(), 0)
+        ranked = [
+            (rank, len(agent.running), agent.name, agent.agent_id)
+            for agent, rank in ranks.items()
+            if agent.state is ONLINE
+        ]
+        found: list[AgentInfo] = []
+        for *_, agent_id in heapq.nsmallest(limit, ranked):
+            agent = self.agents[agent_id]
+            if agent.info_bytes <= bytes_max:
+                bytes_max -= agent.info_bytes
+                found.append(agent.info)
+        return found, len(ranked), self.index.scanned if keyword else len(ranks)
+
+    def _join_pools(self, agent: AgentRecord) -> None:
+        for name in agent.capabilities:
+            pool = self.pools.get(name)
+            if pool is None:
+                pool = self.pools[name] = Pool(name)
+                self.index.add_pool(pool)
+            pool.members[agent.agent_id] = agent
+            agent.pools.append(pool)
+        descriptions = [agent.description, *(one.description for one in agent.capabilities.values())]
+        agent.words = dict.fromkeys(words_of(" ".join(descriptions)))
+        self.index.add_agent(agent)
+
+    def _leave_pools(self, agent: AgentRecord) -> None:
+        for pool in agent.pools:
+            pool.move(agent, agent.load, None)
+            del pool.members[agent.agent_id]
+            if not pool.members:
+                del self.pools[pool.name]
+                self.index.drop_pool(pool)
+        self.index.drop_agent(agent)
+        agent.pools, agent.words, agent.load = [], {}, None
+
+
+class TaskTable:
+    """The records of all tasks, each in one of three dictionaries, with what they add up to.
+
+    `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
+    outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
+    in the order of their ends, so that the oldest go first. Requesters, parents and the counts are kept in step here;
+    who runs a task, and who waits for which, is the Hub's affair.
+    """
+
+    def __init__(self, bytes_max: int, *, is_journaled: bool) -> None:
+        self.open: dict[str, TaskRecord] = {}
+        self.delivered: dict[str, TaskRecord] = {}
+        self.undelivered: dict[str, TaskRecord] = {}
+        self.counts = dict.fromkeys(TaskState, 0)  # Of the records that are kept.
+        self.totals = {state: 0 for state in TaskState if state in FINAL_STATES}  # Of all that have ended.
+        self.bytes = 0  # Of all records, ...
+        self.delivered_bytes = 0  # ... and of those in `delivered`, which may be dropped to make room.
+        self.bytes_max = bytes_max
+        self.sequence = 0  # Of the task accepted last.
+        self.changed: dict[TaskRecord, bool] = {}  # Since the last step; False if the record was dropped.
+        self._is_journaled = is_journaled
+
+    def find(self, task_id: str) -> TaskRecord | None:
+        return self.open.get(task_id) or self.delivered.get(task_id) or self.undelivered.get(task_id)
+
+    def newest_first(self) -> Iterator[TaskRecord]:
+        """Return all tasks: the open ones, those with an outcome to deliver, and the others."""
+        kept = (self.open, self.undelivered, self.delivered)
+        return itertools.chain.from_iterable(reversed(tasks.values()) for tasks in kept)
+
+    def __len__(self) -> int:
+        return len(self.open) + len(self.undelivered) + len(self.delivered)
+
+    def mark(self, task: TaskRecord, is_kept: bool = True) -> None:
+        """Have a task's row written, or deleted, by this step."""
+        if self._is_journaled:
+            self.changed[task] = is_kept
+
+    def take_changes(self, changes: Changes) -> None:
+        """Add the rows of the tasks that changed since the last step."""
+        for task, is_kept in self.changed.items():
+            if is_kept:
+                (changes.updated if task.is_journaled else changes.inserted)[task.sequence] = task.row()
+                task.is_journaled = True
+            elif task.is_journaled:  # Otherwise it came and went within one step.
+                changes.deleted[task.sequence] = None
+        self.changed = {}
+
+    def accept(
+        self, request: Delegate, requester: AgentRecord, parent: TaskRecord | None, now: float, message_bytes: int
+    ) -> TaskRecord:
+        """Return the record of a new task, which is pending."""
+        deadline = now + request.ttl
+        depth = 1
+        if parent is not None:
+            deadline = min(deadline, parent.deadline)
+            depth = parent.depth + 1
+        self.sequence += 1
+        size = message_bytes + RECORD_BYTES
+        task = TaskRecord(request.task_id, request, requester, parent, depth, now, deadline, self.sequence, size)
+        self._count(task)
+        self.list_open(task)
+        self.mark(task)
+        return task
+
+    def restore(self, row: TaskRow, agent_of: Callable[[str], AgentRecord], now: float) -> TaskRecord:
+        """Return the record of a task that a journal has kept; it is in none of the dictionaries yet.
+
+        Even if the machine's clock was set back, nothing is younger than now, or lives longer than its time to live.
+        """
+        request = row.request
+        self.sequence = row.sequence
+        task = TaskRecord(
+            request.task_id,
+            request,
+            agent_of(row.requester),
+            self.open.get(request.parent_id or ""),
+            row.depth,
+            min(row.accepted_at, now),
+            min(row.deadline, now + request.ttl),
+            row.sequence,
+            row.bytes,
+            state=row.state,
+            assignee=agent_of(row.assignee) if row.assignee is not None else None,
+            attempt=row.attempt,
+            ended_at=min(row.ended_at, now),
+            is_journaled=True,
+        )
+        if row.end is not None:
+            task.success, task.output, task.error = row.end.success, row.end.output, row.end.error
+            task.settled_by = agent_of(row.end.sender) if row.end.sender is not None else None
+            self.totals[task.state] += 1
+        self._count(task)
+        return task
+
+    def _count(self, task: TaskRecord) -> None:
+        self.bytes += task.bytes
+        self.counts[task.state] += 1
+
+    def list_open(self, task: TaskRecord) -> None:
+        self.open[task.task_id] = task.requester.requested[task.task_id] = task
+        if task.parent is not None:
+            task.parent.children = task.parent.children or {}
+            task.parent.children[task.task_id] = task
+
+    def transition(self, task: TaskRecord, event: TaskEvent) -> None:
+        """Take one step of the table. Nothing else assigns a task's state."""
+        state = next_state(task.state, event)
+        counts = self.counts
+        counts[task.state] -= 1
+        counts[state] += 1
+        task.state = state
+        if state in FINAL_STATES:
+            self.totals[state] += 1
+            del self.open[task.task_id], task.requester.requested[task.task_id]
+            if task.parent is not None and task.parent.children:
+                task.parent.children.pop(task.task_id, None)
+        if self._is_journaled:
+            self.changed[task] = True
+
+    def grow(self, task: TaskRecord, size: int) -> None:
+        """Count `size` more bytes (less, if negative) in the record of an open task."""
+        task.bytes += size
+        self.bytes += size
+
+    def keep_undelivered(self, task: TaskRecord) -> None:
+        task.requester.undelivered[task.task_id] = self.undelivered[task.task_id] = task
+
+    def take_undelivered(self, task: TaskRecord) -> None:
+        del task.requester.undelivered[task.task_id], self.undelivered[task.task_id]
+
+    def keep_delivered(self, task: TaskRecord) -> None:
+        self.delivered[task.task_id] = task
+        self.delivered_bytes += task.bytes
+        task.is_delivered = True
+        task.requester.delivered += 1
+
+    def take_delivered(self, task_id: str) -> TaskRecord | None:
+        """Take a task out of `delivered`; return it if it was there."""
+        task = self.delivered.pop(task_id, None)
+        if task is not None:
+            self.delivered_bytes -= task.bytes
+            task.is_delivered = False
+            task.requester.delivered -= 1
+        return task
+
+    def has_room(self, size: int) -> bool:
+        """Return whether a record of `size` bytes fits when all of `delivered` is dropped for it."""
+        return self.bytes - self.delivered_bytes + size <= self.bytes_max
+
+    def make_room(self, needed: int = 0) -> None:
+        """Drop the oldest delivered tasks, before their retention is over, while the records are too large together."""
+        while self.delivered and self.bytes + needed > self.bytes_max:
+            self.purge(next(iter(self.delivered.values())))
+
+    def purge_older(self, horizon: float) -> bool:
+        """Drop tasks that ended before `horizon`, at most TICK_BATCH of a kind; return whether more may be left."""
+        kept = (self.delivered.values(), self.undelivered.values())
+        oldest = itertools.chain.from_iterable(itertools.islice(tasks, TICK_BATCH) for tasks in kept)
+        stale = [task for task in oldest if task.ended_at <= horizon]
+        for task in stale:
+            self.purge(task)
+        return len(stale) >= TICK_BATCH
+
+    def purge(self, task: TaskRecord) -> None:
+        """Drop the record of an ended task."""
+        self.mark(task, is_kept=False)
+        if self.take_delivered(task.task_id) is None:
+            self.take_undelivered(task)
+        self.bytes -= task.bytes
+        self.counts[task.state] -= 1
+
+
 class Hub:
     """Every decision about agents and tasks.
 
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
     does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, each step has
     the changes that must be on disk before its effects are carried out; `restore` reads them again after a restart.
+    `directory` and `tasks` are for reading.
     """
 
     def __init__(
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None:
         self.settings: HubSettings = settings
+        self.directory = Directory(is_journaled=is_journaled)
+        self.tasks = TaskTable(settings.records_bytes_max, is_journaled=is_journaled)
         self.shutting_down = False
-        self.is_full = False  # The journal has no room: no new task is taken.
+        self.is_full = False  # The journal's disk is full: no new task is accepted.
+        self.cost = 0  # What the last message cost to handle; a plain one costs 1.
         self._is_journaled = is_journaled
         self._entropy = entropy
         self._now = self._started_at = now
-        self._effects: list[Effect] = []  # Of this step, as are the changed records; False if it was forgotten.
-        self._changed_tasks: dict[TaskRecord, bool] = {}
-        self._changed_agents: dict[AgentRecord, bool] = {}
+        self._effects: list[Effect] = []  # Of this step.
         self._message_bytes = 0  # The size of the message being handled.
-        # What comes in with so many bytes fits into a message without trying: written again it may be longer, but not
+        # A message of so few bytes fits into another one without encoding it first: that may make it longer, but not
         # by more than INFLATION_MAX.
         self._small_bytes_max = (settings.message_bytes_max - ENVELOPE_BYTES) // INFLATION_MAX
-        self.cost = 0  # What the last message cost to handle; a plain one costs 1.
+        # An agent never runs more tasks than fit into the reply to its next `register`.
+        self._running_max = max(1, (settings.message_bytes_max - settings.envelope_bytes) // REF_BYTES)
         self._refusals: dict[str, int] = {}  # How many, by code.
         self._closes: dict[str, int] = {}  # How many connections ended, by close code.
         self._connections: dict[Hashable, Connection] = {}
-        self._agents: dict[str, AgentRecord] = {}
-        self._gone: dict[str, AgentRecord] = {}  # Those of them past their grace time.
-        self._pools: dict[str, Pool] = {}
-        self._finder = CapabilityIndex()
-        self._open: dict[str, TaskRecord] = {}
-        self._ended: dict[str, TaskRecord] = {}  # Whose requester was told. In the order of their ends.
-        self._undelivered: dict[str, TaskRecord] = {}  # Whose requester is away. In the order of their ends.
-        self._queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By agent_id and capability.
-        self._deferred: dict[str, AgentRecord] = {}  # Who can take a task when all that is due has ended.
+        self._queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By `TaskRecord.target`; none is empty.
+        self._deferred: dict[str, AgentRecord] = {}  # Can take a task once all that is due has ended.
         self._deadlines: LazyHeap[TaskRecord | AgentRecord | Connection] = LazyHeap()
-        # Where records are kept for a second, they are not left lying for thirty.
+        # Records that are kept for a second must not wait thirty for the reaper.
         self._sweep_interval_s = min(settings.reap_s, max(0.1, settings.retention_s / 10))
         self._next_sweep = now + self._sweep_interval_s
-        self._sequence = 0
-        self._records_bytes = 0
-        self._ended_bytes = 0  # Of those whose requester was told.
-        self._counts = dict.fromkeys(TaskState, 0)
-        self._totals = {state: 0 for state in TaskState if state in FINAL_STATES}
 
-    # What happens.
+    # Facts.
 
     def connected(self, link: Hashable, now: float) -> Step:
-        """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
+        """Add a new connection. Until it registers it may only look: `status` and `discover`."""
         self._advance(now)
         connection = self._connections[link] = Connection(link, self._now)
         self._deadlines.push(connection, self._now + min(self.settings.join_s, self.settings.silence_s))
@@ -2076,7 +2506,7 @@ class Hub:
         With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
         """
         connection = self._connections.get(link)
-        if connection is None:  # It was closed from this side, and this was still on its way.
+        if connection is None:  # The hub has closed it, and this was still on its way.
             return Step([])
         if now > self._now:
             self._now = now
@@ -2098,7 +2528,7 @@ class Hub:
         return self._take_step()
 
     def disconnected(self, link: Hashable, now: float, code: int = 1006) -> Step:
-        """Take note of a lost connection: its agent's place is kept for the grace time."""
+        """Remove a lost connection. Its agent's session is kept for the grace period."""
         self._advance(now)
         connection = self._connections.get(link)
         if connection is not None:
@@ -2122,9 +2552,9 @@ class Hub:
     def redeliver(self, task_id: str, now: float) -> Step:
         """Redeliver an outcome that was not sent because the requester disconnected."""
         self._advance(now)
-        task = self._forget_delivered(task_id)
+        task = self.tasks.take_delivered(task_id)
         if task is not None:
-            self._mark_task(task)
+            self.tasks.mark(task)
             self._deliver_outcome(task)
         return self._take_step()
 
@@ -2136,169 +2566,92 @@ class Hub:
         return self._next_sweep if first is None else min(first[0], self._next_sweep)
 
     def shut_down(self) -> None:
-        """Take no new task from now on."""
+        """Accept no new task from now on."""
         self.shutting_down = True
 
     @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""
-        return self._counts[TaskState.IN_PROGRESS]
+        return self.tasks.counts[TaskState.IN_PROGRESS]
 
     def summary(self) -> dict[str, Any]:
-        """Return what `status` says of the hub itself."""
+        """Return what `status` reports of the hub itself."""
         online = sum(1 for connection in self._connections.values() if connection.agent is not None)
         return {
             "version": __version__,
             "protocol": PROTOCOL_VERSION,
             "uptime_s": round(self._now - self._started_at, 3),
             "agents": online,
-            "agents_away": sum(1 for agent in self._agents.values() if agent.connection is None),
+            "agents_away": sum(1 for agent in self.directory.agents.values() if agent.connection is None),
             "connections": len(self._connections),
-            "tasks": {state.value: count for state, count in self._counts.items()},
-            "ended": {state.value: count for state, count in self._totals.items()},
+            "tasks": {state.value: count for state, count in self.tasks.counts.items()},
+            "ended": {state.value: count for state, count in self.tasks.totals.items()},
             "refused": dict(self._refusals),
             "closed": dict(self._closes),
-            "records_bytes": self._records_bytes,
+            "records_bytes": self.tasks.bytes,
             "shutting_down": self.shutting_down,
             "journal": ("full" if self.is_full else "ok") if self._is_journaled else "none",
         }
 
-    # What survives.
+    # Steps, and what survives a restart.
 
     def _take_step(self) -> Step:
         """Return the effects and changes since the last step."""
         effects, self._effects = self._effects, []
-        if self._is_journaled and (self._changed_tasks or self._changed_agents):
+        if self._is_journaled and (self.tasks.changed or self.directory.changed):
             return Step(effects, self._take_changes())
         return Step(effects)
 
     def _take_changes(self) -> Changes:
-        tasks, self._changed_tasks = self._changed_tasks, {}
-        agents, self._changed_agents = self._changed_agents, {}
         changes = Changes()
-        for task, is_kept in tasks.items():
-            if is_kept:
-                (changes.updated if task.is_journaled else changes.inserted)[task.sequence] = self._task_row(task)
-                task.is_journaled = True
-            elif task.is_journaled:
-                changes.deleted[task.sequence] = None
+        self.tasks.take_changes(changes)
+        agents, self.directory.changed = self.directory.changed, {}
         for agent, is_kept in agents.items():
-            changes.agents[agent.agent_id] = self._agent_row(agent) if is_kept else None
+            changes.agents[agent.agent_id] = agent.row() if is_kept else None
         return changes
 
-    def _agent_row(self, agent: AgentRecord) -> AgentRow:
-        register = Register(
-            name=agent.name,
-            description=agent.description,
-            capabilities=list(agent.capabilities.values()),
-            max_tasks=agent.max_tasks,
-            metadata=agent.metadata,
-        )
-        return AgentRow(agent.agent_id, agent.resume_hash, register, agent.there, agent.departed)
-
-    def _task_row(self, task: TaskRecord) -> TaskRow:
-        return TaskRow(
-            sequence=task.sequence,
-            requester=task.requester.agent_id,
-            request=task.request,
-            depth=task.depth,
-            accepted_at=task.accepted_at,
-            deadline=task.deadline,
-            bytes=task.bytes - task.detail_bytes,
-            state=task.state,
-            assignee=task.assignee.agent_id if task.assignee is not None else None,
-            attempt=task.attempt,
-            is_delivered=task.is_delivered,
-            ended_at=task.ended_at,
-            end=self._outcome(task) if task.state in FINAL_STATES else None,
-        )
-
-    def _mark_task(self, task: TaskRecord, is_kept: bool = True) -> None:
-        """Take note that a task's row must be written, or deleted."""
-        if self._is_journaled:
-            self._changed_tasks[task] = is_kept
-
-    def _mark_agent(self, agent: AgentRecord, is_kept: bool = True) -> None:
-        if self._is_journaled:
-            self._changed_agents[agent] = is_kept
-
     def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
-        """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
+        """Continue from what a journal has kept, before anything else happens. Each agent gets a new grace period.
 
-        Requesters are told again of what ended after `redeliver_after`: the word of it may have been lost with the hub.
+        Outcomes of tasks that ended after `redeliver_after` are delivered again: the last ones may have been lost with
+        the hub.
         """
         known: dict[str, AgentRecord] = {}
+
+        def agent_of(agent_id: str) -> AgentRecord:
+            """Return an agent, or a stand-in for one whose record was dropped."""
+            return known.setdefault(agent_id, AgentRecord(agent_id, "", "", AgentState.DEREGISTERED))
+
         for agent_row in agents:
-            known[agent_row.agent_id] = self._restore_agent(agent_row)
+            agent = known[agent_row.agent_id] = self.directory.restore(agent_row, self._running_max)
+            if agent_row.there:
+                self._deadlines.push(agent, self._now + self.settings.grace_s)
         ended = []
         for row in sorted(tasks, key=lambda row: row.sequence):
-            task = self._restore_task(row, known)
+            task = self.tasks.restore(row, agent_of, self._now)
             if task.state in FINAL_STATES:
                 ended.append((task, row.is_delivered and row.ended_at < redeliver_after))
             else:
                 self._restore_open(task)
         for task, is_delivered in sorted(ended, key=lambda one: one[0].ended_at):
             self._restore_ended(task, is_delivered)
-        self._forget_gone_agents()
+        self.directory.forget_unneeded()
         return self._take_step()
 
-    def _restore_agent(self, row: AgentRow) -> AgentRecord:
-        agent = AgentRecord(row.agent_id, "", row.resume_hash, departed=row.departed)
-        self._agents[row.agent_id] = agent
-        self._describe(agent, row.register)
-        if row.there:
-            self._deadlines.push(agent, self._now + self.settings.grace_s)
-        else:
-            agent.there = False
-            self._leave_pools(agent)
-            self._gone[row.agent_id] = agent
-        return agent
-
-    def _restore_task(self, row: TaskRow, known: dict[str, AgentRecord]) -> TaskRecord:
-        def agent(agent_id: str) -> AgentRecord:
-            """Return an agent, or a stand-in for one that has left for good."""
-            return known.setdefault(agent_id, AgentRecord(agent_id, "", "", there=False, departed=True))
-
-        request = row.request
-        self._sequence = row.sequence
-        # However the machine's clock was set meanwhile, nothing is older than now or lives longer than it should.
-        now = self._now
-        task = TaskRecord(
-            request.task_id,
-            request,
-            agent(row.requester),
-            self._open.get(request.parent_id or ""),
-            row.depth,
-            min(row.accepted_at, now),
-            min(row.deadline, now + request.ttl),
-            row.sequence,
-            row.bytes,
-            state=row.state,
-            assignee=agent(row.assignee) if row.assignee is not None else None,
-            attempt=row.attempt,
-            ended_at=min(row.ended_at, now),
-            is_journaled=True,
-        )
-        if row.end is not None:
-            task.success, task.output, task.error = row.end.success, row.end.output, row.end.error
-            task.settled_by = agent(row.end.sender) if row.end.sender is not None else None
-        self._count(task)
-        return task
-
     def _restore_open(self, task: TaskRecord) -> None:
-        self._list_open(task)
-        if task.state is TaskState.PENDING:
+        self.tasks.list_open(task)
+        self._deadlines.push(task, task.deadline)
+        if task.state is PENDING:
             self._enqueue(task)
         elif task.assignee is not None:
             task.assignee.running[task.task_id] = task
 
     def _restore_ended(self, task: TaskRecord, is_delivered: bool) -> None:
-        self._totals[task.state] += 1
-        if is_delivered or task.requester.departed:
-            self._keep_delivered(task)
+        if is_delivered or task.requester.state is AgentState.DEREGISTERED:
+            self.tasks.keep_delivered(task)
         else:
-            self._keep_undelivered(task)
-            self._mark_task(task)  # That it is to be told, if this hub dies before it can.
+            self.tasks.keep_undelivered(task)
+            self.tasks.mark(task)  # As undelivered, in case that this hub too dies before it can deliver.
 
     # Joining and leaving.
 
@@ -2310,17 +2663,17 @@ class Hub:
             agent = self._resumed(connection, message) or self._new_agent(message.name)
             self._attach(agent, connection)
             log_hub.info("joined agent=%s", agent.agent_id)
-        self._describe(agent, message)
+        self.directory.describe(agent, message, self._running_max)
         if message.id is not None:
             self._send(connection, self._registered(agent, message.id))
         for task in list(agent.undelivered.values()):
-            del agent.undelivered[task.task_id], self._undelivered[task.task_id]
-            self._mark_task(task)
+            self.tasks.take_undelivered(task)
+            self.tasks.mark(task)
             self._deliver_outcome(task)
         self._assign_waiting(agent)
 
     def _check_description(self, message: Register) -> None:
-        """Refuse an agent that says more of itself than this hub takes."""
+        """Refuse an agent whose registration is larger than this hub accepts."""
         settings = self.settings
         if len(message.capabilities) > settings.capabilities_max:
             text = f"capabilities: an agent may have {settings.capabilities_max} on this hub"
@@ -2333,8 +2686,8 @@ class Hub:
             raise Refused(text, code=Code.TOO_LARGE)
 
     def _resumed(self, connection: Connection, message: Register) -> AgentRecord | None:
-        """Return the agent whose identity a connection takes up again, if the hub knows it."""
-        agent = self._agents.get(message.agent_id or "")
+        """Return the agent whose session a connection resumes, if the hub knows it."""
+        agent = self.directory.agents.get(message.agent_id or "")
         if agent is None:
             return None
         secret = message.resume or ""
@@ -2344,40 +2697,26 @@ class Hub:
         agent.resume = secret
         if agent.connection is not None:
             self._close(agent.connection, CloseCode.REPLACED, "a newer connection has taken this agent over")
+        self.directory.transition(agent, AgentEvent.RESUMED)
         return agent
 
     def _new_agent(self, name: str) -> AgentRecord:
-        if len(self._agents) >= self.settings.agents_max:
+        agents = self.directory.agents
+        if len(agents) >= self.settings.agents_max:
             raise Refused(f"the hub has its {self.settings.agents_max} agents", code=Code.OVERLOADED)
         readable = slugify(name, 48) or "agent"
         agent_id = f"{readable}-{self._entropy(4).hex()}"
-        while agent_id in self._agents:
+        while agent_id in agents:
             agent_id = f"{readable}-{self._entropy(4).hex()}"
         secret = self._entropy(16).hex()
-        agent = self._agents[agent_id] = AgentRecord(agent_id, secret, hash_of(secret))
+        agent = agents[agent_id] = AgentRecord(agent_id, secret, hash_of(secret))
         return agent
 
     def _attach(self, agent: AgentRecord, connection: Connection) -> None:
         self._deadlines.discard(agent)
-        self._gone.pop(agent.agent_id, None)
         self._set_known(connection)
         agent.connection, connection.agent = connection, agent
-        agent.there, agent.departed, agent.leaving = True, False, None
-
-    def _describe(self, agent: AgentRecord, message: Register) -> None:
-        """Make an agent what its registration says it is."""
-        self._leave_pools(agent)
-        offered = [Capability(one) if isinstance(one, str) else one for one in message.capabilities]
-        agent.name, agent.description = message.name, message.description
-        # Never more than fit into the reply to a later `register`.
-        listed_max = max(1, (self.settings.message_bytes_max - self.settings.envelope_bytes) // REF_BYTES)
-        agent.max_tasks, agent.metadata = min(message.max_tasks, listed_max), message.metadata
-        agent.capabilities = {one.name: one for one in offered}
-        agent.info_bytes = len(encode(Discovered(agents=[agent.info], total=1)))
-        if agent.leaving is None:
-            self._join_pools(agent)
-        self._update_load(agent)
-        self._mark_agent(agent)
+        agent.drain_id = None
 
     def _registered(self, agent: AgentRecord, reply_to: str) -> Registered:
         return Registered(
@@ -2391,77 +2730,74 @@ class Hub:
 
     def _on_deregister(self, connection: Connection, message: Deregister) -> None:
         agent = self._registered_agent(connection)
-        if message.drain and agent.leaving is not None:
+        if not message.drain:
+            self._leave(agent, agent.drain_id, message.id)
+            return
+        if agent.state is AgentState.DRAINING:
             raise Refused("drain: is under way", code=Code.SHUTTING_DOWN)
-        if message.drain:
-            agent.leaving = message
-            self._leave_pools(agent)
-            self._release_awaited(agent)
-            self._leave_if_drained(agent)
-        else:
-            self._leave_hub(agent, message)
+        agent.drain_id = message.id
+        self.directory.transition(agent, AgentEvent.DRAIN_REQUESTED)
+        self._release_awaited(agent)
+        self._leave_if_drained(agent)
 
     def _leave_if_drained(self, agent: AgentRecord) -> None:
-        if agent.leaving is not None and agent.connection is not None and not agent.running:
-            self._leave_hub(agent, agent.leaving)
+        if agent.state is AgentState.DRAINING and not agent.running:
+            self._leave(agent, agent.drain_id)
 
-    def _leave_hub(self, agent: AgentRecord, message: Deregister) -> None:
-        """Grant a wish to leave."""
+    def _leave(self, agent: AgentRecord, *reply_ids: str | None) -> None:
+        """Let an agent go, with a reply to each of its requests to."""
         connection = agent.connection
         if connection is None:
-            raise AssertionError("an agent whose connection is lost waits out its grace time")
-        for request in [message] if agent.leaving in (None, message) else [agent.leaving, message]:
-            if request is not None and request.id is not None:
-                self._send(connection, Deregistered(reply_to=request.id))
-        self._close(connection, CloseCode.DONE, "deregistered")
-        agent.departed = True
+            raise AssertionError("an agent without a connection waits out its grace period")
+        for reply_to in reply_ids:
+            if reply_to is not None:
+                self._send(connection, Deregistered(reply_to=reply_to))
+        self._close(connection, CloseCode.DONE, "deregistered", AgentEvent.DEREGISTERED)
         self._remove_agent(agent)
 
-    def _close(self, connection: Connection, code: int, reason: str) -> None:
+    def _close(
+        self, connection: Connection, code: int, reason: str, event: AgentEvent = AgentEvent.CONNECTION_LOST
+    ) -> None:
         self._effects.append((connection.link, Close(code, reason)))
-        self._forget_connection(connection, code)
+        self._forget_connection(connection, code, event)
 
     def _set_known(self, connection: Connection) -> None:
-        """Take note that a connection has said what it is here for."""
+        """Note that a connection has registered or asked something, so that it may stay."""
         if not connection.is_known:
             connection.is_known = True
             self._deadlines.push(connection, self._now + self.settings.silence_s)
 
-    def _forget_connection(self, connection: Connection, code: int) -> None:
-        """Forget a connection, and start the grace time of its agent."""
+    def _forget_connection(
+        self, connection: Connection, code: int, event: AgentEvent = AgentEvent.CONNECTION_LOST
+    ) -> None:
+        """Remove a connection, and start the grace period of its agent unless that has deregistered."""
         del self._connections[connection.link]
         self._deadlines.discard(connection)
         key = str(code) if code in CLOSE_CODES else "other"
         count(self._closes, key)
-        level = logging.WARNING if code in WARNING_CLOSE_CODES else logging.DEBUG
-        log_hub.log(
-            level, "closed code=%s agent=%s", key, connection.agent.agent_id if connection.agent is not None else None
-        )
         agent, connection.agent = connection.agent, None
+        level = logging.WARNING if code in WARNING_CLOSE_CODES else logging.DEBUG
+        log_hub.log(level, "closed code=%s agent=%s", key, agent.agent_id if agent is not None else None)
         if agent is not None:
             agent.connection = None
-            self._update_load(agent)
-            self._deadlines.push(agent, self._now + self.settings.grace_s)
+            self.directory.transition(agent, event)
+            if event is AgentEvent.CONNECTION_LOST:
+                self._deadlines.push(agent, self._now + self.settings.grace_s)
 
     def _remove_agent(self, agent: AgentRecord) -> None:
-        """Take an agent out: its grace time is over, or it left. Its tasks are tried again or fail."""
-        log_hub.info("%s agent=%s running=%d", "left" if agent.departed else "lost", agent.agent_id, len(agent.running))
-        agent.there = False
-        self._deadlines.discard(agent)
-        self._leave_pools(agent)
-        while agent.running:  # One may be a part of another, and end with it.
+        """Take an agent out that is gone or deregistered. Its tasks are retried or fail."""
+        what = "left" if agent.state is AgentState.DEREGISTERED else "lost"
+        log_hub.info("%s agent=%s running=%d", what, agent.agent_id, len(agent.running))
+        while agent.running:  # Not a plain loop: one task may be a subtask of another, and be cancelled with it.
             task = next(iter(agent.running.values()))
             self._retry(task, "its agent was lost")
             self._follow_up(task, agent)
         self._release_awaited(agent)
-        if agent.is_needed:
-            self._gone[agent.agent_id] = agent
-        else:
-            del self._agents[agent.agent_id]
-        self._mark_agent(agent, agent.is_needed)
+        if not agent.is_needed:
+            self.directory.forget(agent)
 
     def _release_awaited(self, agent: AgentRecord) -> None:
-        """End the pending tasks that name an agent which takes no more, unless they are willing to wait."""
+        """Fail the pending tasks that name an agent which takes no more, unless they may wait for it."""
         for task in list(agent.awaited.values()):
             if not task.waits_for_agent:
                 self._end(task, TaskEvent.LOST, ErrorInfo(Code.AGENT_LOST, "its agent left before it began"))
@@ -2470,6 +2806,7 @@ class Hub:
         if isinstance(subject, TaskRecord):
             self._expire(subject)
         elif isinstance(subject, AgentRecord):
+            self.directory.transition(subject, AgentEvent.GRACE_EXPIRED)
             self._remove_agent(subject)
         else:
             self._on_silence(subject)
@@ -2480,10 +2817,9 @@ class Hub:
             self._close(connection, CloseCode.SILENT, "silent for three heartbeat intervals")
         elif not connection.is_known:
             # Not 1008: a program that was only slow may try again.
-            self._close(
-                connection, CloseCode.SILENT, f"neither registered nor asked anything in {self.settings.join_s:g} s"
-            )
-        else:
+            text = f"neither registered nor asked anything in {self.settings.join_s:g} s"
+            self._close(connection, CloseCode.SILENT, text)
+        else:  # It has spoken since this deadline was set: moving it with each message would cost more.
             self._deadlines.push(connection, silent_since)
 
     def _expire(self, task: TaskRecord) -> None:
@@ -2499,32 +2835,20 @@ class Hub:
 
     def _on_discover(self, connection: Connection, message: Discover) -> None:
         self._set_known(connection)
-        keyword = message.capability.lower()
-        ranks = self._finder.ranks(keyword) if keyword else dict.fromkeys(self._agents.values(), 0)
-        self.cost += (self._finder.scanned if keyword else len(ranks)) // COST_AGENTS
-        ranked = [
-            (rank, len(agent.running), agent.name, agent.agent_id)
-            for agent, rank in ranks.items()
-            if agent.connection is not None and agent.leaving is None
-        ]
-        found: list[AgentInfo] = []
-        room = self.settings.message_bytes_max - self.settings.envelope_bytes
-        for *_, agent_id in heapq.nsmallest(message.limit, ranked):
-            agent = self._agents[agent_id]
-            if agent.info_bytes <= room:
-                room -= agent.info_bytes
-                found.append(agent.info)
+        bytes_max = self.settings.message_bytes_max - self.settings.envelope_bytes
+        found, total, scanned = self.directory.search(message.capability.lower(), message.limit, bytes_max)
+        self.cost += scanned // COST_AGENTS
         if message.id is not None:
-            self._send(connection, Discovered(reply_to=message.id, agents=found, total=len(ranked)))
+            self._send(connection, Discovered(reply_to=message.id, agents=found, total=total))
 
     def _on_broadcast(self, connection: Connection, message: Broadcast) -> None:
         sender = self._registered_agent(connection)
         self._check_size(message)
-        relayed = BroadcastDelivery(sender=sender.agent_id, message=message.message, capability=message.capability)
+        delivery = BroadcastDelivery(sender=sender.agent_id, message=message.message, capability=message.capability)
         recipients = 0
         for agent in list(self._audience(message.capability)):
             if agent is not sender and agent.connection is not None:
-                self._send(agent.connection, relayed)
+                self._send(agent.connection, delivery)
                 recipients += 1
         self.cost *= max(1, recipients)
         if message.id is not None:
@@ -2532,8 +2856,8 @@ class Hub:
 
     def _audience(self, capability: str | None) -> Iterable[AgentRecord]:
         if capability is None:
-            return (connection.agent for connection in self._connections.values() if connection.agent is not None)
-        pool = self._pools.get(capability)
+            return (one.agent for one in self._connections.values() if one.agent is not None)
+        pool = self.directory.pools.get(capability)
         return pool.members.values() if pool is not None else ()
 
     # Asking.
@@ -2558,7 +2882,7 @@ class Hub:
         self._check_size(message)
         task.seq += 1
         task.progress, task.detail = message.progress, message.detail
-        self._grow(task, self._message_bytes - task.detail_bytes)
+        self.tasks.grow(task, self._message_bytes - task.detail_bytes)
         task.detail_bytes = self._message_bytes
         if task.requester.connection is not None:
             report = StatusReply(
@@ -2571,15 +2895,12 @@ class Hub:
                 detail=task.detail,
             )
             self._send(task.requester.connection, report)
-        return self._acknowledged(task)
+        return task.ack()
 
-    def _acknowledged(self, task: TaskRecord, reply_to: str | None = None) -> TaskAck:
-        return TaskAck(reply_to=reply_to, task_id=task.task_id, state=task.state, attempt=task.attempt)
-
-    def _task_report(self, task: TaskRecord, asker: AgentRecord | None, reply_to: str | None) -> StatusReply:
-        """Tell what the asker may know of a task, as much as fits into one message: the output does, whatever else."""
-        whole = StatusReply(reply_to=reply_to, **self._task_fields(task), seq=task.seq or None)
-        if asker is None or asker not in (task.requester, task.assignee):
+    def _task_report(self, task: TaskRecord, viewer: AgentRecord | None, reply_to: str | None) -> StatusReply:
+        """Return what the viewer may know of a task, as much as fits into one message: the output always does."""
+        whole = StatusReply(reply_to=reply_to, **task.info_fields(self._now), seq=task.seq or None)
+        if viewer is None or viewer not in (task.requester, task.assignee):
             return whole
         whole.input, whole.detail, whole.output, whole.error = task.request.input, task.detail, task.output, task.error
         lean = dataclasses.replace(whole, input=None, detail=None)
@@ -2596,63 +2917,42 @@ class Hub:
             error=task.error,
         )
 
-    def _task_fields(self, task: TaskRecord) -> dict[str, Any]:
-        """Return the fields that TaskInfo and StatusReply share."""
-        request = task.request
-        return {
-            "task_id": task.task_id,
-            "state": task.state,
-            "requester": task.requester.agent_id,
-            "agent_id": task.assignee.agent_id if task.assignee is not None else request.agent_id,
-            "capability": request.capability,
-            "attempt": task.attempt,
-            "priority": request.priority,
-            "max_retries": request.max_retries,
-            "parent_id": request.parent_id,
-            "ttl": 0.0 if task.state in FINAL_STATES else round(max(0.0, task.deadline - self._now), 3),
-            "age_s": round(self._now - task.accepted_at, 3),
-            "progress": task.progress,
-            "code": task.error.code if task.error is not None else None,
-        }
-
     def _task_list(self) -> StatusReply:
         """List the open tasks and then the ended ones, the newest first, as many as fit."""
-        records = (self._open, self._undelivered, self._ended)
-        newest_first = itertools.chain.from_iterable(reversed(kept.values()) for kept in records)
         listed: list[TaskInfo] = []
-        room = self.settings.message_bytes_max - self.settings.envelope_bytes
-        for task in itertools.islice(newest_first, LIST_MAX):
-            one = TaskInfo(**self._task_fields(task))
-            room -= len(encode(StatusReply(tasks=[one])))
-            if room < 0:
+        bytes_left = self.settings.message_bytes_max - self.settings.envelope_bytes
+        for task in itertools.islice(self.tasks.newest_first(), LIST_MAX):
+            one = TaskInfo(**task.info_fields(self._now))
+            bytes_left -= len(encode(StatusReply(tasks=[one])))
+            if bytes_left < 0:
                 break
             listed.append(one)
         self.cost += len(listed) // COST_TASKS
-        return StatusReply(tasks=listed, total=sum(map(len, records)))
+        return StatusReply(tasks=listed, total=len(self.tasks))
 
     # Delegating.
 
     def _on_delegate(self, connection: Connection, message: Delegate) -> None:
         agent = self._registered_agent(connection)
-        known = self._find(message.task_id)
+        known = self.tasks.find(message.task_id)
         if known is not None:
             self._repeat(connection, agent, known, message)
             return
         parent = self._admit(agent, message)
-        task = self._accept(agent, message, parent)
+        task = self.tasks.accept(message, agent, parent, self._now, self._message_bytes)
+        self._deadlines.push(task, task.deadline)
         worker = self._place(task)
         self._acknowledge(connection, message, task)
         if worker is not None:
             self._hand_out(task, worker)
 
     def _repeat(self, connection: Connection, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
-        """Answer a delegate that has been accepted before."""
+        """Answer a delegate that was accepted before."""
         if task.requester is not agent or not same_content(task.request, message):
             raise Refused("task_id: belongs to another task", code=Code.DUPLICATE_TASK)
-        if message.id is not None:
-            self._send(connection, self._acknowledged(task, message.id))
+        self._acknowledge(connection, message, task)
         if task.state in FINAL_STATES:
-            self._send(connection, self._outcome(task))
+            self._send(connection, task.outcome())
 
     def _admit(self, agent: AgentRecord, message: Delegate) -> TaskRecord | None:
         """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
@@ -2666,11 +2966,11 @@ class Hub:
         if not message.wait:
             self._check_target(agent, message)
         self._check_size(message)
-        self._check_room(agent)
+        self._check_limits(agent)
         return parent
 
     def _parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
-        parent = self._open.get(parent_id)
+        parent = self.tasks.open.get(parent_id)
         if parent is None or parent.assignee is not agent:
             raise Refused("parent_id: is not a task that this agent is working on", code=Code.NOT_ASSIGNED)
         if parent.depth >= DEPTH_OF_CHILDREN_MAX:
@@ -2678,105 +2978,76 @@ class Hub:
         return parent
 
     def _check_target(self, requester: AgentRecord, message: Delegate) -> None:
-        """Refuse a task for which nobody is there, online or in its grace time."""
+        """Refuse a task for which there is no agent, online or in its grace period."""
         if message.agent_id is None:
-            pool = self._pools.get(message.capability or "")
+            pool = self.directory.pools.get(message.capability or "")
             others = len(pool.members) - (requester.agent_id in pool.members) if pool is not None else 0
             if not others:
                 raise Refused("no agent with that capability is there", code=Code.NO_AGENT)
             return
-        agent = self._agents.get(message.agent_id)
-        if agent is None or not agent.there or agent.leaving is not None:
+        agent = self.directory.agents.get(message.agent_id)
+        if agent is None or agent.state not in TARGET_STATES:
             raise Refused("no agent with that agent_id is there", code=Code.UNKNOWN_AGENT)
         if message.capability is not None and message.capability not in agent.capabilities:
             raise Refused("that agent does not have that capability", code=Code.NO_AGENT)
 
     def _check_size(self, message: Delegate | Result | Status | Broadcast) -> None:
-        """Refuse what could not be passed on within the limit that holds for everybody's messages."""
+        """Refuse a message that would be too large when the hub passes it on, with the fields that it adds."""
         if self._message_bytes > self._small_bytes_max:
             limit = self.settings.message_bytes_max
             if len(encode(message)) + self.settings.envelope_bytes > limit:
                 raise Refused(f"with what the hub adds it is larger than {limit} bytes", code=Code.TOO_LARGE)
 
-    def _check_room(self, agent: AgentRecord) -> None:
-        settings = self.settings
+    def _check_limits(self, agent: AgentRecord) -> None:
+        """Refuse a task too many; drop ended tasks if its record needs their bytes."""
+        settings, tasks = self.settings, self.tasks
         if len(agent.requested) >= settings.open_tasks_max:
             raise Refused(f"this agent has its {settings.open_tasks_max} tasks open", code=Code.OVERLOADED)
-        if self._counts[PENDING] >= settings.pending_tasks_max:
+        if tasks.counts[PENDING] >= settings.pending_tasks_max:
             raise Refused(f"the hub has its {settings.pending_tasks_max} tasks waiting", code=Code.OVERLOADED)
         needed = self._message_bytes + RECORD_BYTES
-        if self._records_bytes - self._ended_bytes + needed > settings.records_bytes_max:
-            raise Refused(f"the hub holds its {settings.records_bytes_max} bytes of tasks", code=Code.OVERLOADED)
-        if self._records_bytes + needed > settings.records_bytes_max:
-            self._make_room(needed)
-
-    def _accept(self, agent: AgentRecord, message: Delegate, parent: TaskRecord | None) -> TaskRecord:
-        deadline = self._now + message.ttl
-        depth = 1
-        if parent is not None:
-            deadline = min(deadline, parent.deadline)
-            depth = parent.depth + 1
-        self._sequence += 1
-        size = self._message_bytes + RECORD_BYTES
-        task = TaskRecord(message.task_id, message, agent, parent, depth, self._now, deadline, self._sequence, size)
-        self._count(task)
-        self._list_open(task)
-        self._mark_task(task)
-        return task
-
-    def _count(self, task: TaskRecord) -> None:
-        self._records_bytes += task.bytes
-        self._counts[task.state] += 1
-
-    def _list_open(self, task: TaskRecord) -> None:
-        """Enter a task wherever open ones are found."""
-        self._open[task.task_id] = task.requester.requested[task.task_id] = task
-        if task.parent is not None:
-            task.parent.children = task.parent.children or {}
-            task.parent.children[task.task_id] = task
-        self._deadlines.push(task, task.deadline)
+        if tasks.bytes + needed > settings.records_bytes_max:
+            if not tasks.has_room(needed):
+                raise Refused(f"the hub holds its {settings.records_bytes_max} bytes of tasks", code=Code.OVERLOADED)
+            tasks.make_room(needed)
 
     def _place(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> AgentRecord | None:
         """Assign a pending task to a free agent, one to avoid only if there is no other, or let it wait.
 
-        Return the agent; the task is still to be handed out to it.
+        Return the agent, to which the task is still to be handed out. A task whose deadline has come, and that `tick`
+        is about to end, is given to nobody.
         """
-        agent = self._free_agent(task, avoiding) if self._now < task.deadline else None
+        agent = self.directory.free_agent(task, avoiding) if self._now < task.deadline else None
         if agent is None:
             self._enqueue(task)
         else:
             self._assign(task, agent)
-            self._update_load(agent)
+            self.directory.update_load(agent)
         return agent
 
     def _enqueue(self, task: TaskRecord) -> None:
-        self._queues.setdefault(self._target(task), PendingQueue()).push(task)
-        named = self._agents.get(task.request.agent_id or "")
+        self._queues.setdefault(task.target, PendingQueue()).push(task)
+        named = self.directory.agents.get(task.request.agent_id or "")
         if named is not None:
             named.awaited[task.task_id] = task
 
-    def _free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
-        agent_id, capability = task.request.agent_id, task.request.capability
-        if agent_id is None:
-            pool = self._pools.get(capability or "")
-            if pool is None:
-                return None
-            return pool.least_loaded(task.requester, avoiding) or pool.least_loaded(task.requester)
-        agent = self._agents.get(agent_id)
-        if agent is None or agent.load is None:
-            return None
-        return agent if capability is None or capability in agent.capabilities else None
-
-    def _target(self, task: TaskRecord) -> tuple[str | None, str | None]:
-        return task.request.agent_id, task.request.capability
+    def _unqueue(self, task: TaskRecord) -> None:
+        queue = self._queues[task.target]
+        queue.discard(task)
+        if not queue:
+            del self._queues[task.target]
+        named = self.directory.agents.get(task.request.agent_id or "")
+        if named is not None:
+            named.awaited.pop(task.task_id, None)
 
     def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
-        self._transition(task, ASSIGNED)
+        self.tasks.transition(task, ASSIGNED)
         task.attempt += 1
         task.assignee = agent
         agent.running[task.task_id] = task
 
     def _hand_out(self, task: TaskRecord, agent: AgentRecord) -> None:
+        """Send a task to its assignee."""
         if agent.connection is None:
             raise AssertionError("only an agent that is online is free")
         request = task.request
@@ -2796,7 +3067,7 @@ class Hub:
 
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
-        while self._counts[PENDING] and agent.is_available:
+        while self.tasks.counts[PENDING] and agent.is_available:
             task = self._next_for(agent)
             if task is None:
                 break
@@ -2806,63 +3077,22 @@ class Hub:
             self._unqueue(task)
             self._assign(task, agent)
             self._hand_out(task, agent)
-        self._update_load(agent)
+        self.directory.update_load(agent)
 
     def _assign_deferred(self) -> None:
-        unfilled, self._deferred = self._deferred, {}
-        for agent in unfilled.values():
+        deferred, self._deferred = self._deferred, {}
+        for agent in deferred.values():
             self._assign_waiting(agent)
 
     def _next_for(self, agent: AgentRecord) -> TaskRecord | None:
         """Return the first in line of all waiting tasks that this agent may take."""
         queues = [self._queues.get(pool.target) for pool in agent.pools]
         candidates = [queue.first(agent) for queue in queues if queue is not None]
-        if agent.awaited:
+        if agent.awaited:  # Tasks that name it, its own included.
             queues = [self._queues.get((agent.agent_id, capability)) for capability in (None, *agent.capabilities)]
             candidates += [queue.first(None) for queue in queues if queue is not None]
         waiting = [task for task in candidates if task is not None]
         return min(waiting, key=lambda task: task.queue_key) if waiting else None
-
-    def _unqueue(self, task: TaskRecord) -> None:
-        target = self._target(task)
-        queue = self._queues[target]
-        queue.discard(task)
-        if not queue:
-            del self._queues[target]
-        named = self._agents.get(task.request.agent_id or "")
-        if named is not None:
-            named.awaited.pop(task.task_id, None)
-
-    def _update_load(self, agent: AgentRecord) -> None:
-        """Bring an agent's place in its pools up to date with how much it has to do."""
-        old, new = agent.load, len(agent.running) if agent.is_available else None
-        if new != old:
-            for pool in agent.pools:
-                pool.move(agent, old, new)
-            agent.load = new
-
-    def _join_pools(self, agent: AgentRecord) -> None:
-        """Let an agent be found, by its capabilities and its descriptions."""
-        for name in agent.capabilities:
-            pool = self._pools.get(name)
-            if pool is None:
-                pool = self._pools[name] = Pool(name)
-                self._finder.add_pool(pool)
-            pool.members[agent.agent_id] = agent
-            agent.pools.append(pool)
-        descriptions = [agent.description, *(one.description for one in agent.capabilities.values())]
-        agent.words = dict.fromkeys(words_of(" ".join(descriptions)))
-        self._finder.add_agent(agent)
-
-    def _leave_pools(self, agent: AgentRecord) -> None:
-        for pool in agent.pools:
-            pool.move(agent, agent.load, None)
-            del pool.members[agent.agent_id]
-            if not pool.members:
-                del self._pools[pool.name]
-                self._finder.drop_pool(pool)
-        self._finder.drop_agent(agent)
-        agent.pools, agent.words, agent.load = [], {}, None
 
     # Ending.
 
@@ -2871,7 +3101,7 @@ class Hub:
         task = self._open_task(message.task_id)
         self._check_result(agent, task, message)
         self._check_size(message)
-        self._grow(task, self._message_bytes)
+        self.tasks.grow(task, self._message_bytes)
         worker = task.assignee
         if worker is agent:
             self._conclude(task, message)
@@ -2900,7 +3130,7 @@ class Hub:
             self._settle(task, SUCCEEDED, sender=task.assignee)
             return
         error = error_info(message.error)
-        if error.code == Code.AGENT_LOST:  # It never got the task, or lost it, and says so after a reconnect.
+        if error.code == Code.AGENT_LOST:  # It never got the task, or lost it, and reports so after a reconnect.
             self._retry(task, error.message, reporter=task.assignee)
         else:
             self._settle(task, TaskEvent.ERRED, sender=task.assignee, error=error)
@@ -2910,32 +3140,30 @@ class Hub:
         if task.attempt > task.request.max_retries:
             self._settle(task, TaskEvent.LOST, sender=reporter, error=ErrorInfo(Code.AGENT_LOST, reason))
             return
-        self._transition(task, TaskEvent.RETRIED)
+        self.tasks.transition(task, TaskEvent.RETRIED)
         if task.assignee is not None:
             del task.assignee.running[task.task_id]
         task.assignee = None
         task.progress = task.detail = None
-        self._grow(task, -task.detail_bytes)
+        self.tasks.grow(task, -task.detail_bytes)
         task.detail_bytes = 0
 
     def _settle(
         self, task: TaskRecord, event: TaskEvent, *, sender: AgentRecord | None = None, error: ErrorInfo | None = None
     ) -> None:
-        """Take an open task to its final state. `sender` is its assignee if that one's result does it."""
+        """Take an open task to its final state. `sender` is its assignee if its result does that."""
         if task.state is PENDING:
             self._unqueue(task)
-        self._transition(task, event)
+        self.tasks.transition(task, event)
         task.error, task.settled_by, task.ended_at = error, sender, self._now
-        self._open.pop(task.task_id)
         self._deadlines.discard(task)
-        task.requester.requested.pop(task.task_id)
-        if task.parent is not None and task.parent.children:
-            task.parent.children.pop(task.task_id, None)
         if task.assignee is not None:
             del task.assignee.running[task.task_id]
 
     def _follow_up(self, task: TaskRecord, worker: AgentRecord | None) -> None:
-        """Do what follows when a task has ended, or is to be retried, and so has left its worker."""
+        """Do what follows when a task has left its worker, because it has ended or is retried: cancel its subtasks,
+        deliver its outcome or hand it out again, and fill the slot that is free now.
+        """
         if task.children:
             error = ErrorInfo(Code.CANCELLED, "the task that it was part of has ended")
             while task.children:
@@ -2947,10 +3175,10 @@ class Hub:
         else:
             self._deliver_outcome(task)
             if worker is not None and worker is not task.settled_by and worker.connection is not None:
-                self._send(worker.connection, self._acknowledged(task))
+                self._send(worker.connection, task.ack())  # It must stop.
         if worker is not None:
             self._assign_waiting(worker)
-            if worker.leaving is not None:
+            if worker.state is AgentState.DRAINING:
                 self._leave_if_drained(worker)
 
     def _end(self, task: TaskRecord, event: TaskEvent, error: ErrorInfo) -> None:
@@ -2960,103 +3188,29 @@ class Hub:
         self._follow_up(task, worker)
 
     def _deliver_outcome(self, task: TaskRecord) -> None:
-        """Tell a task's end to its requester, or keep it until that one is back."""
+        """Send the outcome of a task to its requester, or keep it until its requester is back."""
         requester = task.requester
-        if requester.connection is None and not requester.departed and requester.agent_id in self._agents:
-            self._keep_undelivered(task)
-            return
-        self._keep_delivered(task)
         if requester.connection is not None:
-            self._send(requester.connection, self._outcome(task))
-        if self._records_bytes > self.settings.records_bytes_max:
-            self._make_room()
-
-    def _keep_undelivered(self, task: TaskRecord) -> None:
-        task.requester.undelivered[task.task_id] = self._undelivered[task.task_id] = task
-
-    def _keep_delivered(self, task: TaskRecord) -> None:
-        self._ended[task.task_id] = task
-        self._ended_bytes += task.bytes
-        task.is_delivered = True
-        task.requester.delivered += 1
-
-    def _forget_delivered(self, task_id: str) -> TaskRecord | None:
-        """Take an ended task out of those whose requester was told; return it if it was one of them."""
-        task = self._ended.pop(task_id, None)
-        if task is not None:
-            self._ended_bytes -= task.bytes
-            task.is_delivered = False
-            task.requester.delivered -= 1
-        return task
-
-    def _outcome(self, task: TaskRecord) -> TaskOutcome:
-        return TaskOutcome(
-            task_id=task.task_id,
-            sender=task.settled_by.agent_id if task.settled_by is not None else None,
-            success=task.success,
-            state=task.state,
-            output=task.output,
-            error=task.error,
-            attempt=task.attempt,
-        )
-
-    def _transition(self, task: TaskRecord, event: TaskEvent) -> None:
-        """Take one step of the table. Nothing else assigns a task's state."""
-        state = next_state(task.state, event)
-        counts = self._counts
-        counts[task.state] -= 1
-        counts[state] += 1
-        if state in FINAL_STATES:
-            self._totals[state] += 1
-        task.state = state
-        if self._is_journaled:
-            self._changed_tasks[task] = True
-
-    # Forgetting.
-
-    def _make_room(self, needed: int = 0) -> None:
-        """Drop the oldest ended tasks, before their retention is over, while the records are too large together."""
-        while self._ended and self._records_bytes + needed > self.settings.records_bytes_max:
-            self._purge_task(next(iter(self._ended.values())))
-
-    def _grow(self, task: TaskRecord, size: int) -> None:
-        """Take note that a task's record has become larger by `size` bytes (or smaller)."""
-        task.bytes += size
-        self._records_bytes += size
+            self._send(requester.connection, task.outcome())
+        elif requester.state is not AgentState.DEREGISTERED:
+            self.tasks.keep_undelivered(task)
+            return
+        self.tasks.keep_delivered(task)
+        if self.tasks.bytes > self.settings.records_bytes_max:
+            self.tasks.make_room()
 
     def _reap(self) -> None:
-        """Drop ended tasks past their retention, TICK_BATCH at a time, and gone agents that nothing needs."""
-        horizon = self._now - self.settings.retention_s
-        kept = (
-            itertools.islice(self._ended.values(), TICK_BATCH),
-            itertools.islice(self._undelivered.values(), TICK_BATCH),
-        )
-        stale = [task for task in itertools.chain(*kept) if task.ended_at <= horizon]
-        for task in stale:
-            self._purge_task(task)
-        self._forget_gone_agents()
-        self._next_sweep = self._now + (0 if len(stale) >= TICK_BATCH else self._sweep_interval_s)
-
-    def _forget_gone_agents(self) -> None:
-        """Drop those that nothing needs."""
-        for agent in [agent for agent in self._gone.values() if not agent.is_needed]:
-            del self._agents[agent.agent_id], self._gone[agent.agent_id]
-            self._mark_agent(agent, is_kept=False)
-
-    def _purge_task(self, task: TaskRecord) -> None:
-        """Drop the record of an ended task."""
-        self._mark_task(task, is_kept=False)
-        if self._forget_delivered(task.task_id) is None:
-            del self._undelivered[task.task_id], task.requester.undelivered[task.task_id]
-        self._records_bytes -= task.bytes
-        self._counts[task.state] -= 1
+        """Drop ended tasks past their retention, and gone agents that nothing needs."""
+        is_more_left = self.tasks.purge_older(self._now - self.settings.retention_s)
+        self.directory.forget_unneeded()
+        self._next_sweep = self._now + (0 if is_more_left else self._sweep_interval_s)
 
     # What the others share.
 
     def _acknowledge(self, connection: Connection, message: Delegate | Result, task: TaskRecord) -> None:
         """Answer a message with the state that it has led to, before what follows from that."""
         if message.id is not None:
-            self._send(connection, self._acknowledged(task, message.id))
+            self._send(connection, task.ack(message.id))
 
     def _advance(self, now: float) -> None:
         if now > self._now:
@@ -3079,17 +3233,14 @@ class Hub:
             raise Refused("register first; before that only status and discover", code=Code.NOT_REGISTERED)
         return connection.agent
 
-    def _find(self, task_id: str) -> TaskRecord | None:
-        return self._open.get(task_id) or self._ended.get(task_id) or self._undelivered.get(task_id)
-
     def _known_task(self, task_id: str) -> TaskRecord:
-        task = self._find(task_id)
+        task = self.tasks.find(task_id)
         if task is None:
             raise Refused("task_id: the hub knows no such task", code=Code.UNKNOWN_TASK)
         return task
 
     def _open_task(self, task_id: str) -> TaskRecord:
-        task = self._open.get(task_id)
+        task = self.tasks.open.get(task_id)
         if task is None:
             self._known_task(task_id)
             raise Refused("that task has ended", code=Code.TASK_OVER)

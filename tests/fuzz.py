@@ -1053,11 +1053,11 @@ class Story:
         self.assignee_before: dict[int, AgentRecord | None] = {}  # By sequence.
 
     def agents(self) -> dict[str, AgentRecord]:
-        return self.world.hub._agents
+        return self.world.hub.directory.agents
 
     def records(self) -> list[TaskRecord]:
         hub = self.world.hub
-        return [*hub._open.values(), *hub._ended.values(), *hub._undelivered.values()]
+        return [*hub.tasks.open.values(), *hub.tasks.delivered.values(), *hub.tasks.undelivered.values()]
 
     def agents_by_connection(self) -> dict[str, AgentRecord]:
         connections = self.world.hub._connections.items()
@@ -1104,7 +1104,7 @@ class Story:
         self.end(message)
 
     def task_of(self, message: Any) -> TaskRecord | None:
-        return self.world.hub._find(getattr(message, "task_id", None) or "")
+        return self.world.hub.tasks.find(getattr(message, "task_id", None) or "")
 
     def filled_in(self, template: bytes) -> bytes:
         agents = list(self.secrets.items()) or [("nobody", "nothing")]
@@ -1269,13 +1269,19 @@ class Story:
         hub = self.world.hub
         records = self.records()
         counted = collections.Counter(task.state for task in records)
-        demand(hub._counts == {state: counted[state] for state in TaskState}, f"the hub counts {hub._counts}")
-        demand(min(hub._totals.values()) >= 0 and hub.in_progress >= 0, "a counter is negative")
-        demand(hub._records_bytes == sum(task.bytes for task in records), "the bytes of records are counted wrong")
-        demand(hub._ended_bytes == sum(task.bytes for task in hub._ended.values()), "ended bytes are wrong")
+        demand(hub.tasks.counts == {state: counted[state] for state in TaskState}, f"the hub counts {hub.tasks.counts}")
+        demand(min(hub.tasks.totals.values()) >= 0 and hub.in_progress >= 0, "a counter is negative")
+        demand(hub.tasks.bytes == sum(task.bytes for task in records), "the bytes of records are counted wrong")
+        demand(
+            hub.tasks.delivered_bytes == sum(task.bytes for task in hub.tasks.delivered.values()),
+            "the bytes of delivered ones are counted wrong",
+        )
         demand(all(task.bytes > 0 for task in records), "a record has no size")
-        told = collections.Counter(task.requester for task in hub._ended.values())
-        demand(all(agent.delivered == told[agent] for agent in self.agents().values()), "outcomes are counted wrong")
+        told = collections.Counter(task.requester for task in hub.tasks.delivered.values())
+        demand(
+            all(agent.delivered == told[agent] for agent in self.agents().values()),
+            "delivered outcomes are counted wrong",
+        )
 
 
 # The invariants of the state machine that need only the hub's own records.

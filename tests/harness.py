@@ -109,19 +109,19 @@ class World:
         """Tell whether the hub remembers nothing of anybody."""
         hub = self.hub
         indexes = (
-            hub._agents,
-            hub._gone,
-            hub._pools,
-            hub._finder,
+            hub.directory.agents,
+            hub.directory.gone,
+            hub.directory.pools,
+            hub.directory.index,
             hub._queues,
-            hub._open,
-            hub._ended,
-            hub._undelivered,
+            hub.tasks.open,
+            hub.tasks.delivered,
+            hub.tasks.undelivered,
             hub._deferred,
         )
         return (
             not any(map(len, (*indexes, hub._connections, hub._deadlines)))
-            and hub._records_bytes == hub._ended_bytes == 0
+            and hub.tasks.bytes == hub.tasks.delivered_bytes == 0
         )
 
 
@@ -227,4 +227,4 @@ def snapshot(value: Any, seen: dict[int, int] | None = None) -> Any:
 
 def rank_of(world: World, keyword: str, program: Program) -> int | None:
     """Return how well a program matches a keyword: 0 is best, None is not at all."""
-    return world.hub._finder.ranks(keyword).get(world.hub._agents[program.agent_id])
+    return world.hub.directory.index.ranks(keyword).get(world.hub.directory.agents[program.agent_id])

@@ -1139,7 +1139,7 @@ class Simulation:
 
     def _is_at_rest(self) -> bool:
         life = self.life
-        if life is None or not life.is_idle or life.hub._open or any(link.up for link in self.links):
+        if life is None or not life.is_idle or life.hub.tasks.open or any(link.up for link in self.links):
             return False
         return all(
             agent.is_registered and not agent.open and not agent.results and agent.link and not agent.link.down
@@ -1156,7 +1156,7 @@ class Simulation:
             self.step()
         hub = self.life.hub if self.life else None
         waiting = {agent.name: [*agent.open, *agent.results] for agent in self.agents if not self._is_done(agent)}
-        self.fail(f"{text}: the hub has {list(hub._open) if hub else None}, agents wait for {waiting}")
+        self.fail(f"{text}: the hub has {list(hub.tasks.open) if hub else None}, agents wait for {waiting}")
 
     def _is_done(self, agent: ModelAgent) -> bool:
         return agent.is_registered and not agent.open and not agent.results
@@ -1200,17 +1200,17 @@ class Simulation:
         assert self.life is not None
         hub, journal = self.life.hub, self.life.journal
         kept = (
-            hub._open,
-            hub._ended,
-            hub._undelivered,
-            hub._agents,
-            hub._gone,
+            hub.tasks.open,
+            hub.tasks.delivered,
+            hub.tasks.undelivered,
+            hub.directory.agents,
+            hub.directory.gone,
             hub._queues,
-            hub._pools,
+            hub.directory.pools,
             hub._connections,
         )
-        if any(kept) or len(hub._finder) or hub._records_bytes or hub._ended_bytes:
-            self.fail(f"the hub still remembers {[list(one) for one in kept]}, {hub._records_bytes} bytes")
+        if any(kept) or len(hub.directory.index) or hub.tasks.bytes or hub.tasks.delivered_bytes:
+            self.fail(f"the hub still remembers {[list(one) for one in kept]}, {hub.tasks.bytes} bytes")
         rows = (0, 0) if journal is None else (journal.rows("tasks"), journal.rows("agents"))
         if rows != (0, 0):
             self.fail(f"the journal still has {rows[0]} tasks and {rows[1]} agents")

@@ -1039,7 +1039,7 @@ async def test_time_spent_on_waiting_for_room_is_part_of_the_ttl(kind: Callable[
         second = await soon(waiting)
         waited = asyncio.get_running_loop().time() - began
         assert waited >= 0.2
-        assert 100.0 - waited - 1 < hub.hub._open["second"].request.ttl <= 99.8
+        assert 100.0 - waited - 1 < hub.hub.tasks.open["second"].request.ttl <= 99.8
         second.cancel_soon()
 
 
@@ -2883,7 +2883,7 @@ async def test_second_signal_ends_it_at_once_and_quietly(tmp_path: Path, name: s
         await soon(me.submit(name, 60, wait=True))
         assert await asyncio.to_thread(process.stdout.readline) == "begun\n"
         process.send_signal(signal.SIGINT)
-        await eventually(lambda: any(agent.leaving for agent in hub.hub._agents.values()))
+        await eventually(lambda: any(agent.state == "draining" for agent in hub.hub.directory.agents.values()))
         process.send_signal(signal.SIGINT)
         output, complaint = await asyncio.to_thread(process.communicate, timeout=5)
         assert (output, complaint) == ("left\n", "")

@@ -331,7 +331,7 @@ def test_finder_agrees_with_looking_at_all(
         found = [rank for rank in ranks if rank is not None]
         if found:
             expected[program.agent_id] = min(found)
-    ranks_found = world.hub._finder.ranks(keyword.lower())
+    ranks_found = world.hub.directory.index.ranks(keyword.lower())
     assert {agent.agent_id: rank for agent, rank in ranks_found.items()} == expected
 
 
@@ -340,24 +340,24 @@ def test_index_is_bounded_and_finds_what_is_not_in_it(index_max: int, monkeypatc
     monkeypatch.setattr(agenthub, "INDEX_MAX", index_max)
     world = World()
     programs = [world.join(f"a{number}", f"translate-{number}", description=f"word{number}") for number in range(20)]
-    assert world.hub._finder._by_part._places <= index_max
-    assert world.hub._finder._by_word._places <= index_max
+    assert world.hub.directory.index._by_part._places <= index_max
+    assert world.hub.directory.index._by_word._places <= index_max
     for number, program in enumerate(programs):
         assert rank_of(world, f"translate-{number}", program) == 0
         assert rank_of(world, f"word{number}", program) == 3
     for program in programs[::-1]:
         program.ask(agenthub.Deregister())
-    assert len(world.hub._finder) == 0
+    assert len(world.hub.directory.index) == 0
 
 
 def test_index_is_empty_when_all_have_left() -> None:
     world = World()
     programs = [world.join("a", f"work-{number}", description="Does it") for number in range(5)]
     programs[0].register("a", "other", description="Changed")
-    assert len(world.hub._finder) > 0
+    assert len(world.hub.directory.index) > 0
     for program in programs:
         program.ask(agenthub.Deregister())
-    assert len(world.hub._finder) == 0
+    assert len(world.hub.directory.index) == 0
 
 
 # What is not needed yet is not imported.

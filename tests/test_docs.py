@@ -7,14 +7,18 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agenthub import (
+    AGENT_TRANSITIONS,
     FINAL_STATES,
+    LEFT_STATES,
     TRANSITIONS,
+    AgentState,
     Code,
     HubSettings,
     TaskState,
@@ -85,15 +89,18 @@ def test_the_limits_on_the_protocol_page_are_those_of_the_hub() -> None:
     assert number_in(limits["`description`"]) == properties["description"]["maxLength"]
 
 
-def diagram() -> str:
-    """Return the diagram of the table of task states."""
-    steps = [f"    {state} --> {after}: {event}" for state, row in TRANSITIONS.items() for event, after in row.items()]
-    ends = [f"    {state} --> [*]" for state in TaskState if state in FINAL_STATES]
-    return "\n".join(["stateDiagram-v2", f"    [*] --> {TaskState.PENDING}", *steps, *ends]) + "\n"
+def diagram(table: Mapping[Any, Mapping[Any, Any]], first: str, final: frozenset[Any]) -> str:
+    """Return the diagram of a table of transitions."""
+    steps = [f"    {state} --> {after}: {event}" for state, row in table.items() for event, after in row.items()]
+    ends = [f"    {state} --> [*]" for state in table if state in final]
+    return "\n".join(["stateDiagram-v2", f"    [*] --> {first}", *steps, *ends]) + "\n"
 
 
-def test_the_diagram_in_the_readme_is_the_table_of_task_states() -> None:
-    assert blocks(README, "mermaid") == [diagram()]
+def test_the_diagrams_in_the_readme_are_the_tables_of_the_states_of_tasks_and_agents() -> None:
+    assert blocks(README, "mermaid") == [
+        diagram(TRANSITIONS, TaskState.PENDING, FINAL_STATES),
+        diagram(AGENT_TRANSITIONS, AgentState.ONLINE, LEFT_STATES),
+    ]
 
 
 def test_the_readme_example_greets_ada(tmp_path: Any) -> None:

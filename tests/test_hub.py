@@ -377,7 +377,7 @@ def test_nothing_is_kept_for_a_requester_that_left() -> None:
     requester.ask(Deregister())
     assert worker.succeed("t").state == "completed"
     assert settled(requester.come_back()) == []
-    assert not world.hub._undelivered
+    assert not world.hub.tasks.undelivered
 
 
 def test_draining_agent_gets_no_new_task_and_leaves_with_its_last() -> None:
@@ -1201,7 +1201,7 @@ def test_child_never_outlives_its_parent(end: str) -> None:
         worker.ask(Deregister())
     assert {state_of(requester, one) for one in ("child", "waiting", "grandchild")} == {"failed"}
     assert TaskAck(task_id="child", state="failed", attempt=1) in singer.received()
-    assert world.hub._counts[TaskState.PENDING] == (1 if end == "retried" else 0)
+    assert world.hub.tasks.counts[TaskState.PENDING] == (1 if end == "retried" else 0)
 
 
 def test_ended_child_leaves_its_parent_alone() -> None:
@@ -1235,9 +1235,9 @@ def test_agent_that_works_on_a_task_and_on_a_part_of_it_can_be_lost() -> None:
     world = World()
     pair = chain(world, 6)
     pair[0].ask(Deregister())
-    assert {task.state for task in world.hub._ended.values()} == {TaskState.FAILED}
-    assert len(world.hub._ended) == 6
-    assert world.hub._open == {}
+    assert {task.state for task in world.hub.tasks.delivered.values()} == {TaskState.FAILED}
+    assert len(world.hub.tasks.delivered) == 6
+    assert world.hub.tasks.open == {}
 
 
 def test_agent_that_gave_itself_a_part_of_its_task_can_be_lost() -> None:
@@ -1421,9 +1421,9 @@ def test_oldest_ended_records_make_room_for_new_ones() -> None:
     for number in range(20):
         assert requester.delegate(f"t{number}", "greet").state == "in_progress"
         worker.succeed(f"t{number}")
-        assert world.hub._records_bytes <= world.hub.settings.records_bytes_max
-    assert list(world.hub._ended)[-1] == "t19"
-    assert len(world.hub._ended) >= 4
+        assert world.hub.tasks.bytes <= world.hub.settings.records_bytes_max
+    assert list(world.hub.tasks.delivered)[-1] == "t19"
+    assert len(world.hub.tasks.delivered) >= 4
     assert requester.refused(Status(task_id="t0")) == "unknown_task"
 
 
@@ -1433,7 +1433,7 @@ def test_open_tasks_never_make_room() -> None:
     while requester.delegate(f"t{number}", "greet").type == "status":
         number += 1
     assert requester.refused(Delegate(task_id="more", capability="greet")) == "overloaded"
-    assert len(world.hub._open) == number
+    assert len(world.hub.tasks.open) == number
 
 
 def test_task_for_which_there_will_be_no_room_drops_no_record() -> None:
@@ -1448,16 +1448,16 @@ def test_every_payload_that_a_record_holds_is_counted() -> None:
     world, worker, requester = couple()
     large = "x" * 50_000
     requester.delegate("in", "greet", input=large)
-    assert world.hub._records_bytes > 50_000
+    assert world.hub.tasks.bytes > 50_000
     requester.delegate("out", "greet")
     worker.succeed("out", large)
-    assert world.hub._records_bytes > 100_000
+    assert world.hub.tasks.bytes > 100_000
     requester.delegate("detail", "greet")
     worker.ask(Status(task_id="detail", detail=large))
-    assert world.hub._records_bytes > 150_000, "the detail of the last progress is kept and not counted"
+    assert world.hub.tasks.bytes > 150_000, "the detail of the last progress is kept and not counted"
     requester.delegate("error", "greet")
     worker.fail("error", large)
-    assert world.hub._records_bytes > 200_000, "the text of an error is kept and not counted"
+    assert world.hub.tasks.bytes > 200_000, "the text of an error is kept and not counted"
 
 
 def test_outputs_make_room_too() -> None:
@@ -1466,7 +1466,7 @@ def test_outputs_make_room_too() -> None:
         requester.delegate(f"t{number}", "greet")
     for number in range(10):
         worker.succeed(f"t{number}", "x" * 50_000)
-    assert world.hub._records_bytes <= 200_000
+    assert world.hub.tasks.bytes <= 200_000
 
 
 def test_shutting_down_hub_takes_no_new_task_and_finishes_the_others() -> None:
@@ -1626,13 +1626,13 @@ def test_records_are_dropped_in_batches() -> None:
     for number in range(2 * TICK_BATCH + 10):
         requester.tell(Delegate(task_id=str(number), capability="greet"))
         worker.tell(Result(task_id=str(number), success=True))
-    left = [len(world.hub._ended)]
+    left = [len(world.hub.tasks.delivered)]
     world.now += 1000
     while world.hub.next_deadline() <= world.now:
         world.apply(world.hub.tick(world.now))
-        left.append(len(world.hub._ended))
+        left.append(len(world.hub.tasks.delivered))
     assert left == [2 * TICK_BATCH + 10, TICK_BATCH + 10, 10, 0]
-    assert world.hub._records_bytes == 0
+    assert world.hub.tasks.bytes == 0
 
 
 def test_result_that_nobody_fetched_is_dropped_with_its_requester() -> None:
@@ -1641,9 +1641,9 @@ def test_result_that_nobody_fetched_is_dropped_with_its_requester() -> None:
     requester.lose_connection()
     world.pass_time(20)
     worker.succeed("t")
-    assert requester.agent_id in world.hub._agents
+    assert requester.agent_id in world.hub.directory.agents
     world.pass_time(200)
-    assert requester.agent_id not in world.hub._agents
+    assert requester.agent_id not in world.hub.directory.agents
     assert requester.come_back().agent_id != requester.agent_id
 
 
@@ -1651,7 +1651,7 @@ def test_gone_agent_that_nothing_needs_is_dropped_at_the_end_of_its_grace_time()
     world, worker, requester = couple(grace_s=10.0)
     worker.lose_connection()
     world.pass_time(10)
-    assert list(world.hub._agents) == [requester.agent_id]
+    assert list(world.hub.directory.agents) == [requester.agent_id]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -1665,7 +1665,7 @@ def test_nothing_is_left_of_agents_and_tasks_that_have_come_and_gone(seed: int) 
             program.lose_connection()
     world.pass_time(1000)
     assert world.is_empty()
-    assert set(world.hub._counts.values()) == {0}
+    assert set(world.hub.tasks.counts.values()) == {0}
 
 
 def test_record_of_an_ended_task_costs_about_what_is_reckoned() -> None:
@@ -1686,7 +1686,7 @@ def test_record_of_an_ended_task_costs_about_what_is_reckoned() -> None:
         each = tracemalloc.get_traced_memory()[0] / count
     finally:
         tracemalloc.stop()
-    assert len(world.hub._ended) == 2 * count
+    assert len(world.hub.tasks.delivered) == 2 * count
     assert RECORD_BYTES / 3 < each < RECORD_BYTES * 3, f"a record costs {each:.0f} bytes"
 
 
@@ -1772,7 +1772,7 @@ def chaos(world: World, chance: random.Random, steps: int) -> None:
             agents.append(world.join("agent", *chance.sample(capabilities, 2), max_tasks=chance.randint(1, 3)))
             continue
         program = chance.choice(online)
-        records = [*world.hub._open.values()]
+        records = [*world.hub.tasks.open.values()]
         if move < 0.14:
             program.lose_connection()
         elif move < 0.17:
@@ -1787,7 +1787,7 @@ def chaos(world: World, chance: random.Random, steps: int) -> None:
                 message.agent_id = chance.choice(agents).agent_id
             else:
                 message.capability = chance.choice(capabilities)
-            running = list(world.hub._agents[program.agent_id].running)
+            running = list(world.hub.directory.agents[program.agent_id].running)
             if running and chance.random() < 0.4:
                 message.parent_id = chance.choice(running)
             program.tell(message)
@@ -1845,10 +1845,10 @@ def test_illegal_step_raises_and_changes_nothing() -> None:
     requester.delegate("in_progress", "greet")
     requester.delegate("pending", "sing", wait=True)
     before = snapshot(world.hub)
-    for task in (*world.hub._open.values(), *world.hub._ended.values()):
+    for task in (*world.hub.tasks.open.values(), *world.hub.tasks.delivered.values()):
         for event in set(TaskEvent) - set(TRANSITIONS[task.state]):
             with pytest.raises(IllegalTransition):
-                world.hub._transition(task, event)
+                world.hub.tasks.transition(task, event)
     assert snapshot(world.hub) == before
 
 
@@ -1874,10 +1874,10 @@ def test_agent_that_says_it_lost_a_task_is_not_told_of_its_end_again() -> None:
 def test_detail_of_an_attempt_that_was_lost_is_counted_no_more() -> None:
     world, worker, requester = couple()
     requester.delegate("t", "greet", max_retries=1)
-    before = world.hub._records_bytes
+    before = world.hub.tasks.bytes
     worker.ask(Status(task_id="t", detail="x" * 5000))
     worker.tell(Result(task_id="t", success=False, error=ErrorInfo("agent_lost")))
-    assert world.hub._records_bytes < before + 1000
+    assert world.hub.tasks.bytes < before + 1000
 
 
 def test_requester_that_may_have_missed_its_result_can_fetch_it_long_after_its_grace_time() -> None:

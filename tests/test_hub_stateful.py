@@ -19,8 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agenthub import (
     FINAL_STATES,
+    LEFT_STATES,
+    ONLINE,
+    TARGET_STATES,
     AgentMessage,
     AgentRecord,
+    AgentState,
     Broadcast,
     Delegate,
     Delegated,
@@ -42,6 +46,7 @@ from agenthub import (
 )
 from tests.harness import Program, World, snapshot
 
+DISCONNECTED, INTERRUPTED, DRAINING = AgentState.DISCONNECTED, AgentState.INTERRUPTED, AgentState.DRAINING
 Picked = TypeVar("Picked")
 
 FOREVER_S = 1e6  # Longer than everything else that takes time here.
@@ -126,7 +131,7 @@ class HubMachine(RuleBasedStateMachine):
         self.delivered.clear()
         self.before = {
             task.task_id: (task.assignee.agent_id if task.assignee else None, task.attempt)
-            for task in self.world.hub._open.values()
+            for task in self.world.hub.tasks.open.values()
         }
 
     def end(self) -> None:
@@ -182,7 +187,7 @@ class HubMachine(RuleBasedStateMachine):
     def on_settled(self, program: Program, settled: TaskOutcome) -> None:
         book = self.books[settled.task_id]
         assert program.registration is None or program.agent_id == book.requester
-        record = self.world.hub._find(settled.task_id)
+        record = self.world.hub.tasks.find(settled.task_id)
         assert record is not None
         assert settled.state == record.state
         assert book.state in (settled.state, *(state for state in TaskState if state not in FINAL_STATES))
@@ -223,10 +228,10 @@ class HubMachine(RuleBasedStateMachine):
 
     def records(self) -> list[TaskRecord]:
         hub = self.world.hub
-        return [*hub._open.values(), *hub._ended.values(), *hub._undelivered.values()]
+        return [*hub.tasks.open.values(), *hub.tasks.delivered.values(), *hub.tasks.undelivered.values()]
 
     def agents(self) -> dict[str, AgentRecord]:
-        return self.world.hub._agents
+        return self.world.hub.directory.agents
 
     def programs(self) -> list[Program]:
         return list(self.world.programs.values())
@@ -323,7 +328,7 @@ class HubMachine(RuleBasedStateMachine):
         if isinstance(self.do(program, request, quiet=quiet), Error):
             del self.books[request.task_id]
         else:
-            record = self.world.hub._find(request.task_id)
+            record = self.world.hub.tasks.find(request.task_id)
             assert record is not None
             assert record.deadline == book.deadline
 
@@ -349,7 +354,7 @@ class HubMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.books)
     def delegate_again(self, which: int, changed: dict[str, Any], quiet: bool) -> None:
         task_id, book = pick(list(self.books.items()), which)
-        program, record = self.online(book.requester), self.world.hub._find(task_id)
+        program, record = self.online(book.requester), self.world.hub.tasks.find(task_id)
         if program is None or record is None:
             return
         is_over = record.state in FINAL_STATES
@@ -367,7 +372,7 @@ class HubMachine(RuleBasedStateMachine):
     )
     @precondition(lambda self: self.world.hub.in_progress)
     def result_from_its_assignee(self, which: int, outcome: str, attempt: int | None, quiet: bool) -> None:
-        tasks = [one for one in self.world.hub._open.values() if one.assignee is not None]
+        tasks = [one for one in self.world.hub.tasks.open.values() if one.assignee is not None]
         task = pick([one for one in tasks if one.attempt > 1 and which % 2] or tasks, which)
         assert task.assignee is not None
         program = self.online(task.assignee.agent_id)
@@ -398,13 +403,13 @@ class HubMachine(RuleBasedStateMachine):
     @rule(who=ANY, which=ANY, outcome=st.sampled_from(["success", "error"]), attempt=st.sampled_from([None, 1, 2]))
     @precondition(lambda self: self.world.programs and self.books)
     def result_from_anybody(self, who: int, which: int, outcome: str, attempt: int | None) -> None:
-        task_id = pick(list((who % 2 and self.world.hub._open) or self.books), which)
+        task_id = pick(list((who % 2 and self.world.hub.tasks.open) or self.books), which)
         self.do(pick(self.programs(), who), self.result(task_id, outcome, attempt))
 
     @rule(which=ANY)
-    @precondition(lambda self: self.world.hub._open)
+    @precondition(lambda self: self.world.hub.tasks.open)
     def cancel(self, which: int) -> None:
-        task = pick(list(self.world.hub._open.values()), which)
+        task = pick(list(self.world.hub.tasks.open.values()), which)
         program = self.online(task.requester.agent_id)
         if program is not None:
             self.do(program, Result(task_id=task.task_id, success=False))
@@ -413,7 +418,7 @@ class HubMachine(RuleBasedStateMachine):
     @rule(who=ANY, which=ANY, progress=st.none() | st.floats(0, 1), detail=st.none() | st.just([1]))
     @precondition(lambda self: self.world.programs and self.books)
     def report_or_ask(self, who: int, which: int, progress: float | None, detail: Any) -> None:
-        task_id = pick(list((who % 2 and self.world.hub._open) or self.books), which)
+        task_id = pick(list((who % 2 and self.world.hub.tasks.open) or self.books), which)
         message = Status(task_id=task_id, progress=progress, detail=detail)
         self.do(pick(self.programs(), who), message)
 
@@ -459,7 +464,7 @@ class HubMachine(RuleBasedStateMachine):
         self.no_task_is_open_past_its_deadline()
 
     @rule(seconds=st.floats(-100, 100))
-    @precondition(lambda self: self.world.hub._open)
+    @precondition(lambda self: self.world.hub.tasks.open)
     def tick_late_or_in_the_past(self, seconds: float) -> None:
         """Go on as a server does that was held up, with one tick for all that has come due, or whose clock jumped."""
         self.begin(None, "time")
@@ -469,14 +474,14 @@ class HubMachine(RuleBasedStateMachine):
         self.no_task_is_open_past_its_deadline()
 
     def no_task_is_open_past_its_deadline(self) -> None:
-        assert all(task.deadline > self.world.now for task in self.world.hub._open.values())
+        assert all(task.deadline > self.world.now for task in self.world.hub.tasks.open.values())
 
     # What must hold after every step
 
     @invariant()
     def tasks_stand_as_the_books_say(self) -> None:
         open_books = {task_id for task_id, book in self.books.items() if book.state not in FINAL_STATES}
-        assert set(self.world.hub._open) == open_books
+        assert set(self.world.hub.tasks.open) == open_books
         for task in self.records():
             book = self.books[task.task_id]
             assert (task.state, task.attempt, task.deadline) == (book.state, book.attempts, book.deadline)
@@ -486,30 +491,30 @@ class HubMachine(RuleBasedStateMachine):
     @invariant()
     def counters_agree_with_the_records(self) -> None:
         hub = self.world.hub
-        assert hub._counts == {state: sum(one.state is state for one in self.records()) for state in TaskState}
+        assert hub.tasks.counts == {state: sum(one.state is state for one in self.records()) for state in TaskState}
         ended = {state: sum(book.state is state for book in self.books.values()) for state in FINAL_STATES}
-        assert hub._totals == ended
-        assert hub._records_bytes == sum(task.bytes for task in self.records())
-        assert hub._ended_bytes == sum(task.bytes for task in hub._ended.values())
+        assert hub.tasks.totals == ended
+        assert hub.tasks.bytes == sum(task.bytes for task in self.records())
+        assert hub.tasks.delivered_bytes == sum(task.bytes for task in hub.tasks.delivered.values())
 
     @invariant()
     def agents_hold_what_the_records_say(self) -> None:
         agents = self.agents()
         running, awaited, requested, undelivered = (collections.defaultdict(set) for _ in range(4))
-        for task in self.world.hub._open.values():
+        for task in self.world.hub.tasks.open.values():
             requested[task.requester].add(task.task_id)
             if task.assignee is not None:
                 running[task.assignee].add(task.task_id)
             elif task.request.agent_id in agents:
                 awaited[agents[task.request.agent_id]].add(task.task_id)
-        for task in self.world.hub._undelivered.values():
+        for task in self.world.hub.tasks.undelivered.values():
             undelivered[task.requester].add(task.task_id)
         for agent in {*agents.values(), *running, *awaited, *requested, *undelivered}:
             assert set(agent.running) == running.get(agent, set())
             assert set(agent.awaited) == awaited.get(agent, set())
             assert set(agent.requested) == requested.get(agent, set())
             assert set(agent.undelivered) == undelivered.get(agent, set())
-            assert agent.there or not agent.running
+            assert agent.state not in LEFT_STATES or not agent.running
             assert agent.connection is None or not agent.undelivered
         assert set(running) | set(awaited) | set(undelivered) <= set(agents.values())
 
@@ -518,12 +523,12 @@ class HubMachine(RuleBasedStateMachine):
         members: dict[str, set[str]] = collections.defaultdict(set)
         free: dict[str, dict[int, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
         for agent in self.agents().values():
-            if agent.there and agent.leaving is None:
+            if agent.state in TARGET_STATES:
                 for name in agent.capabilities:
                     members[name].add(agent.agent_id)
                     if agent.is_available:
                         free[name][len(agent.running)].add(agent.agent_id)
-        pools = self.world.hub._pools
+        pools = self.world.hub.directory.pools
         assert {name: set(pool.members) for name, pool in pools.items()} == members
         listed = {
             name: {load: set(ids) for load, ids in pool.free.items()} for name, pool in pools.items() if pool.free
@@ -533,7 +538,7 @@ class HubMachine(RuleBasedStateMachine):
     @invariant()
     def queues_agree_with_the_pending_tasks(self) -> None:
         pending: dict[Any, dict[AgentRecord, set[TaskRecord]]] = {}
-        for task in self.world.hub._open.values():
+        for task in self.world.hub.tasks.open.values():
             if task.state is TaskState.PENDING:
                 queue = pending.setdefault((task.request.agent_id, task.request.capability), {})
                 queue.setdefault(task.requester, set()).add(task)
@@ -548,28 +553,28 @@ class HubMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_task_waits_while_an_agent_is_free_for_it(self) -> None:
-        for task in self.world.hub._open.values():
+        for task in self.world.hub.tasks.open.values():
             if task.state is TaskState.PENDING:
                 for agent in self.agents().values():
                     assert not (agent.is_available and may_take(agent, task)), f"{agent.agent_id} for {task.task_id}"
 
     @invariant()
     def no_child_outlives_its_parent(self) -> None:
-        for task in self.world.hub._open.values():
+        for task in self.world.hub.tasks.open.values():
             if task.parent is not None:
                 assert task.parent.state is TaskState.IN_PROGRESS
                 assert task.deadline <= task.parent.deadline
                 assert (task.parent.children or {})[task.task_id] is task
-            assert set(task.children or {}) <= set(self.world.hub._open)
+            assert set(task.children or {}) <= set(self.world.hub.tasks.open)
 
     @invariant()
     def deadlines_are_those_of_tasks_connections_and_agents_away(self) -> None:
         hub = self.world.hub
-        away = {agent for agent in self.agents().values() if agent.there and agent.connection is None}
+        away = {agent for agent in self.agents().values() if agent.state in (DISCONNECTED, INTERRUPTED)}
         deadlines = alive(hub._deadlines)
-        assert set(deadlines) == {*hub._open.values(), *hub._connections.values(), *away}
-        assert all(deadlines[task] == task.deadline for task in hub._open.values())
-        assert hub.next_deadline() <= min([task.deadline for task in hub._open.values()], default=FOREVER_S)
+        assert set(deadlines) == {*hub.tasks.open.values(), *hub._connections.values(), *away}
+        assert all(deadlines[task] == task.deadline for task in hub.tasks.open.values())
+        assert hub.next_deadline() <= min([task.deadline for task in hub.tasks.open.values()], default=FOREVER_S)
 
     @invariant()
     def connections_are_those_of_the_world(self) -> None:
@@ -583,8 +588,8 @@ class HubMachine(RuleBasedStateMachine):
             )
         for agent_id, agent in self.agents().items():
             assert agent.agent_id == agent_id
-            assert agent.connection is None or agent.there
-            assert (agent_id in hub._gone) == (not agent.there)
+            assert (agent.connection is not None) == (agent.state in (ONLINE, DRAINING))
+            assert (agent_id in hub.directory.gone) == (agent.state in LEFT_STATES)
 
     # In the end
 
@@ -596,9 +601,9 @@ class HubMachine(RuleBasedStateMachine):
         self.everybody_comes_back()  # Those who were silent for too long.
         for task_id, book in self.books.items():
             assert book.state in FINAL_STATES
-            was_dropped = self.world.hub._find(task_id) is None
+            was_dropped = self.world.hub.tasks.find(task_id) is None
             assert book.told == book.asked or (book.ended_unseen and (was_dropped or book.told == book.asked - 1))
-            assert book.told or was_dropped or task_id in self.world.hub._ended
+            assert book.told or was_dropped or task_id in self.world.hub.tasks.delivered
         assert not any(self.draining.get(program.connection) for program in self.programs())
         for program in self.registered():
             self.do(program, Deregister())

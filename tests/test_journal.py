@@ -204,11 +204,11 @@ def test_payload_comes_back_as_it_was(couple: Couple, payload: Any) -> None:
     requester.lose_connection()
     worker.succeed("completed", payload)
     world = world.restart()
-    agent = world.hub._agents[worker.agent_id]
+    agent = world.hub.directory.agents[worker.agent_id]
     assert json_of(agent.metadata) == json_of(metadata)
     assert json_of(agent.capabilities["work"].input_schema) == json_of({"default": read})
     assert json_of(agent.capabilities["work"].output_schema) == json_of({"const": read})
-    assert json_of(world.hub._open["open"].request.input) == json_of(payload)
+    assert json_of(world.hub.tasks.open["open"].request.input) == json_of(payload)
     (told,) = [message for message in world.back(requester).received() if isinstance(message, TaskOutcome)]
     assert (told.task_id, told.success, json_of(told.output)) == ("completed", True, json_of(payload))
 
@@ -221,9 +221,9 @@ def test_error_comes_back_as_it_was(couple: Couple, error: Any) -> None:
     requester.delegate("t", "work")
     requester.lose_connection()
     worker.fail("t", error)
-    before = world.hub._undelivered["t"].error
+    before = world.hub.tasks.undelivered["t"].error
     world = world.restart()
-    assert world.hub._undelivered["t"].error == before
+    assert world.hub.tasks.undelivered["t"].error == before
     (told,) = [message for message in world.back(requester).received() if isinstance(message, TaskOutcome)]
     assert (told.success, told.error) == (False, before)
 
@@ -250,7 +250,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         }
 
     def agent_of(agent: Any) -> dict[str, Any]:
-        names = ("resume_hash", "there", "name", "description", "capabilities", "words", "max_tasks")
+        names = ("resume_hash", "state", "name", "description", "capabilities", "words", "max_tasks")
         tables = ("running", "awaited", "requested")
         return {
             **{name: getattr(agent, name) for name in (*names, "metadata", "info_bytes", "delivered", "load")},
@@ -263,22 +263,24 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         for key, serial, item in hub._deadlines._entries
         if hub._deadlines._alive.get(item) == serial and not isinstance(item, agenthub.Connection)
     ]
-    tasks = (*hub._open.values(), *hub._ended.values(), *hub._undelivered.values())
-    queued = sorted((task for task in hub._open.values() if task.state == "pending"), key=lambda task: task.queue_key)
+    tasks = (*hub.tasks.open.values(), *hub.tasks.delivered.values(), *hub.tasks.undelivered.values())
+    queued = sorted(
+        (task for task in hub.tasks.open.values() if task.state == "pending"), key=lambda task: task.queue_key
+    )
     return {
-        "agents": {agent.agent_id: agent_of(agent) for agent in hub._agents.values()},
-        "gone": sorted(hub._gone),
-        "pools": {name: sorted(pool.members) for name, pool in hub._pools.items()},
+        "agents": {agent.agent_id: agent_of(agent) for agent in hub.directory.agents.values()},
+        "gone": sorted(hub.directory.gone),
+        "pools": {name: sorted(pool.members) for name, pool in hub.directory.pools.items()},
         "tasks": {task.task_id: task_of(task) for task in tasks},
-        "open": sorted(hub._open),
-        "ended": list(hub._ended),
-        "undelivered": list(hub._undelivered),
+        "open": sorted(hub.tasks.open),
+        "ended": list(hub.tasks.delivered),
+        "undelivered": list(hub.tasks.undelivered),
         "queued": [(task.task_id, task.queue_key) for task in queued],
         "queues": sorted(map(str, hub._queues)),
         "deadlines": sorted(deadlines),
-        "sequence": hub._sequence,
-        "bytes": (hub._records_bytes - sum(task.detail_bytes for task in tasks), hub._ended_bytes),
-        "counts": (hub._counts, hub._totals),
+        "sequence": hub.tasks.sequence,
+        "bytes": (hub.tasks.bytes - sum(task.detail_bytes for task in tasks), hub.tasks.delivered_bytes),
+        "counts": (hub.tasks.counts, hub.tasks.totals),
     }
 
 
@@ -331,7 +333,7 @@ def test_all_that_a_hub_has_to_keep_comes_back_equal(start: Start) -> None:
     world = start()
     live(world)
     before = kept_of(world.hub)
-    assert set(world.hub._counts.values()) & {0} == set(), "a state that this story leaves out"
+    assert set(world.hub.tasks.counts.values()) & {0} == set(), "a state that this story leaves out"
     away = {subject for key, subject in before["deadlines"] if key == world.now + world.hub.settings.grace_s}
     after = kept_of(world.restart(now=world.now, tells_again=False).hub)
     # Whoever was away has the whole of its grace time again.
@@ -353,7 +355,7 @@ def test_hub_that_came_back_goes_on_as_the_first_would_have(tmp_path: Path, star
         worker.delegate("second-child", agent_id=second.agent_id, parent_id="parent")
         for _ in range(12):
             for one in (worker, second):
-                for task in sorted(world.hub._agents[one.agent_id].running):
+                for task in sorted(world.hub.directory.agents[one.agent_id].running):
                     one.succeed(task, {"by": one.agent_id})
                     world.pass_time(0.25)
         requester.delegate("new", "work", priority=5)
@@ -396,7 +398,7 @@ def test_many_lives_of_a_hub_lose_nothing(start: Start) -> None:
         for number in range(rng.randrange(4)):
             task_id = f"{life}.{number}"
             known[task_id] = requester.delegate(task_id, "work", priority=rng.randrange(3), ttl=1000.0).state
-        for task_id in list(world.hub._agents[worker.agent_id].running):
+        for task_id in list(world.hub.directory.agents[worker.agent_id].running):
             if rng.random() < 0.4:
                 known[task_id] = worker.succeed(task_id).state
         requester.received()
@@ -496,7 +498,7 @@ def test_agent_is_after_a_restart_what_it_last_said_it_was(couple: Couple) -> No
     world = world.restart()
     requester = world.back(requester)
     assert requester.refused(Delegate(task_id="t", capability="work")) == "no_agent"
-    agent = world.hub._agents[worker.agent_id]
+    agent = world.hub.directory.agents[worker.agent_id]
     assert (agent.name, agent.description, agent.max_tasks, agent.metadata) == ("singer", "sings", 2, {"a": 1})
 
 
@@ -526,7 +528,7 @@ def test_agents_that_are_gone_leave_no_rows(couple: Couple) -> None:
     world.pass_time(60)
     assert world.rows("agents") == 0
     assert world.is_empty()
-    assert requester.agent_id not in world.hub._agents
+    assert requester.agent_id not in world.hub.directory.agents
 
 
 def test_gone_agent_is_kept_for_what_it_is_to_be_told_and_no_longer(couple: Couple) -> None:
@@ -536,7 +538,7 @@ def test_gone_agent_is_kept_for_what_it_is_to_be_told_and_no_longer(couple: Coup
     world.pass_time(10)
     worker.succeed("t")
     world = world.restart()
-    assert list(world.hub._gone) == [requester.agent_id]
+    assert list(world.hub.directory.gone) == [requester.agent_id]
     assert settled(world.back(requester)) == [("t", "completed", None)]
     world = world.restart()
     world.pass_time(1000)
@@ -561,10 +563,10 @@ def test_results_for_a_requester_that_left_are_kept_for_nobody(couple: Couple) -
     world = world.restart()
     worker = world.back(worker, "work")
     worker.succeed("t", 1)
-    assert list(world.hub._ended) == ["t"]
+    assert list(world.hub.tasks.delivered) == ["t"]
     world = world.restart()
-    assert list(world.hub._ended) == ["t"]
-    assert world.hub._undelivered == {}
+    assert list(world.hub.tasks.delivered) == ["t"]
+    assert world.hub.tasks.undelivered == {}
 
 
 def test_agent_that_has_left_but_is_waited_for_stays_one_that_has_left(couple: Couple) -> None:
@@ -574,8 +576,8 @@ def test_agent_that_has_left_but_is_waited_for_stays_one_that_has_left(couple: C
     worker.ask(Deregister())
     world = world.restart()
     world.pass_time(20)
-    assert "own" not in world.hub._undelivered  # Nothing is kept for it.
-    assert "own" in world.hub._ended
+    assert "own" not in world.hub.tasks.undelivered  # Nothing is kept for it.
+    assert "own" in world.hub.tasks.delivered
 
 
 # After a restart: tasks
@@ -591,7 +593,7 @@ def test_running_task_goes_on_and_its_result_is_accepted(couple: Couple) -> None
     assert worker.refused(Result(task_id="t", success=True, attempt=2)) == "stale_attempt"
     assert worker.succeed("t", "done", attempt=1).state == "completed"
     assert settled(requester) == [("t", "completed", None)]
-    assert world.hub._agents[worker.agent_id].running == {}
+    assert world.hub.directory.agents[worker.agent_id].running == {}
 
 
 def test_attempts_are_counted_on(couple: Couple) -> None:
@@ -693,7 +695,7 @@ def test_children_end_with_their_parent_after_a_restart(couple: Couple) -> None:
     assert worker.refused(Delegate(task_id="child", agent_id=requester.agent_id)) == "duplicate_task"
     assert requester.delegate("another", "work", parent_id="child").state == "in_progress"
     worker.succeed("parent")
-    assert world.hub._open == {}
+    assert world.hub.tasks.open == {}
     assert sorted(settled(requester)) == [
         ("another", "failed", "cancelled"),
         ("grandchild", "failed", "cancelled"),
@@ -726,7 +728,7 @@ def test_delegate_that_comes_again_is_recognised(couple: Couple) -> None:
     world = world.restart()
     worker, requester = world.back(worker, "work"), world.back(requester)
     requester.received()
-    sequence = world.hub._sequence
+    sequence = world.hub.tasks.sequence
     assert requester.delegate("open", "work", **given).state == "in_progress"
     assert requester.delegate("ended", "work", **given).state == "completed"
     assert settled(requester) == [("ended", "completed", None)]
@@ -735,7 +737,7 @@ def test_delegate_that_comes_again_is_recognised(couple: Couple) -> None:
             "duplicate_task"
         )
     assert worker.refused(Delegate(task_id="open", capability="work", **given)) == "duplicate_task"
-    assert world.hub._sequence == sequence
+    assert world.hub.tasks.sequence == sequence
     assert delivered(worker) == []
 
 
@@ -743,12 +745,12 @@ def test_counts_are_right_after_a_restart(start: Start) -> None:
     world = start()
     live(world)
     before = world.hub.summary()
-    before["records_bytes"] -= sum(task.detail_bytes for task in world.hub._open.values())
+    before["records_bytes"] -= sum(task.detail_bytes for task in world.hub.tasks.open.values())
     world = world.restart(now=world.now)
     after = world.hub.summary()
     for name in ("tasks", "ended", "records_bytes", "journal"):
         assert after[name] == before[name], name
-    assert (after["agents"], after["agents_away"], after["connections"]) == (0, len(world.hub._agents), 0)
+    assert (after["agents"], after["agents_away"], after["connections"]) == (0, len(world.hub.directory.agents), 0)
     assert after["journal"] == "ok"
 
 
@@ -794,7 +796,7 @@ def test_what_expired_while_the_hub_was_down_times_out_at_once(couple: Couple) -
     assert worker.refused(Result(task_id="running", success=True)) == "task_over"
     world.pass_time(0)
     assert sorted(settled(requester)) == [("pending", "timeout", "timeout"), ("running", "timeout", "timeout")]
-    assert world.hub._open == {}
+    assert world.hub.tasks.open == {}
 
 
 def test_wall_clock_that_jumps_back_lengthens_no_ttl_beyond_itself(couple: Couple) -> None:
@@ -859,7 +861,7 @@ def test_forgotten_tasks_leave_no_rows(couple: Couple) -> None:
     world.pass_time(20)
     assert world.rows("tasks") == 0
     world = world.restart()
-    assert world.hub._records_bytes == 0
+    assert world.hub.tasks.bytes == 0
     requester = world.back(requester)
     assert requester.delegate("t0", "work").state == "pending"
     assert world.rows("tasks") == 1
@@ -870,7 +872,7 @@ def test_records_that_made_room_leave_no_rows(couple: Couple) -> None:
     for number in range(20):
         requester.delegate(f"t{number}", "work")
         worker.succeed(f"t{number}")
-    assert world.rows("tasks") == len(world.hub._ended) < 20
+    assert world.rows("tasks") == len(world.hub.tasks.delivered) < 20
 
 
 def test_task_that_begins_and_is_forgotten_between_two_writes_is_never_written(start: Start) -> None:
@@ -1724,7 +1726,7 @@ async def test_hub_may_be_started_again_on_its_journal(tmp_path: Path) -> None:
     hub = LocalHub(journal=Journal(tmp_path / "hub.db"))
     for number in range(3):
         async with hub:
-            assert len(hub.hub._agents) == number
+            assert len(hub.hub.directory.agents) == number
             await join(hub, "agent")
         assert sorted(files_of(tmp_path)) == ["hub.db"]
 

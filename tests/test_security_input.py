@@ -639,7 +639,7 @@ async def test_wall_clock_set_back_while_the_hub_is_down_gives_nobody_more_than_
     async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
         report = await scene.requester.request(type="status", task_id="long")
         assert (report["state"], report["ttl"] <= 60) == ("pending", True)
-        tasks = scene.server.hub._counts
+        tasks = scene.server.hub.tasks.counts
         await until(lambda: tasks[agenthub.TaskState.TIMEOUT] == 1)
         await scene.nobody_noticed()
 
@@ -650,13 +650,15 @@ async def test_wall_clock_set_while_the_hub_is_up_moves_no_deadline_over_a_resta
 ) -> None:
     async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
         await scene.requester.delegate("long", capability="nobody", wait=True, ttl=60)
-        deadline = scene.server.hub._open["long"].deadline  # Of the monotonic clock, which continues over this restart.
+        deadline = scene.server.hub.tasks.open[
+            "long"
+        ].deadline  # Of the monotonic clock, which continues over this restart.
         wall.ahead_s = jump_s
         await scene.bystanders_go_on()  # This writes to the journal.
     async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
         report = await scene.requester.request(type="status", task_id="long")
         assert report["state"] == "pending"
-        assert scene.server.hub._open["long"].deadline == pytest.approx(deadline, abs=0.5)
+        assert scene.server.hub.tasks.open["long"].deadline == pytest.approx(deadline, abs=0.5)
         await scene.nobody_noticed()
 
 

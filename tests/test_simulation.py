@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class ActsBeforeItWrites(Hub):
     """A small change is not thought worth waiting for."""
 
     def _take_step(self) -> Step:
-        if 0 < len(self._changed_tasks) + len(self._changed_agents) <= 2:
+        if 0 < len(self.tasks.changed) + len(self.directory.changed) <= 2:
             effects, self._effects = self._effects, []
             return Step(effects)
         return super()._take_step()
@@ -159,10 +159,14 @@ class DeliversTwice(Hub):
 class DeliversAgainAfterARestart(Hub):
     """What was in progress when the hub died is taken for pending, its attempt for never made."""
 
-    def _restore_task(self, row: TaskRow, known: dict[str, AgentRecord]) -> TaskRecord:
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
+        return super().restore(agents, map(self._pending, tasks), redeliver_after)
+
+    @staticmethod
+    def _pending(row: TaskRow) -> TaskRow:
         if row.state is TaskState.IN_PROGRESS:
             row = row._replace(state=TaskState.PENDING, assignee=None, attempt=row.attempt - 1)
-        return super()._restore_task(row, known)
+        return row
 
 
 class ForgetsARequeue(Hub):
@@ -182,7 +186,7 @@ class ForgetsTheQueueInARestart(Hub):
             self._unqueue(task)
 
     def _unqueue(self, task: TaskRecord) -> None:
-        queue = self._queues.get(self._target(task))
+        queue = self._queues.get(task.target)
         if queue is not None and task.requester in queue._by_requester:
             super()._unqueue(task)
 
@@ -194,7 +198,7 @@ class AcceptsAnOlderAttempt(Hub):
 
 class AcceptsAFormerAssignee(Hub):
     def _on_result(self, connection: Connection, message: Result) -> None:
-        task = self._open.get(message.task_id)
+        task = self.tasks.open.get(message.task_id)
         if (
             task is None
             or message.attempt is None
@@ -215,18 +219,18 @@ class ResurrectsAFinalTask(Hub):
     """A late answer overwrites a timeout."""
 
     def _on_result(self, connection: Connection, message: Result) -> None:
-        task = self._ended.get(message.task_id)
+        task = self.tasks.delivered.get(message.task_id)
         if task is None or task.state is not TaskState.TIMEOUT or task.assignee is not connection.agent:
             super()._on_result(connection, message)
             return
         task.state = TaskState.COMPLETED if message.success else TaskState.FAILED
-        self._counts[TaskState.TIMEOUT] -= 1
-        self._counts[task.state] += 1
+        self.tasks.counts[TaskState.TIMEOUT] -= 1
+        self.tasks.counts[task.state] += 1
         task.success, task.output, task.error = message.success, message.output, None
-        self._mark_task(task)
+        self.tasks.mark(task)
         self._acknowledge(connection, message, task)
         if task.requester.connection is not None:
-            self._send(task.requester.connection, self._outcome(task))
+            self._send(task.requester.connection, task.outcome())
 
     _RECEIVERS: typing.ClassVar[dict[type, Callable[..., None]]] = {**Hub._RECEIVERS, Result: _on_result}
 
@@ -234,10 +238,14 @@ class ResurrectsAFinalTask(Hub):
 class ResurrectsInARestart(Hub):
     """What has failed is tried again by the next hub."""
 
-    def _restore_task(self, row: TaskRow, known: dict[str, AgentRecord]) -> TaskRecord:
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
+        return super().restore(agents, map(self._pending, tasks), redeliver_after)
+
+    @staticmethod
+    def _pending(row: TaskRow) -> TaskRow:
         if row.state is TaskState.FAILED:
             row = row._replace(state=TaskState.PENDING, assignee=None, end=None, is_delivered=False)
-        return super()._restore_task(row, known)
+        return row
 
 
 class ForgetsToTellAgain(Hub):
@@ -245,7 +253,7 @@ class ForgetsToTellAgain(Hub):
 
     def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
         super()._restore_ended(task, is_told)
-        self._changed_tasks.pop(task, None)
+        self.tasks.changed.pop(task, None)
 
 
 class TrustsTheLastWrite(DiskJournal):
@@ -306,7 +314,7 @@ class AssignsTheNewestFirst(Hub):
     queue_class = NewestFirst
 
     def _enqueue(self, task: TaskRecord) -> None:
-        self._queues.setdefault(self._target(task), self.queue_class())
+        self._queues.setdefault(task.target, self.queue_class())
         super()._enqueue(task)
 
 
@@ -334,22 +342,31 @@ class KeepsTheFirstMaxTasks(Hub):
 class RetriesAtTheRequester(Hub):
     """A task that is retried may go to the agent that delegated it."""
 
-    def _free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
-        pool = self._pools.get(task.request.capability or "")
-        if avoiding is None or pool is None or task.request.agent_id is not None:
-            return super()._free_agent(task, avoiding)
-        return pool.least_loaded(avoiding)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        free_agent = self.directory.free_agent
+
+        def any_free_agent(task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
+            pool = self.directory.pools.get(task.request.capability or "")
+            if avoiding is None or pool is None or task.request.agent_id is not None:
+                return free_agent(task, avoiding)
+            return pool.least_loaded(avoiding)
+
+        self.directory.free_agent = any_free_agent  # type: ignore[method-assign]
 
 
 class AcceptsAnySecretAfterARestart(Hub):
-    def _restore_agent(self, row: AgentRow) -> AgentRecord:
-        self.restored: dict[str, AgentRecord] = getattr(self, "restored", {})
-        self.restored[row.agent_id] = super()._restore_agent(row)
-        return self.restored[row.agent_id]
+    restored: frozenset[str | None] = frozenset()
+
+    def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
+        agents = list(agents)
+        self.restored = frozenset(row.agent_id for row in agents)
+        return super().restore(agents, tasks, redeliver_after)
 
     def receive(self, connection: Any, message: Any, now: float, message_bytes: int = 0) -> Step:
-        if isinstance(message, Register) and message.agent_id in getattr(self, "restored", {}):
-            self.restored[message.agent_id].resume_hash = hash_of(message.resume or "")
+        agent = self.directory.agents.get(message.agent_id or "") if isinstance(message, Register) else None
+        if agent is not None and agent.agent_id in self.restored:
+            agent.resume_hash = hash_of(message.resume or "")
         return super().receive(connection, message, now, message_bytes)
 
 

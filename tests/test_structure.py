@@ -139,14 +139,14 @@ def test_agent_uses_neither_hub_nor_server() -> None:
     assert used_in_section(8) & others == set()
 
 
-def test_only_one_method_moves_a_task_to_another_state() -> None:
+def test_one_method_each_moves_an_agent_and_a_task_to_another_state() -> None:
     assigning = []
-    for function in functions():
-        for node in ast.walk(function):
-            assigned = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == "state"
-            if assigned and any(function in ast.walk(statement) for statement in sections()[4]):
-                assigning.append(function.name)
-    assert assigning == ["_transition"]
+    for owner in (one for one in sections()[4] if isinstance(one, ast.ClassDef | ast.FunctionDef)):
+        for function in (one for one in ast.walk(owner) if isinstance(one, ast.FunctionDef)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == "state":
+                    assigning.append(f"{owner.name}.{function.name}")
+    assert assigning == ["Directory.transition", "TaskTable.transition"]
     assert "setattr" not in used_in_section(4)
 
 
