@@ -1639,35 +1639,81 @@ class LazyHeap(Generic[Item]):
 # ============================================================================================
 # 4 Hub
 #
-# Facts go in with the time; each returns one Step: effects in order, and the changes to journal
-# before any of them is carried out:
+# The hub is Sans-I/O. Facts go in with the time; each call returns one Step: the changes that a
+# journal must write first, and the effects to carry out after that, in order.
 #
-#   connected(link, now)                               a link has opened
-#   receive(link, message, now, message_bytes)         a message, or what was wrong with it
-#   disconnected(link, now)                            a link has closed
-#   redeliver(task_id, now)                            an outcome was not sent
-#   tick(now)                                          next_deadline() has come
+#     connected(link, now)       a link has opened       ┌─────────────┐
+#     receive(link, message,     a message, or what      │     Hub     │   Step
+#             now, bytes)        was wrong with it  ───► │  Directory  │ ───► changes: rows of
+#     disconnected(link, now)    a link has closed       │  TaskTable  │        tasks and agents
+#     redeliver(task_id, now)    an outcome was not      │  queues     │      effects: send a
+#                                sent                    │  deadlines  │        message on a link,
+#     tick(now)                  next_deadline() has     └─────────────┘        or close it
+#                                come
 #
 # Nothing here touches a socket, a file, a clock or a source of randomness; a `link` is any
-# hashable thing of the caller's. The same calls in the same order give the same effects, so
+# hashable object of the caller's. The same calls in the same order give the same steps, so
 # whatever is iterated is a dict or a list, never a set.
+#
+# A message is handled in one order: check everything that may refuse it (Refused, and nothing has
+# changed), change the state, reply with the new state, then do what follows from it. Whoever adds
+# a message writes an `_on_…` method of that shape, and an entry in `_RECEIVERS`.
+#
+# The life of a task is TRANSITIONS. What the table does not show:
+# - A pending task waits in the queue of its target (an agent_id, a capability, or both). It is in
+#   no queue only within the step that accepts or retries it.
+# - A task that ends is settled (`_settle`: its state, and the slot of its worker), and then
+#   followed up (`_follow_up`): its open subtasks are cancelled, its outcome is delivered, its
+#   worker gets the next task. A retry is followed up too, only that the task is placed again.
+# - A final task is either delivered or undelivered. An outcome is delivered when it was handed to
+#   a link; if the link closes before it was sent, `redeliver` takes that back.
+# - At its deadline a task belongs to `tick`: nobody gets it and no result counts any more. So the
+#   outcome does not depend on whether the tick or the message comes first.
+#
+# The life of an agent is AGENT_TRANSITIONS. What the table does not show:
+# - An agent has a connection while it is online or draining, and only then. A connection that has
+#   not registered belongs to an observer, which may only look.
+# - A disconnected agent keeps its tasks and its memberships: tasks may be accepted for it, but it
+#   is handed none.
+# - When an agent is gone or deregistered, its tasks are retried or fail, and its record is kept
+#   while `is_needed`: tasks name it, or (unless it deregistered) it has tasks or outcomes to come
+#   back for. A retry that names an agent waits until that agent resumes.
+#
+# Who keeps the indexes true:
+#
+#     Directory.agents, gone, pools, index    Directory.transition and describe
+#     Pool.free, AgentRecord.load             Directory.update_load, after `running` has changed
+#     TaskTable.open, counts, bytes,          TaskTable.accept, transition, grow, keep_…, take_…
+#       AgentRecord.requested, children
+#     AgentRecord.running                     Hub._assign, _settle, _retry
+#     Hub._queues, AgentRecord.awaited        Hub._enqueue, _unqueue
+#     Hub._deadlines                          with a task while it is open, a connection while it
+#                                             is, an agent in its grace period
+#
+# What bounds the memory: tasks are limited by `records_bytes_max` (the oldest delivered ones make
+# room), by `open_tasks_max` a requester and by `pending_tasks_max`; agents by `agents_max` and the
+# limits on a registration; connections by the server. Ended tasks go after `retention_s`. The
+# indexes hold nothing that these do not hold, and INDEX_MAX bounds what `discover` keeps twice.
+#
+# Cost: a message touches only its own task, agents and queues. No path but `discover`, `status`
+# and a broadcast looks at more, and these say in `cost` how much it was.
 # ============================================================================================
 
 log_hub = logging.getLogger("agenthub.hub")
 
-TICK_BATCH = 1000  # Deadlines, and ended tasks, handled per tick: about 10 ms, then others have a turn.
+TICK_BATCH = 1000  # Deadlines, and ended tasks, handled per tick: about 10 ms, so that messages are not held up.
 LIST_MAX = 1000  # Tasks in one `status` list.
-RECORD_BYTES = 1024  # What a task's record costs beside its payloads (tests/test_hub.py measures it).
-INFLATION_MAX = 6  # How much longer numbers may get when they are written again: 1e15 is 1000000000000000.0.
+RECORD_BYTES = 1024  # The memory of a task's record without its payloads (tests/test_hub.py measures it).
+INFLATION_MAX = 6  # How much longer numbers may get when they are encoded again: 1e15 is 1000000000000000.0.
 DEPTH_OF_CHILDREN_MAX = 16
 TRIES_MAX = 3  # Wrong secrets, or messages without a token, before a connection is closed.
 SCHEMAS_BYTES_MAX = 65_536  # Of all capabilities of one agent.
-INDEX_MAX = 250_000  # Places in each of the two indexes of `discover`; one takes some 400 bytes at the most.
-# What a message costs beside its own 1, for whoever rations them: so much more of this costs as much as another one.
-COST_BYTES = 16_384
-COST_AGENTS = 50  # Looked at by `discover`.
-COST_TASKS = 4  # Listed by `status`.
-CLOSE_CODES = frozenset((*CloseCode, 1002, 1006, 1007))  # Those that are counted each by itself.
+INDEX_MAX = 250_000  # Entries in each of the two indexes of `discover`; one takes 400 bytes at most.
+# A message costs 1, for the rate limit, and 1 more for each ...
+COST_BYTES = 16_384  # ... bytes of it,
+COST_AGENTS = 50  # ... agents that `discover` scans,
+COST_TASKS = 4  # ... tasks that `status` lists.
+CLOSE_CODES = frozenset((*CloseCode, 1002, 1006, 1007))  # Each is counted by itself, all others together.
 WARNING_CLOSE_CODES = CLOSE_CODES - {CloseCode.DONE, CloseCode.GOING_AWAY, CloseCode.REPLACED, 1006}
 
 
@@ -1675,15 +1721,15 @@ WARNING_CLOSE_CODES = CLOSE_CODES - {CloseCode.DONE, CloseCode.GOING_AWAY, Close
 class HubSettings:
     """What a deployer may tune. Raises ValueError for a value out of range."""
 
-    heartbeat_s: float = 30.0  # Agents speak at least this often; three intervals of silence are too much.
-    grace_s: float = 60.0  # How long an agent's place is kept after its connection was lost.
+    heartbeat_s: float = 30.0  # Agents send at least this often; after three intervals of silence they are closed.
+    grace_s: float = 60.0  # How long an agent's session is kept after its connection was lost.
     retention_s: float = 3600.0  # How long the record of an ended task is kept for late fetching.
-    reap_s: float = 30.0  # How often the reaper looks for what may go.
+    reap_s: float = 30.0  # How often records past their retention are dropped.
     message_bytes_max: int = MESSAGE_BYTES_MAX  # The largest message in either direction.
-    records_bytes_max: int = 1_073_741_824  # All tasks' records together; the oldest ended ones go first.
-    open_tasks_max: int = 10_000  # Tasks that one requester may have open.
-    pending_tasks_max: int = 100_000  # Tasks that may wait in all.
-    agents_max: int = 20_000  # Agents online, away, or with something to come back for.
+    records_bytes_max: int = 1_073_741_824  # All tasks' records together; the oldest delivered ones make room.
+    open_tasks_max: int = 10_000  # Open tasks of one requester.
+    pending_tasks_max: int = 100_000  # Tasks that wait for an agent.
+    agents_max: int = 20_000  # Agents whose record is kept, whatever their state.
     connections_max: int = 10_000  # Of agents and observers.
     capabilities_max: int = 64  # Of one agent; the protocol has no more.
     metadata_bytes_max: int = 4096  # Of one agent, as JSON; the protocol has no more.
@@ -1702,7 +1748,7 @@ class HubSettings:
 
     @property
     def envelope_bytes(self) -> int:
-        """How much smaller than the limit a message must be that the hub passes on."""
+        """The bytes that the hub may add to a message when it passes it on."""
         return envelope_bytes(self.message_bytes_max)
 
     @property
@@ -1884,13 +1930,13 @@ class AgentRecord:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Connection:
-    """One connection, and the agent that has registered on it (None: an observer)."""
+    """One connection, and the agent that is registered on it (None: an observer)."""
 
     link: Hashable
     last_seen: float
     agent: AgentRecord | None = None
-    is_known: bool = False  # It has registered, or asked something.
-    wrong_secrets: int = 0
+    is_known: bool = False  # It has registered or asked something, so `join_s` does not apply any more.
+    wrong_secrets: int = 0  # At TRIES_MAX it is closed.
 
 
 class AgentRow(NamedTuple):
@@ -1956,7 +2002,10 @@ class Step(NamedTuple):
 
 
 class Pool:
-    """The agents that are there with one capability, and those of them that can take a task, by load."""
+    """The agents with one capability, and those of them that can take a task, by load.
+
+    Loads are few and small numbers, so the least one is found by sorting them, and an agent moves in constant time.
+    """
 
     __slots__ = ("free", "lower_name", "members", "name", "target", "words")
 
@@ -1972,9 +2021,9 @@ class Pool:
         """List `agent` under the load `new` instead of `old`; None is the load of one that can take no task."""
         free = self.free
         if old is not None:
-            there = free[old]
-            del there[agent.agent_id]
-            if not there:
+            equals = free[old]
+            del equals[agent.agent_id]
+            if not equals:
                 del free[old]
         if new is not None:
             if new in free:
@@ -1992,7 +2041,11 @@ class Pool:
 
 
 class PendingQueue:
-    """The pending tasks with one target, kept by requester, so that an agent can pass over its own in one step."""
+    """The pending tasks with one target, by requester: no agent gets its own task, and must not search for another's.
+
+    A heap a requester, and a heap of their heads. The requester that an agent is not to serve is left out by looking at
+    the second head.
+    """
 
     __slots__ = ("_by_requester", "_heads")
 
@@ -2048,7 +2101,7 @@ def words_of(text: str) -> list[str]:
 
 
 def match_rank(keyword: str, name: str, words: list[str]) -> int | None:
-    """Return how well the name of a capability, in lower case, matches a keyword: 0 is best, None is not at all."""
+    """Return how well the name of a capability, in lower case, matches a keyword: 0 is best, None is no match."""
     if name == keyword:
         return 0
     if name.startswith(keyword) or keyword in words:
@@ -2057,14 +2110,14 @@ def match_rank(keyword: str, name: str, words: list[str]) -> int | None:
 
 
 class InvertedIndex(Generic[Item]):
-    """Finds items by any of their keys. It is bounded: what no longer fits is to be looked at one by one."""
+    """Finds items by any of their keys. It is limited: items that do not fit are scanned one by one."""
 
     __slots__ = ("_by_key", "_places", "_unlisted")
 
     def __init__(self) -> None:
         self._by_key: dict[str, dict[Item, None]] = {}
         self._places = 0  # Items under keys, at most INDEX_MAX.
-        self._unlisted: dict[Item, None] = {}
+        self._unlisted: dict[Item, None] = {}  # Items that did not fit.
 
     def __len__(self) -> int:
         return self._places + len(self._unlisted)
@@ -2078,7 +2131,7 @@ class InvertedIndex(Generic[Item]):
         self._places += len(keys)
 
     def drop(self, item: Item, keys: Collection[str]) -> None:
-        """Take an item out, which was added with these keys, or not at all."""
+        """Remove an item that was added with these keys, or not at all."""
         if item in self._unlisted:
             del self._unlisted[item]
             return
@@ -2094,9 +2147,10 @@ class InvertedIndex(Generic[Item]):
 
 
 class CapabilityIndex:
-    """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.
+    """Finds agents by the names of their capabilities and the words of their descriptions, without scanning them all.
 
-    Names are looked up by their parts of three characters, as search indexes do it (pg_trgm of PostgreSQL, for one).
+    Names are looked up by their trigrams, as in pg_trgm of PostgreSQL: a keyword of three characters or more is part of
+    a name only if the name has all trigrams of the keyword. The candidates with the rarest one are then compared.
     """
 
     __slots__ = ("_by_part", "_by_word", "_pools", "scanned")
@@ -2125,7 +2179,7 @@ class CapabilityIndex:
         self._by_word.drop(agent, agent.words)
 
     def ranks(self, keyword: str) -> dict[AgentRecord, int]:
-        """Return how well agents match a keyword in lower case, those that do: 0 is best, 3 a word of a description."""
+        """Return the rank of each agent that matches a keyword in lower case: 0 is best, 3 a word of a description."""
         agents = self._by_word.candidates([keyword])
         ranks = {agent: 3 for agent in agents if keyword in agent.words}
         parts = trigrams(keyword)
@@ -2676,13 +2730,13 @@ class Hub:
         """Refuse an agent whose registration is larger than this hub accepts."""
         settings = self.settings
         if len(message.capabilities) > settings.capabilities_max:
-            text = f"capabilities: an agent may have {settings.capabilities_max} on this hub"
+            text = f"capabilities: at most {settings.capabilities_max} per agent on this hub; register several agents"
             raise Refused(text, code=Code.OVERLOADED)
         if len(json.dumps(message.metadata)) > settings.metadata_bytes_max:
-            text = f"metadata: an agent may have {settings.metadata_bytes_max} bytes on this hub"
+            text = f"metadata: at most {settings.metadata_bytes_max} bytes as JSON on this hub"
             raise Refused(text, code=Code.OVERLOADED)
         if schemas_bytes(one for one in message.capabilities if isinstance(one, Capability)) > SCHEMAS_BYTES_MAX:
-            text = f"capabilities: their schemas are larger than {SCHEMAS_BYTES_MAX} bytes together"
+            text = f"capabilities: their schemas may have {SCHEMAS_BYTES_MAX} bytes together; register several agents"
             raise Refused(text, code=Code.TOO_LARGE)
 
     def _resumed(self, connection: Connection, message: Register) -> AgentRecord | None:
@@ -2693,17 +2747,18 @@ class Hub:
         secret = message.resume or ""
         if not hmac.compare_digest(agent.resume_hash, hash_of(secret)):
             connection.wrong_secrets += message.resume is not None
-            raise Refused("resume: is not the secret of that agent_id", code=Code.UNAUTHORIZED)
+            raise Refused("resume: wrong secret; register without agent_id for a new identity", code=Code.UNAUTHORIZED)
         agent.resume = secret
         if agent.connection is not None:
-            self._close(agent.connection, CloseCode.REPLACED, "a newer connection has taken this agent over")
+            self._close(agent.connection, CloseCode.REPLACED, "a newer connection has resumed this agent's session")
         self.directory.transition(agent, AgentEvent.RESUMED)
         return agent
 
     def _new_agent(self, name: str) -> AgentRecord:
         agents = self.directory.agents
         if len(agents) >= self.settings.agents_max:
-            raise Refused(f"the hub has its {self.settings.agents_max} agents", code=Code.OVERLOADED)
+            text = f"the hub has reached its limit of {self.settings.agents_max} agents; retry later"
+            raise Refused(text, code=Code.OVERLOADED)
         readable = slugify(name, 48) or "agent"
         agent_id = f"{readable}-{self._entropy(4).hex()}"
         while agent_id in agents:
@@ -2734,7 +2789,8 @@ class Hub:
             self._leave(agent, agent.drain_id, message.id)
             return
         if agent.state is AgentState.DRAINING:
-            raise Refused("drain: is under way", code=Code.SHUTTING_DOWN)
+            text = "drain: already requested; the reply follows when the last task has ended"
+            raise Refused(text, code=Code.SHUTTING_DOWN)
         agent.drain_id = message.id
         self.directory.transition(agent, AgentEvent.DRAIN_REQUESTED)
         self._release_awaited(agent)
@@ -2788,9 +2844,10 @@ class Hub:
         """Take an agent out that is gone or deregistered. Its tasks are retried or fail."""
         what = "left" if agent.state is AgentState.DEREGISTERED else "lost"
         log_hub.info("%s agent=%s running=%d", what, agent.agent_id, len(agent.running))
+        reason = "its agent deregistered" if what == "left" else "its agent did not reconnect within its grace period"
         while agent.running:  # Not a plain loop: one task may be a subtask of another, and be cancelled with it.
             task = next(iter(agent.running.values()))
-            self._retry(task, "its agent was lost")
+            self._retry(task, reason)
             self._follow_up(task, agent)
         self._release_awaited(agent)
         if not agent.is_needed:
@@ -2800,7 +2857,7 @@ class Hub:
         """Fail the pending tasks that name an agent which takes no more, unless they may wait for it."""
         for task in list(agent.awaited.values()):
             if not task.waits_for_agent:
-                self._end(task, TaskEvent.LOST, ErrorInfo(Code.AGENT_LOST, "its agent left before it began"))
+                self._end(task, TaskEvent.LOST, ErrorInfo(Code.AGENT_LOST, "its agent left before the task began"))
 
     def _on_deadline(self, subject: TaskRecord | AgentRecord | Connection) -> None:
         if isinstance(subject, TaskRecord):
@@ -2817,13 +2874,13 @@ class Hub:
             self._close(connection, CloseCode.SILENT, "silent for three heartbeat intervals")
         elif not connection.is_known:
             # Not 1008: a program that was only slow may try again.
-            text = f"neither registered nor asked anything in {self.settings.join_s:g} s"
+            text = f"neither registered nor asked anything within {self.settings.join_s:g} s"
             self._close(connection, CloseCode.SILENT, text)
         else:  # It has spoken since this deadline was set: moving it with each message would cost more.
             self._deadlines.push(connection, silent_since)
 
     def _expire(self, task: TaskRecord) -> None:
-        text = f"its time to live of {task.deadline - task.accepted_at:g} s is over"
+        text = f"its time to live of {task.deadline - task.accepted_at:g} s has expired"
         self._end(task, TaskEvent.EXPIRED, ErrorInfo(Code.TIMEOUT, text))
 
     def _on_heartbeat(self, connection: Connection, message: Heartbeat) -> None:
@@ -2878,7 +2935,7 @@ class Hub:
     def _on_progress(self, agent: AgentRecord, message: Status) -> TaskAck:
         task = self._open_task(message.task_id or "")
         if task.assignee is not agent:
-            raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
+            raise Refused("this agent is not the assignee of that task", code=Code.NOT_ASSIGNED)
         self._check_size(message)
         task.seq += 1
         task.progress, task.detail = message.progress, message.detail
@@ -2949,7 +3006,7 @@ class Hub:
     def _repeat(self, connection: Connection, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
         """Answer a delegate that was accepted before."""
         if task.requester is not agent or not same_content(task.request, message):
-            raise Refused("task_id: belongs to another task", code=Code.DUPLICATE_TASK)
+            raise Refused("task_id: used by another task; choose a new one", code=Code.DUPLICATE_TASK)
         self._acknowledge(connection, message, task)
         if task.state in FINAL_STATES:
             self._send(connection, task.outcome())
@@ -2957,9 +3014,9 @@ class Hub:
     def _admit(self, agent: AgentRecord, message: Delegate) -> TaskRecord | None:
         """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
         if self.shutting_down:
-            raise Refused("the hub is shutting down", code=Code.SHUTTING_DOWN)
+            raise Refused("the hub is shutting down; retry when it is back", code=Code.SHUTTING_DOWN)
         if self.is_full:
-            raise Refused("the hub's disk is full", code=Code.OVERLOADED)
+            raise Refused("the hub's disk is full; retry later", code=Code.OVERLOADED)
         if message.agent_id is None and message.capability is None:
             raise Refused("capability: name a capability, an agent_id, or both", code=Code.INVALID_MESSAGE)
         parent = self._parent(agent, message.parent_id) if message.parent_id is not None else None
@@ -2972,9 +3029,9 @@ class Hub:
     def _parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
         parent = self.tasks.open.get(parent_id)
         if parent is None or parent.assignee is not agent:
-            raise Refused("parent_id: is not a task that this agent is working on", code=Code.NOT_ASSIGNED)
+            raise Refused("parent_id: this agent is not the assignee of that task", code=Code.NOT_ASSIGNED)
         if parent.depth >= DEPTH_OF_CHILDREN_MAX:
-            raise Refused(f"a chain of tasks is at most {DEPTH_OF_CHILDREN_MAX} deep", code=Code.TOO_DEEP)
+            raise Refused(f"parent_id: subtasks nest at most {DEPTH_OF_CHILDREN_MAX} deep", code=Code.TOO_DEEP)
         return parent
 
     def _check_target(self, requester: AgentRecord, message: Delegate) -> None:
@@ -2983,32 +3040,39 @@ class Hub:
             pool = self.directory.pools.get(message.capability or "")
             others = len(pool.members) - (requester.agent_id in pool.members) if pool is not None else 0
             if not others:
-                raise Refused("no agent with that capability is there", code=Code.NO_AGENT)
+                text = f'no online agent offers {quoted(message.capability or "")}; start one, or set "wait"'
+                raise Refused(text, code=Code.NO_AGENT)
             return
         agent = self.directory.agents.get(message.agent_id)
         if agent is None or agent.state not in TARGET_STATES:
-            raise Refused("no agent with that agent_id is there", code=Code.UNKNOWN_AGENT)
+            text = f'agent {quoted(message.agent_id)} is not online; choose one with discover, or set "wait"'
+            raise Refused(text, code=Code.UNKNOWN_AGENT)
         if message.capability is not None and message.capability not in agent.capabilities:
-            raise Refused("that agent does not have that capability", code=Code.NO_AGENT)
+            text = f"agent {quoted(message.agent_id)} does not offer {quoted(message.capability)}"
+            raise Refused(text, code=Code.NO_AGENT)
 
     def _check_size(self, message: Delegate | Result | Status | Broadcast) -> None:
         """Refuse a message that would be too large when the hub passes it on, with the fields that it adds."""
         if self._message_bytes > self._small_bytes_max:
             limit = self.settings.message_bytes_max
             if len(encode(message)) + self.settings.envelope_bytes > limit:
-                raise Refused(f"with what the hub adds it is larger than {limit} bytes", code=Code.TOO_LARGE)
+                text = f"with the fields that the hub adds, the message exceeds {limit} bytes"
+                raise Refused(text, code=Code.TOO_LARGE)
 
     def _check_limits(self, agent: AgentRecord) -> None:
         """Refuse a task too many; drop ended tasks if its record needs their bytes."""
         settings, tasks = self.settings, self.tasks
         if len(agent.requested) >= settings.open_tasks_max:
-            raise Refused(f"this agent has its {settings.open_tasks_max} tasks open", code=Code.OVERLOADED)
+            text = f"this agent has reached its limit of {settings.open_tasks_max} open tasks; wait until one ends"
+            raise Refused(text, code=Code.OVERLOADED)
         if tasks.counts[PENDING] >= settings.pending_tasks_max:
-            raise Refused(f"the hub has its {settings.pending_tasks_max} tasks waiting", code=Code.OVERLOADED)
+            text = f"the hub has reached its limit of {settings.pending_tasks_max} pending tasks; retry later"
+            raise Refused(text, code=Code.OVERLOADED)
         needed = self._message_bytes + RECORD_BYTES
         if tasks.bytes + needed > settings.records_bytes_max:
             if not tasks.has_room(needed):
-                raise Refused(f"the hub holds its {settings.records_bytes_max} bytes of tasks", code=Code.OVERLOADED)
+                text = f"the hub has reached its limit of {settings.records_bytes_max} bytes of tasks; retry later"
+                raise Refused(text, code=Code.OVERLOADED)
             tasks.make_room(needed)
 
     def _place(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> AgentRecord | None:
@@ -3106,7 +3170,7 @@ class Hub:
         if worker is agent:
             self._conclude(task, message)
         else:
-            reason = error_info(message.error).message or "its requester called it off"
+            reason = error_info(message.error).message or "cancelled by its requester"
             self._settle(task, TaskEvent.CANCELLED, error=ErrorInfo(Code.CANCELLED, reason))
         self._acknowledge(connection, message, task)
         self._follow_up(task, worker)
@@ -3115,13 +3179,14 @@ class Hub:
         """Refuse a result unless it is from the assignee, of the present attempt, or its requester cancels with it."""
         if task.assignee is agent:
             if message.attempt is not None and message.attempt != task.attempt:
-                raise Refused("attempt: is not the present one", code=Code.STALE_ATTEMPT)
+                text = f"attempt: {message.attempt} is not the present one, which is {task.attempt}"
+                raise Refused(text, code=Code.STALE_ATTEMPT)
             if task.deadline <= self._now:  # `tick` is about to end it.
-                raise Refused("the deadline of that task has come", code=Code.TASK_OVER)
+                raise Refused("the deadline of that task has passed", code=Code.TASK_OVER)
         elif task.requester is not agent or message.success:
             if message.attempt is not None and message.attempt < task.attempt:
-                raise Refused("attempt: a newer one has begun", code=Code.STALE_ATTEMPT)
-            raise Refused("this agent is not working on that task", code=Code.NOT_ASSIGNED)
+                raise Refused("attempt: a newer one has begun; stop working on this one", code=Code.STALE_ATTEMPT)
+            raise Refused("this agent is not the assignee of that task", code=Code.NOT_ASSIGNED)
 
     def _conclude(self, task: TaskRecord, message: Result) -> None:
         """Apply the result of a task's assignee."""
@@ -3165,7 +3230,7 @@ class Hub:
         deliver its outcome or hand it out again, and fill the slot that is free now.
         """
         if task.children:
-            error = ErrorInfo(Code.CANCELLED, "the task that it was part of has ended")
+            error = ErrorInfo(Code.CANCELLED, "its parent task has ended")
             while task.children:
                 self._end(next(iter(task.children.values())), TaskEvent.CANCELLED, error)
         if task.state is PENDING:
@@ -3226,24 +3291,25 @@ class Hub:
         count(self._refusals, why.code)
         log_hub.warning("refused code=%s agent=%s", why.code, connection.agent.agent_id if connection.agent else None)
         if connection.wrong_secrets >= TRIES_MAX:
-            self._close(connection, CloseCode.NOT_ALLOWED, "tried too many secrets")
+            self._close(connection, CloseCode.NOT_ALLOWED, "too many wrong secrets")
 
     def _registered_agent(self, connection: Connection) -> AgentRecord:
         if connection.agent is None:
-            raise Refused("register first; before that only status and discover", code=Code.NOT_REGISTERED)
+            text = "register first; before that, only status and discover are allowed"
+            raise Refused(text, code=Code.NOT_REGISTERED)
         return connection.agent
 
     def _known_task(self, task_id: str) -> TaskRecord:
         task = self.tasks.find(task_id)
         if task is None:
-            raise Refused("task_id: the hub knows no such task", code=Code.UNKNOWN_TASK)
+            raise Refused("task_id: unknown to this hub; its record may have expired", code=Code.UNKNOWN_TASK)
         return task
 
     def _open_task(self, task_id: str) -> TaskRecord:
         task = self.tasks.open.get(task_id)
         if task is None:
             self._known_task(task_id)
-            raise Refused("that task has ended", code=Code.TASK_OVER)
+            raise Refused("that task has already ended", code=Code.TASK_OVER)
         return task
 
     def _on_invalid(self, connection: Connection, message: InvalidMessage) -> None:
@@ -3271,6 +3337,11 @@ def schemas_bytes(offered: Iterable[Capability]) -> int:
     """Return how large the schemas of some capabilities are together, as JSON."""
     schemas = itertools.chain.from_iterable((one.input_schema, one.output_schema) for one in offered)
     return sum(len(json.dumps(schema)) for schema in schemas if schema is not None)
+
+
+def quoted(name: str) -> str:
+    """Return a name in quotes for an error text, shortened because a reply has a limit too."""
+    return f'"{name}"' if len(name) <= 48 else f'"{name[:47]}…"'
 
 
 def count(counts: dict[str, int], what: str) -> None:

@@ -9,7 +9,7 @@ import ssl
 import typing
 from _typeshed import Incomplete
 from asyncio import Protocol as AsyncioProtocol
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -52,6 +52,9 @@ __all__ = [
     "TaskEvent",
     "TRANSITIONS",
     "FINAL_STATES",
+    "AgentState",
+    "AgentEvent",
+    "AGENT_TRANSITIONS",
     "HubSettings",
     "Hub",
     "Journal",
@@ -139,7 +142,7 @@ class JournalError(AgentHubError):
     """A journal cannot be used: it is not one, damaged, of another version or in use. The file was not changed."""
 
 class IllegalTransition(AgentHubError):
-    """The table of task states has no such transition: a bug in the hub. Nothing has changed."""
+    """The table of states has no such transition: a bug in the hub. Nothing has changed."""
 
 class CloseCode(enum.IntEnum):
     """The WebSocket close codes that the hub uses."""
@@ -537,6 +540,27 @@ class TaskEvent(enum.StrEnum):
 
 TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]]
 FINAL_STATES: frozenset[TaskState]
+
+class AgentState(enum.StrEnum):
+    """The state of an agent."""
+
+    ONLINE = "online"
+    DRAINING = "draining"
+    DISCONNECTED = "disconnected"
+    INTERRUPTED = "interrupted"
+    GONE = "gone"
+    DEREGISTERED = "deregistered"
+
+class AgentEvent(enum.StrEnum):
+    """The events that change an agent's state."""
+
+    DRAIN_REQUESTED = "drain requested"
+    CONNECTION_LOST = "connection lost"
+    RESUMED = "resumed"
+    GRACE_EXPIRED = "grace period expired"
+    DEREGISTERED = "deregistered"
+
+AGENT_TRANSITIONS: Mapping[AgentState, Mapping[AgentEvent, AgentState]]
 Item = TypeVar("Item", bound=Hashable)
 
 class LazyHeap(Generic[Item]):
@@ -575,7 +599,7 @@ class HubSettings:
     def __post_init__(self) -> None: ...
     @property
     def envelope_bytes(self) -> int:
-        """How much smaller than the limit a message must be that the hub passes on."""
+        """The bytes that the hub may add to a message when it passes it on."""
     @property
     def silence_s(self) -> float:
         """How long a connection may be silent before it is closed."""
@@ -590,7 +614,7 @@ Effect = tuple[Any, HubOutput | Close]
 
 @dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
-    """What the hub knows of one task. Only `Hub._transition` assigns `state`."""
+    """What the hub knows of one task. Only `TaskTable.transition` assigns `state`."""
 
     task_id: str
     request: Delegate
@@ -620,24 +644,31 @@ class TaskRecord:
     def queue_key(self) -> tuple[int, int]:
         """Where it stands in a queue: the higher priority first, then the order of acceptance."""
     @property
+    def target(self) -> tuple[str | None, str | None]:
+        """The queue in which it waits for an agent: an agent_id, a capability, or both."""
+    @property
     def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
+    def ack(self, reply_to: str | None = None) -> TaskAck: ...
+    def outcome(self) -> TaskOutcome: ...
+    def info_fields(self, now: float) -> dict[str, Any]:
+        """Return the fields that TaskInfo and StatusReply share."""
+    def row(self) -> TaskRow:
+        """Return what a journal keeps of it: all but its progress."""
 
 @dataclass(slots=True, eq=False, repr=False)
 class AgentRecord:
-    """What the hub knows of one agent.
+    """What the hub knows of one agent. Only `Directory.transition` assigns `state`.
 
-    It is online while it has a connection; away from the loss of that until its grace time ends (both count as
-    "there"); and gone after that, when its record stays only as long as `is_needed`.
+    After its grace period, or after it has deregistered, its record is kept only as long as it `is_needed`.
     """
 
     agent_id: str
     resume: str
     resume_hash: str = ...
+    state: AgentState = ...
     connection: Connection | None = ...
-    there: bool = ...
-    departed: bool = ...
-    leaving: Deregister | None = ...
+    drain_id: str | None = ...
     name: str = ...
     description: str = ...
     capabilities: dict[str, Capability] = field(default_factory=dict)
@@ -656,13 +687,15 @@ class AgentRecord:
     def is_available(self) -> bool: ...
     @property
     def is_needed(self) -> bool:
-        """Whether a gone agent still has a reason to come back."""
+        """Whether an agent that is gone may still want something, or be wanted, when it comes back."""
     @property
     def info(self) -> AgentInfo: ...
+    def row(self) -> AgentRow:
+        """Return what a journal keeps of it."""
 
 @dataclass(slots=True, eq=False, repr=False)
 class Connection:
-    """One connection, and the agent that has registered on it (None: an observer)."""
+    """One connection, and the agent that is registered on it (None: an observer)."""
 
     link: Hashable
     last_seen: float
@@ -671,7 +704,11 @@ class Connection:
     wrong_secrets: int = ...
 
 class AgentRow(NamedTuple):
-    """What a journal keeps of an agent: its registration, without the secret."""
+    """What a journal keeps of an agent: its registration, without the secret.
+
+    `there` is false once it is gone, `departed` is true if that is because it deregistered. Other states do not
+    outlive the hub: to the next one, every agent that is not gone is disconnected.
+    """
 
     agent_id: str
     resume_hash: str
@@ -714,7 +751,10 @@ class Step(NamedTuple):
     changes: Changes | None = ...
 
 class Pool:
-    """The agents that are there with one capability, and those of them that can take a task, by load."""
+    """The agents with one capability, and those of them that can take a task, by load.
+
+    Loads are few and small numbers, so the least one is found by sorting them, and an agent moves in constant time.
+    """
 
     name: Incomplete
     target: Incomplete
@@ -729,7 +769,11 @@ class Pool:
         """Return a free agent with the fewest tasks; of several, the one that has had that load for longest."""
 
 class PendingQueue:
-    """The pending tasks with one target, kept by requester, so that an agent can pass over its own in one step."""
+    """The pending tasks with one target, by requester: no agent gets its own task, and must not search for another's.
+
+    A heap a requester, and a heap of their heads. The requester that an agent is not to serve is left out by looking at
+    the second head.
+    """
     def __init__(self) -> None: ...
     def __bool__(self) -> bool: ...
     def push(self, task: TaskRecord) -> None: ...
@@ -738,19 +782,20 @@ class PendingQueue:
         """Return the first task in line whose requester is not `excluding`."""
 
 class InvertedIndex(Generic[Item]):
-    """Finds items by any of their keys. It is bounded: what no longer fits is to be looked at one by one."""
+    """Finds items by any of their keys. It is limited: items that do not fit are scanned one by one."""
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
     def add(self, item: Item, keys: Collection[str]) -> None: ...
     def drop(self, item: Item, keys: Collection[str]) -> None:
-        """Take an item out, which was added with these keys, or not at all."""
+        """Remove an item that was added with these keys, or not at all."""
     def candidates(self, keys: Iterable[str]) -> list[Item]:
         """Return the items that may have all these keys, at least one of them: those with the rarest."""
 
 class CapabilityIndex:
-    """Finds agents by the names of their capabilities and the words of their descriptions, without looking at all.
+    """Finds agents by the names of their capabilities and the words of their descriptions, without scanning them all.
 
-    Names are looked up by their parts of three characters, as search indexes do it (pg_trgm of PostgreSQL, for one).
+    Names are looked up by their trigrams, as in pg_trgm of PostgreSQL: a keyword of three characters or more is part of
+    a name only if the name has all trigrams of the keyword. The candidates with the rarest one are then compared.
     """
 
     scanned: int
@@ -761,7 +806,98 @@ class CapabilityIndex:
     def add_agent(self, agent: AgentRecord) -> None: ...
     def drop_agent(self, agent: AgentRecord) -> None: ...
     def ranks(self, keyword: str) -> dict[AgentRecord, int]:
-        """Return how well agents match a keyword in lower case, those that do: 0 is best, 3 a word of a description."""
+        """Return the rank of each agent that matches a keyword in lower case: 0 is best, 3 a word of a description."""
+
+class Directory:
+    """The agents that the hub knows, and what finds one of them: for a task, and for `discover`.
+
+    An agent that is online or disconnected is a member of the pool of each of its capabilities and is in the index of
+    `discover`; one that is draining, interrupted or gone is in neither. A pool lists those of its members that can take
+    a task under their load. `transition` and `describe` keep that true, and `update_load` does after each change of
+    what an agent is running.
+    """
+
+    agents: dict[str, AgentRecord]
+    gone: dict[str, AgentRecord]
+    pools: dict[str, Pool]
+    index: Incomplete
+    changed: dict[AgentRecord, bool]
+    def __init__(self, *, is_journaled: bool) -> None: ...
+    def mark(self, agent: AgentRecord, is_kept: bool = True) -> None:
+        """Have an agent's row written, or deleted, by this step."""
+    def transition(self, agent: AgentRecord, event: AgentEvent) -> None:
+        """Take one step of the table. Nothing else assigns an agent's state; pools and index follow it here."""
+    def describe(self, agent: AgentRecord, message: Register, running_max: int) -> None:
+        """Make an agent what its registration says it is."""
+    def restore(self, row: AgentRow, running_max: int) -> AgentRecord:
+        """Add an agent that a journal has kept."""
+    def forget_unneeded(self) -> None:
+        """Drop those that are gone and that nothing needs any more."""
+    def forget(self, agent: AgentRecord) -> None: ...
+    def update_load(self, agent: AgentRecord) -> None:
+        """List an agent in its pools under what it has to do now."""
+    def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
+        """Return an agent that can take a task now: one to avoid only if there is no other, never its requester."""
+    def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
+        """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
+        were looked at.
+        """
+
+class TaskTable:
+    """The records of all tasks, each in one of three dictionaries, with what they add up to.
+
+    `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
+    outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
+    in the order of their ends, so that the oldest go first. Requesters, parents and the counts are kept in step here;
+    who runs a task, and who waits for which, is the Hub's affair.
+    """
+
+    open: dict[str, TaskRecord]
+    delivered: dict[str, TaskRecord]
+    undelivered: dict[str, TaskRecord]
+    counts: Incomplete
+    totals: Incomplete
+    bytes: int
+    delivered_bytes: int
+    bytes_max: Incomplete
+    sequence: int
+    changed: dict[TaskRecord, bool]
+    def __init__(self, bytes_max: int, *, is_journaled: bool) -> None: ...
+    def find(self, task_id: str) -> TaskRecord | None: ...
+    def newest_first(self) -> Iterator[TaskRecord]:
+        """Return all tasks: the open ones, those with an outcome to deliver, and the others."""
+    def __len__(self) -> int: ...
+    def mark(self, task: TaskRecord, is_kept: bool = True) -> None:
+        """Have a task's row written, or deleted, by this step."""
+    def take_changes(self, changes: Changes) -> None:
+        """Add the rows of the tasks that changed since the last step."""
+    def accept(
+        self, request: Delegate, requester: AgentRecord, parent: TaskRecord | None, now: float, message_bytes: int
+    ) -> TaskRecord:
+        """Return the record of a new task, which is pending."""
+    def restore(self, row: TaskRow, agent_of: Callable[[str], AgentRecord], now: float) -> TaskRecord:
+        """Return the record of a task that a journal has kept; it is in none of the dictionaries yet.
+
+        Even if the machine's clock was set back, nothing is younger than now, or lives longer than its time to live.
+        """
+    def list_open(self, task: TaskRecord) -> None: ...
+    def transition(self, task: TaskRecord, event: TaskEvent) -> None:
+        """Take one step of the table. Nothing else assigns a task's state."""
+    def grow(self, task: TaskRecord, size: int) -> None:
+        """Count `size` more bytes (less, if negative) in the record of an open task."""
+    def keep_undelivered(self, task: TaskRecord) -> None: ...
+    def take_undelivered(self, task: TaskRecord) -> None: ...
+    def keep_delivered(self, task: TaskRecord) -> None: ...
+    def take_delivered(self, task_id: str) -> TaskRecord | None:
+        """Take a task out of `delivered`; return it if it was there."""
+    def has_room(self, size: int) -> bool:
+        """Return whether a record of `size` bytes fits when all of `delivered` is dropped for it."""
+    def make_room(self, needed: int = 0) -> None:
+        """Drop the oldest delivered tasks, before their retention is over, while the records are too large together."""
+    def purge_older(self, horizon: float) -> bool:
+        """Drop tasks that ended before `horizon`, at most TICK_BATCH of a kind; return whether more may be left."""
+    def purge(self, task: TaskRecord) -> None:
+        """Drop the record of an ended task."""
 
 class Hub:
     """Every decision about agents and tasks.
@@ -769,9 +905,12 @@ class Hub:
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
     does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, each step has
     the changes that must be on disk before its effects are carried out; `restore` reads them again after a restart.
+    `directory` and `tasks` are for reading.
     """
 
     settings: HubSettings
+    directory: Incomplete
+    tasks: Incomplete
     shutting_down: bool
     is_full: bool
     cost: int
@@ -779,7 +918,7 @@ class Hub:
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None: ...
     def connected(self, link: Hashable, now: float) -> Step:
-        """Take note of a new connection. Until it registers it may only look: `status` and `discover`."""
+        """Add a new connection. Until it registers it may only look: `status` and `discover`."""
     def receive(
         self,
         link: Hashable,
@@ -795,7 +934,7 @@ class Hub:
     def failed(self, link: Hashable, reply_to: str | None) -> Step:
         """Answer a message whose handling has raised an unexpected exception; what it did before that stays done."""
     def disconnected(self, link: Hashable, now: float, code: int = 1006) -> Step:
-        """Take note of a lost connection: its agent's place is kept for the grace time."""
+        """Remove a lost connection. Its agent's session is kept for the grace period."""
     def tick(self, now: float) -> Step:
         """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
     def redeliver(self, task_id: str, now: float) -> Step:
@@ -803,16 +942,17 @@ class Hub:
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
     def shut_down(self) -> None:
-        """Take no new task from now on."""
+        """Accept no new task from now on."""
     @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""
     def summary(self) -> dict[str, Any]:
-        """Return what `status` says of the hub itself."""
+        """Return what `status` reports of the hub itself."""
     def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
-        """Take up what a journal has kept, before anything else happens. Every agent has its grace time to come back.
+        """Continue from what a journal has kept, before anything else happens. Each agent gets a new grace period.
 
-        Requesters are told again of what ended after `redeliver_after`: the word of it may have been lost with the hub.
+        Outcomes of tasks that ended after `redeliver_after` are delivered again: the last ones may have been lost with
+        the hub.
         """
 
 StoredMessage = TypeVar("StoredMessage")

@@ -993,7 +993,7 @@ async def test_submit_tries_again_until_there_is_room(
         assert await soon(asyncio.gather(*(handle.result() for handle in handles))) == list(range(8))
         assert sorted(done) == list(range(8))
         if bound == "open_tasks_max":
-            assert count_of(caplog, "this agent has its 2 tasks open") >= 20
+            assert count_of(caplog, "this agent has reached its limit of 2 open tasks; wait until one ends") >= 20
 
 
 async def test_submit_without_patience_says_at_once_that_the_hub_is_overloaded(kind: Callable[..., LocalHub]) -> None:
@@ -1083,7 +1083,7 @@ async def test_agent_for_which_there_is_no_room_tries_again_until_there_is(
         async with Agent("first", **at(hub)):
             second = Agent("second", **at(hub))
             joining = asyncio.create_task(second.__aenter__())
-            await eventually(lambda: count_of(caplog, "the hub has its 1 agents") >= 3)
+            await eventually(lambda: count_of(caplog, "the hub has reached its limit of 1 agents; retry later") >= 3)
             assert not joining.done()
         await soon(joining)
         assert online(hub) == 1

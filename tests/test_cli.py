@@ -783,7 +783,7 @@ def test_status_of_one_task(url: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_status_of_a_task_that_is_not_there_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("status", "--task", "no-such-task") == 1
-    assert complaint_of(capsys) == "agenthub: task_id: the hub knows no such task\n"
+    assert complaint_of(capsys) == "agenthub: task_id: unknown to this hub; its record may have expired\n"
 
 
 @posix_only
@@ -862,12 +862,12 @@ def test_call_of_one_agent(url: str, capsys: pytest.CaptureFixture[str]) -> None
     assert agenthub_main("call", "echo", "1", "--agent", agent["agent_id"]) == 0
     assert capsys.readouterr().out == "1\n"
     assert agenthub_main("call", "echo", "1", "--agent", "nobody") == 1
-    assert complaint_of(capsys) == "agenthub: no agent with that agent_id is there\n"
+    assert complaint_of(capsys) == 'agenthub: agent "nobody" is not online; choose one with discover, or set "wait"\n'
 
 
 def test_call_of_what_nobody_can_do_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("call", "no-such-thing") == 1
-    assert complaint_of(capsys) == "agenthub: no agent with that capability is there\n"
+    assert complaint_of(capsys) == 'agenthub: no online agent offers "no-such-thing"; start one, or set "wait"\n'
 
 
 def test_failed_task_is_one_line_with_its_text(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -877,7 +877,7 @@ def test_failed_task_is_one_line_with_its_text(url: str, capsys: pytest.CaptureF
 
 def test_expired_task_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("call", "slow", "--ttl", "0.2") == 1
-    assert complaint_of(capsys) == "agenthub: its time to live of 0.2 s is over\n"
+    assert complaint_of(capsys) == "agenthub: its time to live of 0.2 s has expired\n"
 
 
 def test_call_that_does_not_wait_prints_the_id_and_leaves_the_task(

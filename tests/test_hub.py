@@ -1393,8 +1393,8 @@ def test_hub_has_at_most_its_number_of_tasks_waiting() -> None:
 @pytest.mark.parametrize(
     ("said", "bound"),
     [
-        ({"capabilities": ["a", "b", "c"]}, "capabilities: an agent may have 2 on this hub"),
-        ({"metadata": {"text": "x" * 20}}, "metadata: an agent may have 20 bytes on this hub"),
+        ({"capabilities": ["a", "b", "c"]}, "capabilities: at most 2 per agent on this hub; register several agents"),
+        ({"metadata": {"text": "x" * 20}}, "metadata: at most 20 bytes as JSON on this hub"),
     ],
 )
 def test_agent_that_says_more_of_itself_than_the_hub_takes_is_refused(said: dict[str, Any], bound: str) -> None:

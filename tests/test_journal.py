@@ -1483,7 +1483,8 @@ async def test_task_is_acknowledged_and_handed_out_only_after_the_write(tmp_path
         requester.tell(Delegate(id="d", task_id="t", capability="work"))
         await eventually(lambda: journal.begun == len(journal.written) + 1)
         refused = await requester.ask(Delegate(task_id="u", capability="work"))
-        assert (refused.code, refused.message) == ("overloaded", "this agent has its 1 tasks open")
+        assert refused.code == "overloaded"
+        assert refused.message == "this agent has reached its limit of 1 open tasks; wait until one ends"
         requester.tell(Status(id="s", task_id="t"))
         for caller in (requester, worker):
             await caller.is_alive()
@@ -1766,7 +1767,7 @@ async def test_full_disk_stops_new_tasks_and_what_was_held_is_carried_out_once(
         await eventually(lambda: journal.begun > begun + 5)
         assert hub.hub.is_full
         refused = await requester.ask(Delegate(task_id="new", capability="work"))
-        assert (refused.code, refused.message) == ("overloaded", "the hub's disk is full")
+        assert (refused.code, refused.message) == ("overloaded", "the hub's disk is full; retry later")
         worker.tell(Result(id="r", task_id="old", success=True))
         for caller in (worker, requester):
             await caller.is_alive()

@@ -538,12 +538,12 @@ async def test_bad_argument_is_an_error_that_names_it(
 async def test_what_the_hub_refuses_is_an_error_with_its_code(bridge: mcp.Client) -> None:
     assert await refusal(bridge, "delegate_task", capability="no-such-thing") == (
         "no_agent",
-        "no agent with that capability is there",
+        'no online agent offers "no-such-thing"; start one, or set "wait"',
     )
     code, _ = await refusal(bridge, "delegate_task", capability="echo", agent_id="nobody")
     assert code == "unknown_agent"
     code, message = await refusal(bridge, "get_task_result", task_id="no-such-task")
-    assert (code, message) == ("unknown_task", "task_id: the hub knows no such task")
+    assert (code, message) == ("unknown_task", "task_id: unknown to this hub; its record may have expired")
     code, _ = await refusal(bridge, "delegate_task", capability="echo", input="x" * 2_000_000)
     assert code == "too_large"
     await still_works(bridge)
@@ -1164,7 +1164,8 @@ async def test_hub_that_has_too_much_to_do_is_an_error_that_says_so() -> None:
         hub.hub.settings = agenthub.HubSettings(open_tasks_max=1)
         await id_of(client, "stay")
         code, message = await refusal(client, "delegate_task", capability="stay")
-        assert (code, message) == ("overloaded", "this agent has its 1 tasks open")
+        assert code == "overloaded"
+        assert message == "this agent has reached its limit of 1 open tasks; wait until one ends"
 
 
 async def test_so_many_calls_at_once_do_not_go_over_the_number_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
