@@ -32,13 +32,13 @@ async def greet(name: str) -> str:
 
 @server.tool(structured_output=False)
 async def process_id() -> str:
-    """Tell which process this is."""
+    """Return the id of this process."""
     return str(os.getpid())
 
 
 @server.tool(structured_output=False)
 async def environment(name: str) -> str:
-    """Tell what a variable of the environment is."""
+    """Return an environment variable."""
     return os.environ.get(name, "(not set)")
 
 
@@ -50,7 +50,7 @@ async def refuse(reason: str) -> str:
 
 @server.tool(structured_output=False)
 async def climb(context: Context, folder: str) -> str:
-    """Report progress, and go on when the folder has a file that is named after the report."""
+    """Report progress, and continue when the folder holds a file named after the report."""
     for step in (1, 2):
         await context.report_progress(step, 4, f"step {step}")
         while not (Path(folder) / str(step)).exists():
@@ -60,7 +60,7 @@ async def climb(context: Context, folder: str) -> str:
 
 @server.tool()
 async def slow(folder: str) -> str:
-    """Leave a file `started` in a folder, and one `cancelled` when the call is cancelled."""
+    """Create a file `started` in a folder, and `cancelled` when the call is cancelled."""
     (Path(folder) / "started").touch()
     try:
         await asyncio.sleep(60)

@@ -34,16 +34,16 @@ from wsproto.extensions import PerMessageDeflate
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # Opcodes, RFC 6455 §5.2.
 WAIT_S = 20.0  # The limit of every wait: generous, because it is reached only when something is broken.
-CLOSE_S = 10.0  # For the other end to take part in a close; then the socket is cut.
-WRITE_BYTES_MAX = 32_768  # May wait to be written before `send` waits.
+CLOSE_S = 10.0  # For the other end to answer a close; then the socket is cut.
+WRITE_BYTES_MAX = 32_768  # `send` waits while more is buffered.
 
 
 class ConnectionClosed(Exception):
-    """Nothing more can be said, or is there to be heard."""
+    """The connection is closed."""
 
 
 class InvalidStatus(Exception):
-    """The server has answered the handshake, but not with 101."""
+    """The server has answered the handshake with another status than 101."""
 
     def __init__(self, status_code: int) -> None:
         super().__init__(f"HTTP {status_code}")
@@ -165,13 +165,13 @@ class RawSocket:
         return message
 
     async def close_code(self) -> int:
-        """Return the code that the hub closes with, when it has."""
+        """Return the hub's close code, once it has closed."""
         while (frame := await self.frame()).opcode != CLOSE:
             pass
         return int.from_bytes(frame.data[:2])
 
     async def rest(self) -> bytes:
-        """Return the bytes that come until the connection ends, in whatever way."""
+        """Return all bytes until the connection closes or is reset."""
         raw = bytes(self._buffer)
         async with asyncio.timeout(WAIT_S):
             with contextlib.suppress(OSError):
@@ -202,13 +202,13 @@ async def raw_socket(url: str, *, handshake: bool = True, **options: Any) -> Asy
 
 
 class Peer:
-    """One end of a WebSocket, without a socket: `receive` what comes in, and write what there is `to_send`.
+    """One end of a WebSocket without a socket: `receive` bytes, and write what is `to_send`.
 
-    It answers a request, pings and a close by itself, and fails the connection of who breaks the protocol.
+    It answers requests, pings and closes by itself, and fails the connection when the other end violates the protocol.
     """
 
     def __init__(self, role: ConnectionType = ConnectionType.CLIENT) -> None:
-        self.closed: CloseConnection | None = None  # As the other end has said it.
+        self.closed: CloseConnection | None = None  # By the other end.
         self.is_failed = False
         self._role = role
         self._websocket = WSConnection(role)
@@ -220,24 +220,24 @@ class Peer:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether it is this end's turn to close the socket (RFC 6455 §7.1.1)."""
+        """Return whether this end must close the socket now (RFC 6455 §7.1.1)."""
         return self.is_failed or (self._role is ConnectionType.SERVER and self.closed is not None)
 
     def send(self, event: Event) -> None:
         self._out += self._websocket.send(event)
 
     def to_send(self) -> bytes:
-        """Return what is to be written, once."""
+        """Return the bytes to write, once."""
         raw = bytes(self._out)
         self._out.clear()
         return raw
 
     def receive(self, raw: bytes) -> list[Event]:
-        """Return what has come in. A message comes in as many pieces as there are frames, or more."""
+        """Return the events of these bytes. A message comes in at least as many pieces as it has frames."""
         events: list[Event] = []
         if raw and self.closed is None and not self.is_failed:
             self._websocket.receive_data(raw)
-            for event in self._websocket.events():  # One by one: they are answered in the state that they came in.
+            for event in self._websocket.events():  # Each is answered in the state in which it was received.
                 events.append(event)
                 self._answer(event)
         return events
@@ -255,7 +255,10 @@ class Peer:
         elif isinstance(event, Ping) and state is ConnectionState.OPEN:
             self.send(event.response())
         elif isinstance(event, CloseConnection):
-            if state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):  # wsproto's word for a broken protocol.
+            if state in (
+                ConnectionState.OPEN,
+                ConnectionState.LOCAL_CLOSING,
+            ):  # A violation, to wsproto.
                 self.fail(event.code, event.reason)
                 return
             self.closed = event
@@ -264,9 +267,9 @@ class Peer:
 
 
 class Connection(asyncio.Protocol):
-    """A WebSocket on a socket. It reads no further while more than `queue_max` messages wait to be received.
+    """A WebSocket on a socket. It stops reading while more than `queue_max` messages wait for `recv`.
 
-    A message of more than `bytes_max` bytes ends it.
+    It fails the connection after a message of more than `bytes_max` bytes.
     """
 
     transport: asyncio.Transport
@@ -276,7 +279,7 @@ class Connection(asyncio.Protocol):
         self._peer = peer
         self._bytes_max = bytes_max
         self._queue_max = queue_max
-        self._pieces: list[Any] = []  # Of a message that is not complete.
+        self._pieces: list[Any] = []  # Of an incomplete message.
         self._pieces_bytes = 0
         self._messages: collections.deque[str | bytes] = collections.deque()
         self._is_leaving = False
@@ -287,13 +290,13 @@ class Connection(asyncio.Protocol):
 
     @property
     def close_code(self) -> int | None:
-        """The code that the other end closed with, 1006 if it did not; None while the connection is there."""
+        """The other end's close code, 1006 if it sent none; None while the connection is open."""
         if not self._gone.is_set():
             return None
         return 1006 if self._peer.closed is None else self._peer.closed.code
 
     async def recv(self) -> str | bytes:
-        """Return the next message. Raises ConnectionClosed when there is none to come."""
+        """Return the next message. Raises ConnectionClosed when there is none left."""
         while not self._messages:
             if self._gone.is_set():
                 raise ConnectionClosed(f"closed with {self.close_code}")
@@ -310,7 +313,7 @@ class Connection(asyncio.Protocol):
                 yield await self.recv()
 
     async def send(self, message: str | bytes | Iterable[str]) -> None:
-        """Send a message, in as many fragments as it has parts and one more, which is empty."""
+        """Send a message; one with parts in a fragment each, and an empty last one."""
         if isinstance(message, str):
             await self._send(TextMessage(message))
         elif isinstance(message, bytes):
@@ -321,7 +324,7 @@ class Connection(asyncio.Protocol):
             await self._send(TextMessage(""))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close politely, or cut the socket after CLOSE_S. What comes in meanwhile is passed over."""
+        """Close, discarding messages meanwhile; cut the socket after CLOSE_S."""
         self._is_leaving = True
         self.transport.resume_reading()
         if self._peer.is_open:
@@ -335,7 +338,7 @@ class Connection(asyncio.Protocol):
         await self._gone.wait()
 
     async def wait_closed(self) -> None:
-        """Wait until the socket is closed too."""
+        """Wait until the socket is closed."""
         await self._gone.wait()
 
     async def _send(self, event: Event) -> None:
@@ -349,7 +352,7 @@ class Connection(asyncio.Protocol):
         if (raw := self._peer.to_send()) and not self.transport.is_closing():
             self.transport.write(raw)
 
-    # What an asyncio.Protocol has
+    # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -407,9 +410,9 @@ async def connect(
     max_size: float = 2**20,
     max_queue: int = 16,
 ) -> AsyncIterator[Connection]:
-    """Open a WebSocket, over a socket that is connected if one is given; close it when the block ends.
+    """Open a WebSocket, over a connected socket if one is given; close it when the block ends.
 
-    Like a browser, it offers to compress. Raises InvalidStatus, or an OSError, if nothing comes of it.
+    Like a browser, it offers compression. Raises InvalidStatus or an OSError if it cannot be opened.
     """
     address = urlsplit(url)
     peer = Peer()
@@ -436,9 +439,9 @@ Script = Callable[[Connection], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def serve(script: Script) -> AsyncIterator[str]:
-    """Listen for WebSockets, and do with each what the script says until that is over or the socket is; yield the URL.
+    """Listen for WebSockets, and run the script on each until it returns or the connection closes; yield the URL.
 
-    What else goes wrong in a script is raised when the block ends.
+    Other exceptions of a script are raised when the block ends.
     """
     connections: list[Connection] = []
     runs: list[asyncio.Task[None]] = []

@@ -1,4 +1,4 @@
-"""What several test modules share: the one limit of waiting, the command line, its processes, and a raw client."""
+"""Shared by the test modules: the command line, processes of it, and a raw client."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def agenthub_main(*argv: str) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     finally:
-        gc.collect()  # Its loop is closed: what it left open is reported by this test, and not by a later one.
+        gc.collect()  # Resources that it left open are reported in this test, and not in a later one.
 
 
 class RawClient:
-    """A WebSocket that speaks JSON and knows nothing of our code. `seen` holds what was passed over while waiting."""
+    """A WebSocket client that speaks JSON, independent of our code. `seen` holds messages skipped while waiting."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -80,13 +80,13 @@ class RawClient:
         await self.connection.send(json.dumps(message))
 
     async def receive(self) -> dict[str, Any]:
-        """Return the next message, bounded by WAIT_S. Raises ConnectionClosed when there is none to come."""
+        """Return the next message within WAIT_S. Raises ConnectionClosed when there is none left."""
         async with asyncio.timeout(WAIT_S):
             message: dict[str, Any] = json.loads(await self.connection.recv())
         return message
 
     async def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Return the first message, seen already or still to come, that is `wanted`."""
+        """Return the first message, already seen or yet to be received, that is `wanted`."""
         for index, message in enumerate(self.seen):
             if wanted(message):
                 return self.seen.pop(index)
@@ -97,7 +97,7 @@ class RawClient:
             self.seen.append(message)
 
     async def request(self, **message: Any) -> dict[str, Any]:
-        """Send a message with an id of its own, and return the reply to it."""
+        """Send a message with a new id, and return the reply to it."""
         self.count += 1
         message_id = message.setdefault("id", f"request-{self.count}")
         await self.send(**message)
@@ -120,13 +120,13 @@ class RawClient:
         )
 
     async def nothing_else(self) -> None:
-        """Assert that the hub has sent nothing more: the answer to a further request is the next that comes."""
+        """Assert that the hub has sent nothing more: the reply to a further request comes next."""
         assert self.seen == []
         await self.send(type="status", id="nothing-else")
         assert (await self.receive()).get("reply_to") == "nothing-else"
 
     async def closed(self) -> int:
-        """Wait for the end of the connection; return its close code, passing over what still comes in."""
+        """Wait until the connection is closed, discarding messages; return its close code."""
         async with asyncio.timeout(WAIT_S):
             async for _ in self.connection:
                 pass

@@ -1,8 +1,8 @@
-"""The cases of the Autobahn test suite against both of our ends of a WebSocket, which echo here what they are sent.
+"""The Autobahn test suite against both ends of our WebSocket, which echo each message here.
 
-All 517 cases run against each end, with each implementation: with the hub's own settings, and those that are over its
-limit also with a larger one. The suite has them for Python 2; `kosoku` runs the same ones with Python 3. Where that is
-not installed, this module is skipped.
+All 517 cases run against each end and each implementation with the default settings, and the cases over the hub's
+limit also with a larger one. The suite needs Python 2; `kosoku` runs the same cases with Python 3. Without it, this
+module is skipped.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from tests.support import WAIT_S
 pytest.importorskip("kosoku")
 
 LARGEST_CASE_BYTES = 16 * 1_048_576
-RUN_S = 6 * WAIT_S  # A run is many cases. It takes some seconds, of which most are pauses that the cases make.
+RUN_S = 6 * WAIT_S  # A run of many cases takes some seconds, mostly pauses of the cases.
 
-CLIENTS_MAX = 16  # Cases that run at a time.
+CLIENTS_MAX = 16  # Cases in parallel.
 
-# kosoku plays the other end in a process of its own: with its cases come folders in front of `sys.path`, and a function
-# in place of the one that `binascii` had, which are no company for other tests. It leaves by `os._exit` because its
-# threads are not always done when the interpreter is, and kosoku 0.1.0 then aborts the process, with the answer given.
+# kosoku runs in a process of its own: its cases prepend folders to `sys.path` and replace a function of `binascii`. It
+# exits by `os._exit` because its threads may outlive the interpreter, and kosoku 0.1.0 then aborts the process.
 FUZZING_PEER = """
 import asyncio, json, os, sys
 from kosoku import FailureError, run_fuzzingclient, run_fuzzingserver
@@ -62,7 +61,7 @@ BUILT_IN = agenthub.WebSockets("built in", agenthub.BuiltinServer, agenthub.Buil
 
 
 class Verdict(NamedTuple):
-    """What the suite says of the messages and of the close, and the close code that it was sent."""
+    """The suite's verdicts on the messages and on the close, and the close code that it received."""
 
     messages: str
     close: str
@@ -70,20 +69,20 @@ class Verdict(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    is_passed: bool  # Both parts of the verdict are OK, NON-STRICT or INFORMATIONAL.
+    is_passed: bool  # Both verdicts are OK, NON-STRICT or INFORMATIONAL.
     verdict: Verdict
     request: str
     response: str
 
 
-# What our ends do otherwise than the suite expects, and why they may. NON-STRICT is not here, for it says that the RFC
-# is kept. It is given, depending on how TCP cuts the bytes, where a message and then an error come in one chunk (3.2 to
-# 3.4, 4.1.3 to 4.1.5, 4.2.3 to 4.2.5, 5.15), since nothing is answered when the connection has failed; and for UTF-8
-# that is checked when the message is complete instead of in its midst (6.4.*), which RFC 6455 §8.1 leaves open.
+# Where our ends differ from what the suite expects, and why that is allowed. NON-STRICT conforms to the RFC, so it is
+# not listed. Depending on how TCP splits the bytes, the suite gives it when a message and an error arrive in one chunk
+# (3.2 to 3.4, 4.1.3 to 4.1.5, 4.2.3 to 4.2.5, 5.15), because a failed connection answers nothing; and for UTF-8 that is
+# checked once the message is complete (6.4.*), which RFC 6455 §8.1 permits.
 CLOSE_IN_FRAGMENTS: dict[str, tuple[Verdict, str]] = {
     "7.1.5": (
         Verdict("FAILED", "WRONG CODE", 1002),
-        "A close amid a fragmented message is a protocol error to `websockets`. The suite expects its own code, 1000, "
+        "A close in a fragmented message is a protocol error to `websockets`. The suite expects its own code, 1000, "
         "to be echoed, but RFC 6455 §5.5.1 says no more than that an endpoint typically does so.",
     ),
 }
@@ -108,11 +107,11 @@ ACCEPTED: dict[tuple[str, str], dict[str, tuple[Verdict, str]]] = {
 
 
 class EchoingLink(agenthub.WebSocketLink):
-    """One end of a WebSocket, with an owner that echoes instead of the one it is made for.
+    """One end of a WebSocket with an owner that echoes.
 
-    All that is done with a message is done here too: it is put together, decoded, refused (since none is of our
-    protocol) and, where it is no UTF-8, a reason to fail the connection. A binary message is refused like that as
-    well, but echoed all the same, since the suite learns nothing of frames, sizes and fragments from a refusal.
+    Messages take their usual way: they are assembled, decoded, rejected (none is of our protocol), and fail the
+    connection if they are not UTF-8. Binary messages are rejected too, but echoed all the same: a rejection would tell
+    the suite nothing about frames, sizes and fragments.
     """
 
     raw = b""
@@ -129,9 +128,9 @@ class EchoingLink(agenthub.WebSocketLink):
     def echo(self) -> None:
         if not self.is_text:
             if self._protocol.close_sent is None:
-                send_binary(self._protocol, self.raw)  # A link has no way of its own to send what is not text.
+                send_binary(self._protocol, self.raw)  # A link sends only text by itself.
                 self._process_output()
-        elif agenthub.is_utf8(self.raw):  # Else the connection is failed next; and nobody may send such a text.
+        elif agenthub.is_utf8(self.raw):  # Otherwise the connection fails next, and such a text must not be sent.
             self.send(self.raw)
 
 
@@ -152,7 +151,7 @@ class EchoingClientLink(EchoingLink, agenthub.ClientLink): ...
 
 
 class Echo:
-    """Has each message sent back, in the place of a hub or an agent."""
+    """Send each message back, in place of a hub or an agent."""
 
     def opened(self, link: agenthub.Link) -> None: ...
 
@@ -166,7 +165,7 @@ class Echo:
 
 @pytest.fixture(autouse=True, params=["websockets", "built in"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Have our ends echo, and carried by one of the implementations."""
+    """Let our ends echo, on top of one of the implementations."""
     name = str(request.param)
     used = BUILT_IN if name == "built in" else agenthub.websockets_used()
     if not used.name.startswith(name):
@@ -180,9 +179,9 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 async def outcomes_of(
     url: str, patterns: tuple[str, ...], drive: Callable[[str], Awaitable[None]]
 ) -> dict[str, Outcome]:
-    """Run the cases whose ids are like one of the patterns; return what came of each.
+    """Run the cases whose ids match one of the patterns; return the outcome of each.
 
-    The suite is the client of `url`; without one it is the server, whose URL `drive` is called with.
+    The suite connects to `url` as a client; without one it is the server, and `drive` is called with its URL.
     """
     peer = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", FUZZING_PEER, url, *patterns),
@@ -220,7 +219,7 @@ async def outcomes_of_agent(*patterns: str) -> dict[str, Outcome]:
 
 
 async def run_all_cases(url: str) -> None:
-    """Connect once for each of the suite's cases, echo until it is done, and then have it conclude."""
+    """Connect once for each of the suite's cases, echo until it is done, and then request the report."""
     count = int((await connected(f"{url}/getCaseCount")).raw)
     cases = iter(range(1, count + 1))
 
@@ -235,7 +234,7 @@ async def run_all_cases(url: str) -> None:
 
 
 async def connected(url: str) -> EchoingClientLink:
-    """Connect, and return the link when it is gone."""
+    """Connect, and return the link once it is closed."""
     link = await agenthub.connect_websocket(url, Echo())
     assert isinstance(link, EchoingClientLink)
     await link.gone.wait()
@@ -264,7 +263,7 @@ async def test_frames_fragments_utf8_and_closes_are_as_the_suite_expects_but_for
 
 @pytest.mark.long
 async def test_messages_up_to_the_limit_are_echoed_and_larger_ones_are_refused_as_too_big(implementation: str) -> None:
-    """9.1.3, 9.2.3, 9.5.* and 9.6.* are just at the limit."""
+    """The cases 9.1.3, 9.2.3, 9.5.* and 9.6.* are exactly at the limit."""
     outcomes = await outcomes_of_hub("9.*", hub=HubServer(port=0))
     assert len(outcomes) == 54
     assert not_passed(outcomes) == accepted("hub", implementation, "9.")
@@ -272,7 +271,7 @@ async def test_messages_up_to_the_limit_are_echoed_and_larger_ones_are_refused_a
 
 @pytest.mark.long
 async def test_messages_over_the_limit_are_echoed_by_a_hub_with_a_larger_one(implementation: str) -> None:
-    """What refuses them is the limit and nothing else. The backlog is larger too: it has to hold an echo."""
+    """Only the limit rejects them. The backlog is larger too, because it has to hold an echo."""
     settings = HubSettings(message_bytes_max=LARGEST_CASE_BYTES)
     hub = HubServer(settings, port=0, backlog_bytes_max=2 * LARGEST_CASE_BYTES)
     outcomes = await outcomes_of_hub(*accepted("hub", implementation, "9."), hub=hub)

@@ -1,4 +1,4 @@
-"""Section 9, the command line: in this process where that tells enough, else as a user starts it."""
+"""Section 9, the command line: in this process where possible, otherwise as a user starts it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def steps(task: Task):
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A hub with the helper in its process."""
+    """Run a hub with the helper in its process; return its URL."""
     path = tmp_path_factory.mktemp("helper") / "helper.py"
     path.write_text(HELPER)
     with hub_process("--with", str(path)) as (url, _):
@@ -65,7 +65,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lead to the hub of this module, and undo what importing agents' files has done to this process."""
+    """Point to this module's hub, and undo the imports of agents' files."""
     if "url" in request.fixturenames:
         monkeypatch.setenv("AGENTHUB_URL", request.getfixturevalue("url"))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -84,7 +84,7 @@ def unused_port() -> int:
 
 
 def complaint_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line that was said on stderr, when nothing was said on stdout."""
+    """Return the one line on stderr, after checking that stdout is empty."""
     output, complaint = capsys.readouterr()
     assert output == ""
     assert complaint.count("\n") == 1, complaint
@@ -92,13 +92,13 @@ def complaint_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def finished(process: subprocess.Popen[str], timeout_s: float = WAIT_S) -> tuple[int, str, str]:
-    """Wait for a process to end; return its exit code and what it has said."""
+    """Wait until a process ends; return its exit code and what it wrote."""
     output, complaint = process.communicate(timeout=timeout_s)
     return process.returncode, output, complaint or ""
 
 
 def tasks_at(url: str, capsys: pytest.CaptureFixture[str], capability: str) -> list[dict[str, Any]]:
-    """Return what the hub lists of the tasks of a capability, the newest first."""
+    """Return the hub's list of the tasks of a capability, newest first."""
     capsys.readouterr()
     assert agenthub_main("status", "--json", "--url", url) == 0
     listed = json.loads(capsys.readouterr().out)["tasks"]
@@ -110,7 +110,7 @@ def not_to_be_called(*_: Any, **__: Any) -> None:
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    """Return what `condition` gives, when that is true; fail after WAIT_S."""
+    """Poll `condition` until it is true, for up to WAIT_S; return its result."""
     last = time.monotonic() + WAIT_S
     while not (found := condition()):
         assert time.monotonic() < last
@@ -118,7 +118,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return found
 
 
-# The whole.
+# All commands
 
 COMMANDS = ("hub", "agent", "status", "call", "bridge", "schema", "token")
 
@@ -233,7 +233,7 @@ def test_bounds_and_the_journal_of_the_command_line_reach_the_hub(
     assert [server.settings for server in servers] == [told, agenthub.HubSettings(), agenthub.HubSettings()]
     journals = [server._journal and (server._journal.path, server._journal.sync) for server in servers]
     assert journals == [(str(db), "normal"), (str(db), "full"), None]
-    assert not db.exists()  # Nothing is made before the hub starts.
+    assert not db.exists()  # Nothing is created before the hub starts.
 
 
 @pytest.mark.parametrize("argv", [["status"], ["status", "--json"], ["status", "--watch"], ["call", "echo", "1"]])
@@ -425,7 +425,7 @@ def test_agent_of_a_file_that_the_hub_refuses_is_told(tmp_path: Path) -> None:
         assert "metadata" in complaint
 
 
-# agent: what it finds in files
+# agent: finding agents in files
 
 TWO = """
 from agenthub import Agent, capability
@@ -536,7 +536,7 @@ def test_agents_of_a_file_run_until_a_signal(tmp_path: Path, url: str, capsys: p
 
 @contextlib.asynccontextmanager
 async def shell(command: str, **options: Any) -> AsyncIterator[Agent]:
-    """Run an agent of a shell command in this process, and yield one that can ask it."""
+    """Run an agent with a shell command in this process; yield a requester."""
     async with LocalHub() as hub:
         worker = agenthub.exec_agent(command, "shell", ["run", "walk"], **options)
         worker.use_hub(hub)
@@ -616,12 +616,12 @@ async def test_program_that_says_too_much_is_ended(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TaskFailed) as caught:
         await ran("yes")
     assert caught.value.code == "too_large"
-    gc.collect()  # A pipe that was left open complains now.
+    gc.collect()  # A pipe that was left open raises a warning now.
 
 
 @posix_only
 async def test_programs_run_side_by_side(tmp_path: Path) -> None:
-    """Each waits for the other."""
+    """Both wait for each other."""
     os.mkfifo(tmp_path / "pipe")
     pipe = shlex.quote(str(tmp_path / "pipe"))
     async with shell(f"if [ $AGENTHUB_CAPABILITY = run ]; then echo 1 > {pipe}; else cat {pipe}; fi") as me:
@@ -630,7 +630,7 @@ async def test_programs_run_side_by_side(tmp_path: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended and waits for its parent does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -651,11 +651,11 @@ async def until_dead(pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
-# A shell whose child is what does the work: it must not outlive the task.
+# A shell whose child does the work: the child must not outlive the task.
 GRANDCHILD = "sleep 60 & echo $! > {path}; wait"
-# And one that does not care for SIGTERM.
+# A process that ignores SIGTERM.
 STUBBORN = "trap '' TERM; echo $$ > {path}; while :; do sleep 0.1; done"
-# And one that leaves something behind.
+# A process that leaves a grandchild behind.
 LEAVING = "sleep 60 >/dev/null 2>&1 & echo $! > {path}"
 
 
@@ -841,7 +841,7 @@ def test_call_reads_its_input_from_stdin(url: str) -> None:
 
 
 def test_call_prints_anything_on_any_terminal(url: str) -> None:
-    """One that knows no more than ASCII gets escapes."""
+    """A terminal that knows only ASCII gets escapes."""
     environment = {"AGENTHUB_URL": url, "PYTHONIOENCODING": "ascii"}
     with running("-m", "agenthub", "call", "echo", '"\\u00e9\\ud83d\\ude00"', env=environment) as process:
         code, output, complaint = finished(process)
@@ -941,7 +941,7 @@ def test_progress_is_shown_in_a_terminal_only(url: str) -> None:
         assert finished(process) == (0, '"done"\n', "")
 
 
-# bridge: what it does once it has started is tested in test_mcp.py.
+# bridge: its work is tested in test_mcp.py
 
 TOOLS = shlex.join([sys.executable, "examples/claude_code/tools.py"])
 

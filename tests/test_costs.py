@@ -1,7 +1,7 @@
-"""What things cost, counted rather than timed: a change that breaks the shape of the hot path fails on any machine.
+"""The costs of the hot path, counted rather than timed, so that a regression fails on any machine.
 
-Counted are encodings, writes, and instructions of the interpreter (`sys.settrace`): these not against a number, which
-differs between Python versions, but against the same work in a smaller hub.
+The tests count encodings, writes, and instructions of the interpreter (`sys.settrace`). Instructions differ between
+Python versions, so they are compared with the same work in a smaller hub.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GROWTH_MAX = 1.3
 
 
 def instructions(act: Callable[[], None]) -> int:
-    """Return how many instructions of agenthub.py are run by a call."""
+    """Return the number of instructions of agenthub.py that a call runs."""
     counted = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -65,7 +65,7 @@ def instructions(act: Callable[[], None]) -> int:
 
 
 class Filled:
-    """A hub with so many agents, of which five can do something rare, and so many open tasks."""
+    """Return a hub with so many agents, five of which have a rare capability, and so many open tasks."""
 
     def __init__(self, agents: int, open_tasks: int) -> None:
         self.world = World(open_tasks_max=10**6)
@@ -109,7 +109,7 @@ OPERATIONS: dict[str, Callable[[Filled], object]] = {
 def test_cost_does_not_grow_with_the_hub(filled: tuple[Filled, Filled], operation: str) -> None:
     costs = []
     for hub in filled:
-        OPERATIONS[operation](hub)  # What is done once is not counted.
+        OPERATIONS[operation](hub)  # One-time work is not counted.
         costs.append(sum(instructions(lambda hub=hub: OPERATIONS[operation](hub)) for _ in range(5)))
     small, large = costs
     assert 0 < large <= GROWTH_MAX * small
@@ -127,7 +127,7 @@ def test_tick_touches_what_is_due_and_nothing_else(filled: tuple[Filled, Filled]
 
 
 class Sink:
-    """The transport of a link that writes nowhere."""
+    """A transport that discards what is written."""
 
     link: ServerLink
 
@@ -177,7 +177,7 @@ class Wire:
         self.link.data_received(REQUEST)
 
     def say(self, *messages: agenthub.AgentMessage) -> None:
-        """Let messages come in as one chunk."""
+        """Receive messages in one chunk."""
         frames = (frame(agenthub.encode(message)) for message in messages)
         self.link.data_received(b"".join(frames))
 
@@ -192,7 +192,7 @@ async def hub() -> AsyncIterator[LocalHub]:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
-    """How often each kind of message was encoded."""
+    """The number of encodings of each type of message."""
     counts: collections.Counter[str] = collections.Counter()
     encode = agenthub.encode
 
@@ -273,7 +273,7 @@ async def test_idle_agent_takes_little_memory(hub: LocalHub) -> None:
         wire.say(Register(id="r", name=f"agent-{number}", capabilities=[f"work-{number % 7}"]))
         return wire
 
-    wires = [join(number) for number in range(50)]  # What is there once for all.
+    wires = [join(number) for number in range(50)]  # Shared by all agents.
     await asyncio.sleep(0)
     gc.collect()
     tracemalloc.start()
@@ -284,7 +284,7 @@ async def test_idle_agent_takes_little_memory(hub: LocalHub) -> None:
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert taken / 300 < 10_000  # Without the socket, its transport, and what the interpreter does not count.
+    assert taken / 300 < 10_000  # Without the socket, its transport, and memory that the interpreter does not count.
 
 
 async def test_flag_wakes_who_waits_and_forgets_who_does_not() -> None:
@@ -302,7 +302,7 @@ async def test_flag_wakes_who_waits_and_forgets_who_does_not() -> None:
     assert not flag.is_set()
 
 
-# Discovery looks at few, and finds what looking at all finds.
+# Discovery scans few agents, and finds what a scan of all finds
 
 
 WORDS = st.sampled_from(["test", "tests", "run-test", "Run", "te", "t", "a_b", "latest", "sing", "Ära", "x.y"])
@@ -360,7 +360,7 @@ def test_index_is_empty_when_all_have_left() -> None:
     assert len(world.hub.directory.index) == 0
 
 
-# What is not needed yet is not imported.
+# Lazy imports
 
 
 @pytest.mark.parametrize("program", ["import agenthub", "import agenthub; agenthub.argument_parser([]).format_help()"])
@@ -382,7 +382,7 @@ def test_program_runs_the_file_once() -> None:
     assert found.stdout.splitlines() == [f"agenthub {agenthub.__version__}", "0"]
 
 
-# Event loops.
+# Event loops
 
 
 async def loop_name() -> str:

@@ -1,4 +1,4 @@
-"""Section 1, Errors: one base, told apart by whose fault it is, with stable codes."""
+"""Section 1, Errors: one base, split by whose fault it is, with stable codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults as they happen: processes killed with -9 or stopped for a while, and connections that break on their way."""
+"""Real faults: processes killed by SIGKILL or paused by SIGSTOP, and connections that break in transit."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tests.support import WAIT_S, RawClient, raw_client, running
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL, SIGSTOP and SIGCONT")
 
 RETRIES_MAX = 100
-RUNS = [(3, 800), pytest.param(20, 5000, marks=pytest.mark.long)]  # Kills, and tasks meanwhile.
-UNLUCKY = 13  # Tasks with a number that ends so fail, as they should.
-RUN_S = 4 * WAIT_S  # The bound on a whole run of tasks.
-HASTE = {"BACKOFF_FIRST_S": 0.02, "BACKOFF_MAX_S": 0.1}  # So that reconnecting does not take most of the time.
+RUNS = [(3, 800), pytest.param(20, 5000, marks=pytest.mark.long)]  # Kills and tasks of a run.
+UNLUCKY = 13  # Tasks whose number ends with it fail, as they should.
+RUN_S = 4 * WAIT_S  # The limit of a whole run.
+HASTE = {"BACKOFF_FIRST_S": 0.02, "BACKOFF_MAX_S": 0.1}  # Reconnecting would otherwise take most of the time.
 
 WORKER = f"""
 import asyncio, os
@@ -62,14 +62,14 @@ async def held(task: Task):
 """
 
 
-# What the tests have in common.
+# Helpers
 
 
 @pytest.fixture
 def port() -> int:
-    """A port that stays free while nobody listens: below those that the system gives to outgoing connections.
+    """Return a port below the ephemeral range: it stays free while the hub is down.
 
-    One of theirs might be taken while the hub is down, even by an agent that connects to itself.
+    An outgoing connection could take an ephemeral port, even an agent that then connects to itself.
     """
     for _ in range(100):
         with socket.socket() as one, contextlib.suppress(OSError):
@@ -81,17 +81,17 @@ def port() -> int:
 
 @pytest.fixture
 def haste(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the agents of this process reconnect at once, or nearly."""
+    """Let the agents of this process reconnect almost immediately."""
     for name, value in HASTE.items():
         monkeypatch.setattr(agenthub, name, value)
 
 
-# It has its imports behind it when it is told to begin: a restart should not cost the time of one.
+# Imports before it is told to start, so that a restart does not cost the import time.
 READY = "import sys, agenthub; agenthub.codec(); sys.stdin.readline(); sys.exit(agenthub.main(sys.argv[1:]))"
 
 
 class Mortal:
-    """A command of agenthub in a process, to be killed with -9 and started again. Ends with the `with`."""
+    """A command of agenthub in a process that is killed by SIGKILL and restarted. The block's end kills it for good."""
 
     def __init__(self, *args: str, log: Path, env: dict[str, str] | None = None) -> None:
         self.args = args
@@ -115,7 +115,7 @@ class Mortal:
         return int(self.process.pid)
 
     def start(self) -> None:
-        """Start the next process; a hub is waited for."""
+        """Start the next process; wait until a hub listens."""
         self.process = self._spare
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -130,12 +130,12 @@ class Mortal:
         self.process.wait(WAIT_S)
 
     async def replace(self) -> None:
-        """Kill it now, and start the next."""
+        """Kill the process, and start the next."""
         self.kill()
         await asyncio.to_thread(self.start)
 
     def check_log(self) -> None:
-        """Assert that no bug has come to light in what it has logged."""
+        """Assert that its log holds no error and no traceback."""
         text = self.log.read_text()
         found = [line for line in text.splitlines() if " ERROR " in line or line.startswith("Traceback")]
         assert not found, f"{self.args[0]} has logged:\n{text[-4000:]}"
@@ -146,12 +146,12 @@ def hub_url(port: int) -> str:
 
 
 def mortal_hub(tmp_path: Path, port: int, *args: str) -> Mortal:
-    """A hub with a journal, always on the same port."""
+    """Return a hub with a journal, always on the same port."""
     return Mortal("hub", "--port", str(port), "--db", str(tmp_path / "hub.db"), *args, log=tmp_path / "hub.log")
 
 
 def mortal_worker(tmp_path: Path, port: int, code: str = WORKER, *args: str) -> Mortal:
-    """A process with the worker of this module, which writes down what it begins; see `executions`."""
+    """Return a process with this module's worker, which records the attempts that it begins; see `noted`."""
     path = tmp_path / "worker.py"
     path.write_text(code)
     env = {"BEGUN": str(tmp_path / "begun"), "AGENTHUB_URL": hub_url(port)}
@@ -159,7 +159,7 @@ def mortal_worker(tmp_path: Path, port: int, code: str = WORKER, *args: str) -> 
 
 
 def noted(tmp_path: Path, word: str = "begun") -> list[tuple[str, int, int]]:
-    """Return the task, attempt and process of all that the workers have written down."""
+    """Return the task, attempt and process of each line that the workers have recorded."""
     path = tmp_path / "begun"
     lines = path.read_text().splitlines() if path.exists() else []
     fields = [line.split() for line in lines]
@@ -167,7 +167,7 @@ def noted(tmp_path: Path, word: str = "begun") -> list[tuple[str, int, int]]:
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
-    """Wait until a condition holds, bounded by WAIT_S."""
+    """Wait up to WAIT_S until a condition holds."""
     last = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < last, f"still not so: {what}"
@@ -175,7 +175,7 @@ async def until(condition: Callable[[], Any], what: str) -> None:
 
 
 async def until_state(client: RawClient, task_id: str, state: str, attempt: int) -> None:
-    """Wait until the hub holds a task to be in this state and attempt."""
+    """Wait until the hub reports this state and attempt of a task."""
     last = time.monotonic() + WAIT_S
     while True:
         report = await client.request(type="status", task_id=task_id)
@@ -186,7 +186,7 @@ async def until_state(client: RawClient, task_id: str, state: str, attempt: int)
 
 
 class Moments:
-    """Counts what happens, so that faults come at certain points of a run and not at certain times."""
+    """Count events, so that faults happen at a point of the run and not at a time."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -204,7 +204,7 @@ class Moments:
 
 
 class Requester(Agent):
-    """An agent that asks for squares, and writes down every end that it is told of."""
+    """An agent that delegates squares, and records every outcome that is delivered to it."""
 
     def __init__(self, name: str, moments: Moments, **options: Any) -> None:
         super().__init__(name, **options)
@@ -219,7 +219,7 @@ class Requester(Agent):
         super()._on_message(message)
 
     async def ask(self, numbers: Iterator[int], max_retries: Callable[[int], int]) -> None:
-        """Ask for the squares of the numbers, one after the other."""
+        """Delegate the squares of the numbers, one after the other."""
         for number in numbers:
             options = {"task_id": f"task-{number}", "max_retries": max_retries(number), "wait": True}
             try:
@@ -235,7 +235,7 @@ class Requester(Agent):
                 self.ends[number] = handle.outcome
 
     def contradictions(self) -> list[str]:
-        """Return the tasks of which it was told more than one end, or another than the one that counts."""
+        """Return the tasks with a delivered outcome that differs from the final one."""
         ends = {f"task-{number}": end for number, end in self.ends.items()}
         return [
             f"{task_id}: {[ends.get(task_id), *told]}"
@@ -245,7 +245,7 @@ class Requester(Agent):
 
 
 class Squarer(Agent):
-    """A worker in this process, which counts how often it begins what."""
+    """A worker in this process that counts how often it begins each task."""
 
     def __init__(self, name: str, moments: Moments, begun: collections.Counter[str], **options: Any) -> None:
         super().__init__(name, **options)
@@ -274,7 +274,7 @@ def is_unlucky(number: int) -> bool:
 
 
 def has_part(number: int) -> bool:
-    """Tell whether a task delegates another: only such as are tried again when they are lost."""
+    """Return whether a task delegates a subtask: only tasks that are retried do."""
     return number % 20 == 7
 
 
@@ -285,9 +285,9 @@ async def run_through(
     *faults: Coroutine[Any, Any, None],
     at_once: int = 40,
 ) -> None:
-    """Have all requesters ask, each for `at_once` squares at a time, while the faults happen. Bounded by RUN_S.
+    """Let all requesters delegate, `at_once` squares at a time each, while the faults happen, for up to RUN_S.
 
-    Asserts that each task has an end. What the ends should be is for the tests to say.
+    Asserts that each task has one outcome; the tests assert which.
     """
     numbers = iter(range(count))
     asking = [asyncio.create_task(one.ask(numbers, max_retries)) for one in requesters for _ in range(at_once)]
@@ -295,24 +295,24 @@ async def run_through(
     try:
         await asyncio.wait([*asking, *failing], timeout=RUN_S, return_when=asyncio.FIRST_EXCEPTION)
         for one in failing:
-            assert one.done(), "not all of the faults have come about in time"
+            assert one.done(), "not all faults have happened in time"
             one.result()
     finally:
         for one in [*asking, *failing]:
             one.cancel()
         await asyncio.gather(*asking, *failing, return_exceptions=True)
     troubles = [trouble for one in requesters for trouble in one.troubles]
-    assert not troubles, f"{len(troubles)} tasks could not be asked for, among them {troubles[:5]}"
+    assert not troubles, f"{len(troubles)} tasks could not be delegated, among them {troubles[:5]}"
     lost = set(range(count)) - {number for one in requesters for number in one.ends}
     assert not lost, (
-        f"{len(lost)} tasks have no end, among them {[await fate(requesters, one) for one in sorted(lost)[:5]]}"
+        f"{len(lost)} tasks have no outcome, among them {[await fate(requesters, one) for one in sorted(lost)[:5]]}"
     )
     contradictions = [text for one in requesters for text in one.contradictions()]
-    assert not contradictions, f"requesters were told different ends of {len(contradictions)}: {contradictions[:3]}"
+    assert not contradictions, f"requesters received different outcomes of {len(contradictions)}: {contradictions[:3]}"
 
 
 async def fate(requesters: list[Requester], number: int) -> str:
-    """Return what the hub knows of a task that its requester has heard nothing of."""
+    """Return what the hub knows of a task whose outcome did not reach its requester."""
     task_id = f"task-{number}"
     told = [one.told[task_id] for one in requesters if one.told[task_id]]
     try:
@@ -324,7 +324,7 @@ async def fate(requesters: list[Requester], number: int) -> str:
 
 
 def wrong_ends(requesters: Iterable[Requester], unlucky: bool = True) -> tuple[list[str], list[int]]:
-    """Return the tasks that ended otherwise than they should, and the numbers of those that were lost with an agent."""
+    """Return the tasks with a wrong outcome, and the numbers of those that failed with `agent_lost`."""
     wrong, lost = [], []
     for requester in requesters:
         for number, end in requester.ends.items():
@@ -345,7 +345,7 @@ async def totals(agent: Agent) -> dict[str, int]:
     return counts
 
 
-# The hub is killed.
+# Hubs killed
 
 
 @pytest.mark.parametrize(("kills", "count"), RUNS)
@@ -359,7 +359,7 @@ async def test_hub_killed_again_and_again_loses_no_task(
         return RETRIES_MAX if number % 2 or has_part(number) else 0
 
     async def kill_the_hub() -> None:
-        """Kill it at points that are spread over the run; each fifth time once more, as soon as it is back."""
+        """Kill it at points spread over the run; each fifth time once more, as soon as it is back."""
         for kill in range(kills):
             await moments.reach((kill + 1 - (kill % 5 == 4)) * 4 * count // (kills + 1))
             await hub.replace()
@@ -378,7 +378,7 @@ async def test_hub_killed_again_and_again_loses_no_task(
 
     wrong, lost = wrong_ends(requesters)
     assert not wrong, f"{len(wrong)} tasks ended wrong: {wrong[:5]}"
-    # The one loss that is allowed: killed between the decision that an agent gets a task, and its being sent.
+    # The one permitted loss: the hub was killed after it assigned the task and before it sent it.
     assert not [one for one in lost if max_retries(one)], f"lost in spite of retries: {lost}"
     assert not [one for one in lost if begun[f"task-{one}"]], "failed as lost, but had begun"
     expected = {f"task-{number}" for number in set(range(count)) - set(lost)}
@@ -390,7 +390,7 @@ async def test_hub_killed_again_and_again_loses_no_task(
 
 
 async def lost_connection(client: RawClient) -> None:
-    """Wait for the end of a connection whose hub was killed."""
+    """Wait until a connection to a killed hub is closed."""
     async with asyncio.timeout(WAIT_S):
         await client.connection.wait_closed()
 
@@ -425,9 +425,9 @@ async def test_requester_who_was_away_when_the_hub_was_killed_gets_its_result(
                 assert reply["state"] == "completed", f"the result was not taken: {reply}"
             else:
                 assert tasks == [], "the hub gave its agent back a task that had ended"
-            await hub.replace()  # Also the word that is to be told survives.
+            await hub.replace()  # The undelivered outcome survives too.
         async with raw_client(url) as requester:
-            assert (await requester.register("requester", **me))["agent_id"] == me["agent_id"], "its place was lost"
+            assert (await requester.register("requester", **me))["agent_id"] == me["agent_id"], "its session was lost"
             result = await requester.message("result", task_id="task")
             assert (result["output"], result["sender"], result["state"]) == ("kept", it["agent_id"], "completed")
             await requester.nothing_else()
@@ -487,7 +487,7 @@ async def test_worker_who_does_not_come_back_to_a_restarted_hub_is_lost_after_it
             await requester.nothing_else()
 
 
-# The agents are killed.
+# Agents killed
 
 
 @pytest.mark.parametrize(("kills", "count"), RUNS)
@@ -536,23 +536,23 @@ async def test_workers_killed_again_and_again_leave_no_task_without_its_end(
     assert not too_early, f"given up before their last attempt: {too_early}"
     groundless = {one: executions[one] for one in lost if not {pid for _, pid in executions[one]} <= killed}
     assert not groundless, f"failed as lost, but their agents live: {groundless}"
-    assert any(max_retries(one) == 0 for one in lost), "no kill has hit a running task that is not tried again"
-    assert any(len(runs) > 1 for runs in executions.values()), "no kill has hit a running task that is tried again"
+    assert any(max_retries(one) == 0 for one in lost), "no kill has hit a running task that is not retried"
+    assert any(len(runs) > 1 for runs in executions.values()), "no kill has hit a running task that is retried"
     unexecuted = {one for one in range(count) if not executions[one]} - set(lost)
     assert not unexecuted, f"completed without having run: {sorted(unexecuted)[:5]}"
     completed = count - len(lost)
     assert counts == {"pending": 0, "in_progress": 0, "completed": completed, "failed": len(lost), "timeout": 0}
 
 
-# The network between them breaks.
+# The network breaks
 
 
 class Proxy:
-    """Passes bytes on between agents and a hub, and harms each of its connections sooner or later.
+    """Forward bytes between agents and a hub, and break each connection sooner or later.
 
-    After some bytes, often in the middle of a message, a connection is cut, is closed in one direction, stalls for a
-    while, or stalls for good: then what it still holds arrives only after its sender has given up. Only what is sent
-    decides on the faults, and chance, so that a seed tells something.
+    After some bytes, often within a message, a connection is cut, half-closed, stalled for a while, or stalled until
+    its sender has given up: then the bytes that it held arrive late. The faults depend on the bytes and on the seed
+    only, and not on time, so that a seed replays them.
     """
 
     def __init__(self, port: int, chance: random.Random) -> None:
@@ -595,13 +595,13 @@ class Proxy:
                     pump.cancel()
                 await asyncio.gather(*pumps, return_exceptions=True)
         except OSError:
-            pass  # A cut is what this is about.
+            pass  # The cut is intended.
         finally:
             for one in writers:
                 one.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_faulty: bool) -> None:
-        """Pass on one direction of a connection; raises OSError when the whole connection is to be cut."""
+        """Forward one direction of a connection. Raises OSError to cut the whole connection."""
         left = self._chance.randrange(400, 12_000) if is_faulty else sys.maxsize
         while chunk := await reader.read(4096):
             if len(chunk) >= left:
@@ -623,7 +623,7 @@ class Proxy:
             await asyncio.sleep(self._chance.uniform(0.01, 0.2))
         elif fault == "half-closed":
             writer.write_eof()
-            await reader.read()  # The other direction stays open for as long as its ends wish.
+            await reader.read()  # The other direction stays open until its sender closes it.
             raise ConnectionAbortedError
         else:
             held = await reader.read()
@@ -670,7 +670,7 @@ async def test_broken_connections_lose_nothing_and_double_nothing(
 
     wrong, lost = wrong_ends(requesters)
     assert not wrong, f"{len(wrong)} tasks ended wrong: {wrong[:5]}; {replay}"
-    # A connection may break before its agent has got a task. Then it has not begun.
+    # A connection may break before the task has reached its agent; then it has not begun.
     assert not [one for one in lost if max_retries(one)], f"lost in spite of retries: {lost}; {replay}"
     assert not [one for one in lost if begun[f"task-{one}"]], f"failed as lost, but had begun: {lost}; {replay}"
     twice = {task_id: times for task_id, times in begun.items() if times > 1}
@@ -691,9 +691,9 @@ async def test_broken_connections_lose_nothing_and_double_nothing(
 async def test_registration_that_arrives_late_does_not_end_its_agent(
     port: int, tmp_path: Path, haste: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was sent on a connection that the agent has given up arrives when the agent is back on another.
+    """A registration on an abandoned connection arrives after the agent has reconnected.
 
-    The hub takes the later arrival for the newer connection, and closes the one that is in use with 4000.
+    The hub takes the late one for the newer connection, and closes the one in use with 4000.
     """
     monkeypatch.setattr(agenthub, "REPLY_S", 0.5)
     monkeypatch.setattr(agenthub, "CLOSING_S", 0.2)
@@ -709,10 +709,10 @@ async def test_registration_that_arrives_late_does_not_end_its_agent(
             handle = await requester.submit("square", {"number": 2}, ttl=WAIT_S)
             proxy.hold_registrations.set()
             proxy.cut()
-            await asyncio.wait_for(proxy.held.wait(), WAIT_S)  # The agent waits for an answer to its registration.
+            await asyncio.wait_for(proxy.held.wait(), WAIT_S)  # The agent waits for the reply to its registration.
             proxy.hold_registrations.clear()
-            await requester.connected(WAIT_S)  # It has lost patience, and is back on another connection.
-            proxy.release.set()  # Now the hub reads what was held back.
+            await requester.connected(WAIT_S)  # It has timed out, and reconnected.
+            proxy.release.set()  # Now the hub reads the late registration.
             await until(lambda: proxy.released, "the late registration has reached the hub")
             assert await handle.result(WAIT_S) == 4
             output = await requester.delegate("square", {"number": 3}, ttl=WAIT_S)
@@ -721,7 +721,7 @@ async def test_registration_that_arrives_late_does_not_end_its_agent(
 
 
 class HoldingProxy(Proxy):
-    """Harms nothing by chance. While it is told so, it holds back what follows an agent's handshake, until released."""
+    """A proxy without random faults that can hold back the bytes after an agent's handshake until released."""
 
     def __init__(self, port: int) -> None:
         super().__init__(port, random.Random(0))
@@ -746,7 +746,7 @@ class HoldingProxy(Proxy):
             if is_upgrade and self.hold_registrations.is_set():
                 late = await reader.readexactly(1)
                 self.held.set()
-                late += await reader.read()  # Until the agent gives up.
+                late += await reader.read()  # Until the agent closes the connection.
                 await self.release.wait()
                 writer.write(late)
                 await writer.drain()
@@ -754,7 +754,7 @@ class HoldingProxy(Proxy):
         writer.write_eof()
 
 
-# An agent is stopped, and goes on much later.
+# An agent paused, and continued much later
 
 STUBBORN = """
 def send_all(self, tasks):
@@ -800,7 +800,7 @@ async def test_agent_that_was_stopped_for_too_long_changes_nothing_and_works_aga
                     assert delivery["attempt"] == 2
                     gate.touch()
                     os.kill(worker.pid, signal.SIGCONT)
-                    if is_stubborn:  # It has told of its attempt 1 while attempt 2 is under way.
+                    if is_stubborn:  # It reported attempt 1 while attempt 2 was in progress.
                         await until(lambda: noted(tmp_path, "stale_attempt"), "its late result is refused")
                         await until(lambda: noted(tmp_path, "task_over"), "its other late result is refused")
                         assert noted(tmp_path, "taken") == [], "a late result was taken"
@@ -826,7 +826,7 @@ async def test_agent_that_was_stopped_for_too_long_changes_nothing_and_works_aga
 
 @contextlib.asynccontextmanager
 async def beating_client(url: str) -> AsyncIterator[RawClient]:
-    """Open a connection that gives signs of life."""
+    """Open a connection that sends heartbeats."""
     async with raw_client(url) as client:
 
         async def beat() -> None:
@@ -854,7 +854,7 @@ async def until_there(client: RawClient, name: str) -> str:
         await asyncio.sleep(0.01)
 
 
-# Two hubs on one file.
+# Two hubs on one file
 
 
 async def test_second_hub_on_a_journal_is_refused_and_the_first_goes_on(tmp_path: Path, port: int) -> None:
@@ -875,13 +875,13 @@ async def test_second_hub_on_a_journal_is_refused_and_the_first_goes_on(tmp_path
                 result = await client.message("result", task_id=f"task-{number}")
                 assert result["output"] == number, "the first hub was disturbed"
         hub.check_log()
-        await hub.replace()  # And what it has written is whole.
+        await hub.replace()  # Its journal is intact.
         async with raw_client(hub_url(port)) as client:
             counts = (await client.request(type="status"))["hub"]["tasks"]
             assert counts == {"pending": 0, "in_progress": 0, "completed": 3, "failed": 0, "timeout": 0}
 
 
-# Everything is killed.
+# Everything killed
 
 REQUESTER = """
 import asyncio, json, sys
@@ -910,7 +910,7 @@ async def test_full_stop_loses_nothing_that_was_acknowledged(tmp_path: Path, por
         {"task_id": "ended", "capability": "square", "input": {"number": 7}, "wait": True},
         *({"task_id": f"again-{number}", "max_retries": 1, **held} for number in range(12)),
         *({"task_id": f"once-{number}", "max_retries": 0, **held} for number in range(4)),
-        # The worker has its 16 tasks. These wait.
+        # The worker has its 16 tasks; these wait.
         *({"task_id": f"waiting-{number}", "max_retries": 0, **held} for number in range(5)),
         {"task_id": "nobody", "capability": "nobody-yet", "input": "kept", "wait": True},
     ]
@@ -934,7 +934,7 @@ async def test_full_stop_loses_nothing_that_was_acknowledged(tmp_path: Path, por
             reply = await asyncio.to_thread(line)
             assert (reply["type"], reply["task_id"]) == ("status", task["task_id"]), f"not acknowledged: {reply}"
         assert await asyncio.to_thread(line) == {"heard": "ended"}
-        await until(lambda: len(noted(tmp_path)) == 17, "the worker has begun all that it can")
+        await until(lambda: len(noted(tmp_path)) == 17, "the worker has begun all tasks that it can")
         for process in (hub, worker):
             process.kill()
         requester.kill()
@@ -943,7 +943,7 @@ async def test_full_stop_loses_nothing_that_was_acknowledged(tmp_path: Path, por
         worker.start()
         async with raw_client(url) as client:
             registered = await client.register("requester", **me)
-            assert registered["agent_id"] == me["agent_id"], "the requester's place was lost"
+            assert registered["agent_id"] == me["agent_id"], "the requester's session was lost"
             ends = {}
             for task in tasks[1:-1]:
                 ends[task["task_id"]] = await client.message("result", task_id=task["task_id"])
@@ -960,7 +960,7 @@ async def test_full_stop_loses_nothing_that_was_acknowledged(tmp_path: Path, por
             counts = (await client.request(type="status"))["hub"]["tasks"]
             assert counts == {"pending": 1, "in_progress": 0, "completed": 18, "failed": 4, "timeout": 0}
             again = [message for message in client.seen if message["type"] == "result"]
-            # The end that it had heard of may be told again: the hub cannot know what was heard.
+            # An outcome may be redelivered: the hub cannot know that it was received.
             assert all((one["task_id"], one["output"]) == ("ended", 49) for one in again), f"told again: {again}"
         attempts = collections.Counter((task_id, attempt) for task_id, attempt, _ in noted(tmp_path))
         assert set(attempts.values()) == {1}, f"an attempt ran twice: {attempts}"

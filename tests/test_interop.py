@@ -1,7 +1,7 @@
 """Other implementations of WebSocket as peers, over real sockets: `websockets`, Node's `ws` and undici, and Chromium.
 
-Each is a client of a hub, and some are a fake hub for an agent; hub and agent are processes of their own. A peer that
-is not there is skipped, unless AGENTHUB_PEERS=required is in the environment. What JavaScript does is in tests/interop.
+Each is a client of a hub, and some are a fake hub for an agent; hub and agent run in processes of their own. A missing
+implementation is skipped, unless AGENTHUB_PEERS=required is set. The JavaScript is in tests/interop.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ NODE_FLAGS = ["--no-warnings", "--experimental-websocket"]  # Its own WebSocket 
 
 INPUTS = ["", "Grüße, 世界 😀 \u2028 \x00", "€😀é" * 100_000, "x" * 900_000]  # The third has 900,000 bytes too.
 REGISTER = '{"type": "register", "name": "passer-by"}'
-# What is sent on a further connection each, and how its client closes it, if it does.
+# The input of one further connection each, and how its client closes it, if it does.
 ENDINGS: list[dict[str, Any]] = [
     {"texts": [], "close": (1000, "done")},
     {"texts": [REGISTER], "close": (4321, "genug, 足りる 😀")},
     {"texts": [REGISTER, '{"type": "deregister"}']},
     {"texts": ["x" * 1_100_000]},
 ]
-CLOSED = {"1000": 2, "other": 1, "1009": 1}  # What the hub counts then.
-# What a hub says of a task beside what it is, all but the nulls.
+CLOSED = {"1000": 2, "other": 1, "1009": 1}  # The hub's counts afterwards.
+# The fields that a hub adds to a task, without nulls.
 TERMS = {"ttl": 60.0, "priority": 0, "max_retries": 0, "attempt": 1}
 LEAVING, REFUSED = (1001, "going, 行く"), (1008, "not you")  # How a fake hub ends the first and the second connection.
 
@@ -77,7 +77,7 @@ FakeHub = Callable[[Plan], contextlib.AbstractAsyncContextManager[tuple[str, Awa
 
 
 def missing(why: str) -> NoReturn:
-    """Skip the test, or fail it where peers must not be missing."""
+    """Skip the test, or fail it if all implementations are required."""
     if os.environ.get("AGENTHUB_PEERS") == "required":
         pytest.fail(f"a required peer is missing: {why}")
     pytest.skip(why)
@@ -108,7 +108,7 @@ async def started(*command: str, **streams: Any) -> AsyncIterator[asyncio.subpro
 
 @pytest.fixture(autouse=True, params=[None, "1"], ids=["as installed", "built in"])
 def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have our end speak by way of `websockets` where that is installed, or by itself."""
+    """Let our end use `websockets` if installed, or the built-in implementation."""
     if request.param is None:
         monkeypatch.delenv("AGENTHUB_BUILTIN", raising=False)
     else:
@@ -119,7 +119,7 @@ def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 class Line:
-    """A connection of `websockets` that speaks JSON: what Line in tests/interop/peer.mjs is."""
+    """A connection of `websockets` that speaks JSON, like Line in tests/interop/peer.mjs."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -127,7 +127,7 @@ class Line:
         self.pongs: list[str] = []
 
     async def say(self, message: dict[str, Any], in_fragments: bool = False) -> None:
-        """Send a message; in fragments with the first cut in the midst of a character, and a ping."""
+        """Send a message; in fragments, the first cut within a character, and a ping between them."""
         raw = json.dumps(message, ensure_ascii=False).encode()
         await self.connection.send(self._fragments(raw) if in_fragments else raw, text=True)
 
@@ -136,11 +136,11 @@ class Line:
         yield raw[:cut]
         self.pings.append(f"ping {len(self.pings)}")
         await (await self.connection.ping(self.pings[-1]))
-        self.pongs.append(self.pings[-1])  # Another payload would not have ended the wait.
+        self.pongs.append(self.pings[-1])  # A pong with another payload would not have ended the wait.
         yield raw[cut:]
 
     async def hear(self, type: str) -> dict[str, Any]:
-        """Return the next message of a type, passing over others."""
+        """Return the next message of a type, skipping others."""
         while True:
             message: dict[str, Any] = json.loads(await self.connection.recv())
             if message["type"] == type:
@@ -183,7 +183,7 @@ def websockets_client() -> Client:
                     outputs.append((await line.hear("result"))["output"])
             for ending in plan["endings"]:
                 async with connect(plan["url"]) as other:
-                    with contextlib.suppress(connection_closed):  # While what is too large is being sent.
+                    with contextlib.suppress(connection_closed):  # While the oversized message is being sent.
                         for text in ending["texts"]:
                             await other.send(text)
                     if "close" in ending:
@@ -371,7 +371,7 @@ def chromium_client(page: PageServer, tmp_path: Path) -> Client:
     return as_client
 
 
-# What both ends see.
+# Both ends
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal that Windows does not have")
@@ -405,7 +405,7 @@ async def test_foreign_client_and_hub_understand_each_other(
 
 @pytest.mark.parametrize("peer", ["websockets", "ws"])
 async def test_agent_and_foreign_hub_understand_each_other(peer: str, request: pytest.FixtureRequest) -> None:
-    """The hub goes away with 1001, so that the agent comes back, and ends it with 1008."""
+    """The hub closes with 1001, so that the agent reconnects, and then with 1008."""
     as_hub: FakeHub = request.getfixturevalue(f"{peer}_hub")
     place = {"agent_id": "echoing-1", "resume": "s3cret"}
     plan = {

@@ -1,4 +1,4 @@
-"""Section 2, Messages: what is read, what is refused and how that is said, and what is written."""
+"""Section 2, Messages: decoding, rejections and their texts, and encoding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FROM_AGENT: dict[str, Any] = {
     message.__dataclass_fields__["type"].default: message for message in typing.get_args(AgentMessage)
 }
 
-# What each message must have, and what the rest is when it is left out (docs/protocol.md).
+# The required fields of each message, and the defaults of the others (docs/protocol.md).
 REQUIRED: dict[str, dict[str, Any]] = {
     "register": {"name": "n"},
     "deregister": {},
@@ -86,7 +86,7 @@ def read(document: Any, *, raw: bytes | None = None) -> Any:
 
 
 def message_of(type: str, **fields: Any) -> dict[str, Any]:
-    """Return a message that is valid but for what is wrong with `fields`."""
+    """Return a message that is valid except for `fields`."""
     return {"type": type, "id": "1", **REQUIRED[type], **fields}
 
 
@@ -97,7 +97,7 @@ def refusal(document: Any = None, *, raw: bytes | None = None) -> InvalidMessage
     return caught.value
 
 
-# What is read
+# Decoding
 
 
 @pytest.mark.parametrize("type", MESSAGES)
@@ -144,11 +144,11 @@ def test_error_of_a_result_is_a_text_or_an_object() -> None:
     assert read(message_of("result", success=False, error=error)).error == ErrorInfo("paper", "out of paper")
 
 
-# Limits. For each limited field: the values at the edge that are taken, and those just past it.
+# Limits: for each limited field, the values at the edge that are accepted, and those just past it
 
 
 def inside(*values: Any, **fields: Any) -> list[Any]:
-    """Return capabilities with each of the values in a field of theirs."""
+    """Return capabilities with each of the values in one of their fields."""
     ((name, values),) = fields.items()
     return [[{"name": "c", name: value}] for value in values]
 
@@ -192,7 +192,7 @@ EDGES: dict[str, tuple[typing.Sequence[Any], typing.Sequence[Any]]] = {
 
 
 def limited_fields() -> list[tuple[str, str]]:
-    """Return all (type, path) whose annotation has a limit, as the messages themselves say."""
+    """Return the (type, path) of each field whose annotation has a limit."""
 
     def paths(hint: Any, path: str) -> set[str]:
         found = {path} if any(isinstance(one, Limit) for one in getattr(hint, "__metadata__", ())) else set()
@@ -200,7 +200,7 @@ def limited_fields() -> list[tuple[str, str]]:
         if hint in (Capability, ErrorInfo):
             inner = typing.get_type_hints(hint, include_extras=True)
             return found.union(*(paths(one, f"{path}.{name}") for name, one in inner.items()))
-        if typing.get_origin(hint) is list:  # A limited text in a list of capabilities is the name of one.
+        if typing.get_origin(hint) is list:  # A limited string in a list of capabilities is a name.
             (items,) = typing.get_args(hint)
             return found | {f"{path}.name" if one == path else one for one in paths(items, path)}
         return found.union(*(paths(one, path) for one in typing.get_args(hint) if not isinstance(one, str)))
@@ -248,7 +248,7 @@ def test_length_is_counted_in_characters() -> None:
     refusal(message_of("delegate", capability="\N{GRINNING FACE}" * 129))
 
 
-# Wrong types. For each field, the kinds of JSON that it takes; everything else is refused.
+# Wrong types: for each field, the kinds of JSON that it accepts; everything else is rejected
 
 SAMPLES = {"text": "x", "int": 1, "float": 0.5, "bool": True, "null": None, "list": [], "object": {}}
 ANYTHING = set(SAMPLES)
@@ -314,7 +314,7 @@ def test_refusal_names_the_inner_field_and_nothing_of_the_checker(field: str, va
     assert refusal(message_of(type, **{field: value})).message.split(":")[0] == named
 
 
-# What is no message at all
+# Not a message
 
 
 @pytest.mark.parametrize("raw", [b"", b" ", b"{", b'{"type": "heartbeat"', b'{"type": "heartbeat"} x', b"\x00", b"nul"])
@@ -349,7 +349,7 @@ PAYLOADS = [("delegate", "input"), ("result", "output"), ("status", "detail"), (
 
 
 def with_number(type: str, field: str, number: str) -> bytes:
-    """Return a message with a number that Python would not write; `field` may go inwards with dots."""
+    """Return a message with a number that Python would not write; `field` may be a dotted path."""
     name, *inner = field.split(".")
     value: Any = "NUMBER"
     for key in reversed(inner):
@@ -533,7 +533,7 @@ def test_depth_is_counted_outside_of_strings(value: Any, depth: int) -> None:
     assert agenthub.nests_deeper_than(json.dumps(value).encode(), depth) == (depth_of(value) > depth)
 
 
-# How a refusal is put
+# The texts of rejections
 
 
 SECRET = "s3cret"
@@ -633,7 +633,7 @@ def test_whatever_comes_in_is_a_message_or_an_error_that_can_be_sent(raw: bytes)
         encode(message)
 
 
-# What is written, and read back
+# Encoding, and round trips
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 INTEGERS = st.integers(agenthub.INTEGER_MIN, agenthub.INTEGER_MAX)
@@ -696,7 +696,7 @@ def objects(message: Any) -> st.SearchStrategy[Any]:
 
 
 def as_json(message: Any) -> str:
-    """Return a form in which 1, 1.0 and true are told apart."""
+    """Return a representation that distinguishes 1, 1.0 and true."""
     return json.dumps(dataclasses.asdict(message))
 
 

@@ -1,4 +1,4 @@
-"""The hub as a process, from outside: its limits, its sense of who is alive, its health page, and its end."""
+"""The hub as a process, from outside: its limits, heartbeats, health page and shutdown."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ STATUS_TEXT = json.dumps({"type": "status", "id": "1"})
 
 
 def padded(bytes_count: int, **message: Any) -> str:
-    """Return a message of exactly this many bytes, made longer by a field that no hub knows."""
+    """Return a message of exactly this many bytes, padded by an unknown field."""
     text = json.dumps({**message, "padding": ""}, separators=(",", ":"))
     return text[:-2] + "x" * (bytes_count - len(text)) + '"}'
 
 
 @contextlib.asynccontextmanager
 async def deaf_client(url: str) -> AsyncIterator[RawClient]:
-    """Open a connection with the smallest of buffers, for one that does not read."""
+    """Open a connection with the smallest receive buffer, for a client that does not read."""
     address = urlsplit(url)
     plain = socket.socket()
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -48,7 +48,7 @@ async def deaf_client(url: str) -> AsyncIterator[RawClient]:
         try:
             yield client
         finally:
-            client.connection.transport.abort()  # A polite end would wait for what nobody reads.
+            client.connection.transport.abort()  # A close would wait behind data that nobody reads.
 
 
 async def http(url: str, request: str) -> str:
@@ -67,7 +67,7 @@ async def exit_code(process: subprocess.Popen[str], bound_s: float = WAIT_S) -> 
     return await asyncio.to_thread(process.wait, bound_s)
 
 
-# Limits.
+# Limits
 
 
 async def test_message_over_the_limit_closes_with_1009_and_harms_nobody_else() -> None:
@@ -105,7 +105,7 @@ async def test_hub_sends_no_message_over_its_own_limit() -> None:
             base = len(
                 json.dumps({"type": "delegate", "task_id": "1234", "capability": "work", "input": "", "id": "1"})
             )
-            for spare in (0, 50, 100, 150, 200, 250, 300):  # What fits on the way in may not on the way out.
+            for spare in (0, 50, 100, 150, 200, 250, 300):  # What is accepted may become too long when delivered.
                 reply = await requester.delegate(
                     f"i{spare:03}", capability="work", input="x" * (limit - base - spare), id="1"
                 )
@@ -174,18 +174,18 @@ async def test_who_asks_and_does_not_read_the_answers_is_closed_or_held_up() -> 
 
 
 async def test_requester_of_a_deaf_worker_still_learns_how_its_tasks_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for it is in the records anyway, so that it is no reason to cut it off; that it reads nothing is."""
+    """Its undelivered messages are stored anyway, so they are no reason to close it; reading nothing is."""
     monkeypatch.setattr(agenthub, "STALLED_S", 0.3)
     settings = HubSettings(grace_s=0.2)
     async with HubServer(settings, port=0, backlog_bytes_max=300_000) as hub:
         async with raw_client(hub.url) as requester, deaf_client(hub.url) as worker:
             await requester.register("requester")
-            # By its id, because a task for anybody who can do it would wait for another one if it came after the loss.
+            # By its id: a task for any agent with the capability would wait for another one if it came after the loss.
             agent_id = (await worker.register("worker", "work", max_tasks=500))["agent_id"]
             accepted = 0
             while accepted < 200:
                 reply = await requester.delegate(f"task-{accepted}", agent_id=agent_id, input="x" * 100_000)
-                if reply["type"] == "error":  # It is lost already.
+                if reply["type"] == "error":  # It is gone already.
                     break
                 accepted += 1
             assert accepted > 10
@@ -196,7 +196,7 @@ async def test_requester_of_a_deaf_worker_still_learns_how_its_tasks_end(monkeyp
 
 
 async def test_small_messages_do_not_wait_for_the_receipt_of_others() -> None:
-    """With Nagle's algorithm (RFC 896) a round trip took 44 ms at 16 tasks under way."""
+    """With Nagle's algorithm (RFC 896) a round trip took 44 ms with 16 tasks in progress."""
     async with HubServer(port=0) as hub, raw_client(hub.url) as client:
         await client.request(type="status")
         (link,) = hub._sockets
@@ -235,7 +235,7 @@ async def test_result_that_waited_for_room_is_told_again_when_its_reader_was_los
         async with raw_client(hub.url) as back:
             await back.register("requester", agent_id=joined["agent_id"], resume=joined["resume"])
             assert (await back.message("result", task_id="task-99"))["success"]
-            fetched = await back.request(type="status", task_id="task-0")  # It may have been on its way.
+            fetched = await back.request(type="status", task_id="task-0")  # It may have been in transit.
             assert fetched["state"] == "completed"
 
 
@@ -264,7 +264,7 @@ async def test_silence_of_a_connection_that_hung_up_without_reading_stops_no_clo
             deaf.connection.transport.write_eof()
             await asyncio.sleep(0.5)
             await sender.delegate("task", capability="nobody", wait=True, ttl=1.1)
-            # The other's three intervals end first, then the task, then our own.
+            # The other's three intervals end first, then the task, then ours.
             async with asyncio.timeout(5):
                 assert (await sender.message("result", task_id="task"))["state"] == "timeout"
 
@@ -330,7 +330,7 @@ async def test_agent_over_the_bound_is_overloaded_with_the_bound() -> None:
             assert again["agent_id"] == joined["agent_id"]
 
 
-# Signs of life.
+# Heartbeats
 
 
 async def test_silent_agent_is_closed_with_4001_and_its_grace_time_runs() -> None:
@@ -382,7 +382,7 @@ async def test_being_written_to_is_no_sign_of_life() -> None:
             assert await closing == 4001
 
 
-# The port.
+# The port
 
 
 async def test_healthz_answers_200_on_the_same_port() -> None:
@@ -407,7 +407,7 @@ async def test_taken_port_is_one_line_and_exit_1() -> None:
             assert str(port) in stderr
 
 
-# The end.
+# Shutdown
 
 
 @posix_signals

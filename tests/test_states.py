@@ -22,7 +22,7 @@ from agenthub import (
     next_state,
 )
 
-# Each line is a state, what happens, and the state that follows. All other pairs are illegal.
+# Each line is a state, an event, and the state that follows. All other pairs are illegal.
 STEPS = """
     pending      assigned   in_progress
     pending      lost       failed

@@ -1,4 +1,4 @@
-"""The house rules of agenthub.py, read from its source: sections build on those above, and the core stands alone."""
+"""The structure of agenthub.py, read from its source: sections use only those above, and the core needs no packages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tree() -> ast.Module:
 
 @functools.cache
 def sections() -> dict[int, list[ast.stmt]]:
-    """Return the statements of each section by its number; 0 is what stands above the first banner."""
+    """Return the statements of each section by its number; 0 is the part above the first banner."""
     starts = {0: 0}
     for banner in TITLE.finditer(text()):
         starts[int(banner[1])] = text().count("\n", 0, banner.start()) + 1
@@ -46,7 +46,7 @@ def sections() -> dict[int, list[ast.stmt]]:
 
 
 def defined_by(statement: ast.stmt) -> Iterator[str]:
-    """Yield the names that a statement gives to the module."""
+    """Yield the module-level names that a statement defines."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield statement.name
     elif isinstance(statement, ast.Import | ast.ImportFrom):
@@ -61,7 +61,7 @@ def defined_by(statement: ast.stmt) -> Iterator[str]:
 
 
 def used_by(statement: ast.stmt) -> set[str]:
-    """Return the names of the module that a statement uses, in annotations too: none is exempt."""
+    """Return the module-level names that a statement uses, also in annotations."""
     table = symtable.symtable(ast.unparse(statement), SOURCE.name, "exec")
 
     def free(scope: symtable.SymbolTable) -> Iterator[str]:
@@ -223,7 +223,7 @@ import agenthub
 
 
 def output_of(program: str, *packages: str) -> str:
-    """Return what a program prints in an interpreter of its own in which these packages cannot be imported."""
+    """Return the output of a program in an interpreter in which these packages cannot be imported."""
     program = BLOCKED.format(packages=packages) + program
     command = [sys.executable, "-c", program]
     finished = subprocess.run(command, cwd=SOURCE.parent, capture_output=True, text=True, timeout=60, check=False)
@@ -272,7 +272,7 @@ print(sorted({'pydantic', 'pydantic_core', 'websockets'} & {name for name, modul
 
 
 def test_file_is_all_that_a_hub_needs(tmp_path: Path) -> None:
-    """Isolated, without site-packages and with its own folder only: whatever it imports is Python's."""
+    """Isolated, without site-packages: only the standard library can be imported."""
     shutil.copy(SOURCE, tmp_path)
     program = "import agenthub, sys; print(agenthub.json_schema()['title'], agenthub.codec().name)"
     command = [sys.executable, "-S", "-E", "-c", program]
@@ -286,4 +286,4 @@ def test_file_run_as_a_program_hands_over_to_the_copy_that_others_import() -> No
     assert "importlib.import_module(__spec__.name if __spec__ else" in ast.unparse(guard.body[-1])
     assert ast.unparse(guard.body[-1]).endswith(".main())")
     before = body[: body.index(guard)]
-    assert not [one for one in before if isinstance(one, ast.FunctionDef | ast.ClassDef)]  # Nothing is made twice.
+    assert not [one for one in before if isinstance(one, ast.FunctionDef | ast.ClassDef)]  # Nothing is defined twice

@@ -1,4 +1,4 @@
-"""Both copies are one: run as a program, vendored, or renamed, the module is there once, and isinstance works."""
+"""Run as a program, vendored or renamed, the module is imported once, and isinstance works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import ROOT, WAIT_S, hub_process, running
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="ends the agent with a signal that Windows does not have")
 
-# An agent that tells whether the classes it sees are those of the program that runs it.
+# An agent that reports whether its classes are those of the program that runs it.
 WORKER = """
 import sys
 from {module} import Agent, TaskFailed, capability
@@ -47,7 +47,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A project with a vendored copy and a renamed one, and no way to the original."""
+    """A project with a vendored and a renamed copy, and without access to the original."""
     vendor = tmp_path / "package" / "vendor"
     vendor.mkdir(parents=True)
     (tmp_path / "package" / "__init__.py").touch()
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def call(url: str, capability: str) -> subprocess.CompletedProcess[str]:
-    """Run `call` again until somebody has the capability."""
+    """Run `call` repeatedly until an agent offers the capability."""
     last = time.monotonic() + WAIT_S
     while True:
         done = subprocess.run(
@@ -110,7 +110,7 @@ def test_copy_runs_a_hub(start: list[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("start", [["-S", "agenthub.py"], ["-m", "package.vendor.agenthub"]], ids=["alone", "vendored"])
 def test_copy_without_the_bridge_says_that_it_is_a_file_of_its_own(start: list[str], folder: Path) -> None:
-    """Of the copy alone, an installed bridge is kept away with -S."""
+    """For the lone copy, -S hides an installed bridge."""
     shutil.copy(agenthub.__file__, folder / "agenthub.py")
     with running(*start, "bridge", cwd=folder, env={"PYTHONPATH": ""}) as process:
         output, complaint = process.communicate(timeout=WAIT_S)
@@ -154,7 +154,7 @@ def test_bridge_without_its_package_says_what_to_install(folder: Path) -> None:
 
 
 def test_agent_of_another_copy_is_not_taken_for_one(folder: Path) -> None:
-    """It would not work: the message says of which copy an agent was looked for."""
+    """It would not work: the error names the copy whose agents were searched."""
     (folder / "worker.py").write_text("from renamed_hub import Agent\nagent = Agent('other')\n")
     with running("-m", "package.vendor.agenthub", "agent", "worker.py", cwd=folder, env={"PYTHONPATH": ""}) as process:
         _, complaint = process.communicate(timeout=WAIT_S)

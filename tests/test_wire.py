@@ -1,4 +1,4 @@
-"""The wire, as docs/protocol.md has it: a hub in a process of its own, and clients that know nothing of our code."""
+"""The protocol of docs/protocol.md: a hub in a process of its own, and clients independent of our code."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ numbers = itertools.count(1)
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    """A hub that most tests share: its grace time is longer than any test, and what they register has fresh names."""
+    """Run a hub that most tests share: its grace period outlasts each test, and all names are fresh."""
     with hub_process() as (url, _):
         yield url
 
 
 @pytest.fixture(scope="module")
 def hasty_hub() -> Iterator[str]:
-    """A hub that gives a lost agent up at once, or nearly."""
+    """Run a hub with almost no grace period."""
     with hub_process("--grace", "0.2") as (url, _):
         yield url
 
 
 @pytest.fixture
 def own_hub() -> Iterator[str]:
-    """A hub for one test alone, where it counts who else is there."""
+    """Run a hub for one test alone, for tests that other agents would disturb."""
     with hub_process() as (url, _):
         yield url
 
 
 def fresh(word: str) -> str:
-    """Return a name that no other test uses, on a hub that they share."""
+    """Return a name that no other test uses on the shared hub."""
     return f"{word}{next(numbers)}"
 
 
@@ -62,7 +62,7 @@ async def pair(url: str, **limits: Any) -> AsyncIterator[tuple[RawClient, RawCli
 
 
 async def lose(client: RawClient, *, seen_by: RawClient, name: str) -> None:
-    """Close a connection, and wait until the hub has noticed: who is in the grace time is not discoverable."""
+    """Close a connection, and wait until the hub has noticed: disconnected agents are not discoverable."""
     await client.connection.close()
     async with asyncio.timeout(WAIT_S):
         while (await seen_by.request(type="discover", capability=name))["total"]:
@@ -86,7 +86,7 @@ async def names_found(client: RawClient, keyword: str, **fields: Any) -> list[st
     return [agent["name"] for agent in reply["agents"]]
 
 
-# One reply per request.
+# One reply per request
 
 
 async def test_every_message_with_an_id_gets_exactly_one_reply(hub: str) -> None:
@@ -160,7 +160,7 @@ async def test_many_requests_at_once_are_all_answered(hub: str) -> None:
         await client.nothing_else()
 
 
-# What does not fit is refused with an error that names the field, and changes nothing.
+# Invalid messages are rejected with an error that names the field, and change nothing
 
 REFUSED = [
     ("type", '{"id": "1"}', "reply"),
@@ -430,7 +430,7 @@ async def test_sender_is_the_connection_and_never_a_field(hub: str) -> None:
         assert (await requester.message("broadcast"))["sender"] == worker_id
 
 
-# Joining and leaving.
+# Registering and leaving
 
 
 async def test_register_tells_identity_secret_and_limits(hub: str) -> None:
@@ -486,7 +486,7 @@ async def test_newer_connection_replaces_the_older_one(hasty_hub: str) -> None:
         joined = await older.register("ann", capability)
         await newer.register("ann", capability, agent_id=joined["agent_id"], resume=joined["resume"])
         assert await older.closed() == 4000
-        await asyncio.sleep(0.4)  # Longer than the grace time, which must not have begun.
+        await asyncio.sleep(0.4)  # Longer than the grace period, which must not have begun.
         assert (await observer.request(type="discover", capability=capability))["total"] == 1
         await newer.nothing_else()
 
@@ -725,7 +725,7 @@ async def test_every_deregister_is_answered(hub: str) -> None:
 
 
 async def replies_until_closed(client: RawClient) -> set[str]:
-    """Read a connection to its end; return what ids were replied to."""
+    """Read a connection until it closes; return the ids of all replies."""
     replies: set[str] = set()
     with contextlib.suppress(ConnectionClosed):
         while True:
@@ -753,7 +753,7 @@ async def test_idle_agent_that_drains_leaves_at_once(hub: str) -> None:
         assert await worker.closed() == 1000
 
 
-# Finding.
+# Discovery
 
 
 async def test_discover_ranks_from_the_exact_name_to_a_word_of_a_description(own_hub: str) -> None:
@@ -771,7 +771,7 @@ async def test_discover_ranks_from_the_exact_name_to_a_word_of_a_description(own
         for keyword in ("test", "TEST", "Test"):
             found = await names_found(observer, keyword)
             assert found[0] == "z-exact"
-            assert found[1:3] == ["x-prefix", "y-word"]  # Equal, so by name.
+            assert found[1:3] == ["x-prefix", "y-word"]  # Equal otherwise, so by name.
             assert found[3:] == ["b-inside", "a-description"]
 
 
@@ -820,7 +820,7 @@ async def test_empty_keyword_lists_all_agents_and_no_observers(own_hub: str) -> 
             assert ([agent["name"] for agent in reply["agents"]], reply["total"]) == (["first", "second"], 2)
 
 
-# Delegating.
+# Delegation
 
 
 async def test_task_goes_to_a_worker_and_its_result_back(hub: str) -> None:
@@ -1098,7 +1098,7 @@ async def test_waiting_tasks_go_to_another_agent_that_comes(hub: str) -> None:
         assert (await second.message("delegate", task_id=waiting))["attempt"] == 1
 
 
-# Ending.
+# Outcomes
 
 
 async def test_expired_task_tells_its_requester_and_its_worker_once(hub: str) -> None:
@@ -1201,7 +1201,7 @@ async def test_nobody_but_assignee_and_requester_settles_a_task(hub: str) -> Non
 
 
 async def holds(client: RawClient, task_id: str) -> bool:
-    """Tell whether the hub has handed this task to this client."""
+    """Return whether the hub has delivered this task to this client."""
     await client.request(type="status")
     return any(message["type"] == "delegate" and message["task_id"] == task_id for message in client.seen)
 
@@ -1335,7 +1335,7 @@ async def test_task_outlives_the_grace_time_of_its_requester(hasty_hub: str) -> 
         await worker.register("worker", capability)
         await requester.delegate(task, capability=capability)
         await requester.connection.close()
-        await asyncio.sleep(0.4)  # Longer than the grace time.
+        await asyncio.sleep(0.4)  # Longer than the grace period.
         assert (await worker.request(type="result", task_id=task, success=True))["state"] == "completed"
         await returned.register("requester", agent_id=joined["agent_id"], resume=joined["resume"])
         assert (await returned.message("result", task_id=task))["state"] == "completed"
@@ -1357,7 +1357,7 @@ async def test_ended_task_is_forgotten_after_its_retention() -> None:
             assert (await requester.delegate(task, capability=capability, input="other"))["state"] == "in_progress"
 
 
-# Parents and children.
+# Subtasks
 
 
 async def test_child_needs_a_parent_that_its_sender_works_on(hub: str) -> None:
@@ -1378,7 +1378,7 @@ async def test_child_needs_a_parent_that_its_sender_works_on(hub: str) -> None:
 
 @contextlib.asynccontextmanager
 async def family(url: str, parent_ttl: float = 300) -> AsyncIterator[tuple[RawClient, RawClient, RawClient, list[str]]]:
-    """Start a parent, its child and its grandchild; yield who asked first, who is in the middle, and the worker."""
+    """Start a task, its subtask and a subtask of that; yield the first requester, the middle agent, and the worker."""
     async with clients(url, 3) as (requester, middle, worker):
         await requester.register("requester")
         middle_id = (await middle.register("middle"))["agent_id"]
@@ -1446,7 +1446,7 @@ async def test_chain_is_at_most_16_deep(hub: str) -> None:
         assert (refused.get("code"), refused["task_id"]) == ("too_deep", task)
 
 
-# Broadcasts, the hub's status, observers.
+# Broadcasts, the hub's status, observers
 
 
 async def test_broadcast_reaches_all_other_agents(own_hub: str) -> None:
