@@ -1043,7 +1043,7 @@ class Story:
         self.world.apply = self.look_at  # type: ignore[method-assign]  # the story listens in
         self.said: list[bytes] = []
         self.secrets: dict[str, str] = {}  # By agent_id.
-        self.owners: dict[bytes, list[TaskRecord]] = {}  # Of what is private: the tasks it belongs to.
+        self.owners: dict[bytes, list[TaskRecord]] = {}  # The tasks of each private text.
         self.known: dict[int, tuple[TaskRecord, TaskState, bool]] = {}  # By sequence; and whether the hub has it still.
         self.told: collections.Counter[int] = collections.Counter()
         self.asked: collections.Counter[int] = collections.Counter()
@@ -1262,7 +1262,7 @@ class Story:
         for sequence, task in {**{sequence: one[0] for sequence, one in self.known.items()}, **records}.items():
             state = self.known[sequence][1] if sequence in self.known else TaskState.PENDING
             if task.state in FINAL_STATES and state not in FINAL_STATES and task.requester.connection is not None:
-                demand(sequence in told_now, f"{task.task_id} has ended and its requester was not told")
+                demand(sequence in told_now, f"{task.task_id} has ended without an outcome for its requester")
             self.known[sequence] = task, task.state, sequence in records
 
     def check_counters(self) -> None:
