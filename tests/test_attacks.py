@@ -66,7 +66,7 @@ def secured(**options: Any) -> HubServer:
 
 
 def access_of(**tokens: dict[str, Any]) -> Access:
-    """Return an access with a token for each table, which is also its name."""
+    """Return an Access with a token for each table, named by the token."""
     return Access(agenthub.parse_grant(name, {"sha256": hash_of(name), **table}) for name, table in tables_of(tokens))
 
 
@@ -74,7 +74,7 @@ def tables_of(tokens: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, An
     return list({TOKEN: {}, **tokens}.items())
 
 
-# Messages that cost much.
+# Expensive messages.
 
 
 async def test_unauthenticated_client_may_send_small_messages_only_and_an_authenticated_one_large_ones() -> None:
@@ -233,7 +233,7 @@ async def test_namespace_that_has_stopped_before_another_takes_no_one_in() -> No
                 await requester.delegate("task", capability="work")
                 stopping = asyncio.create_task(hub.stop(10 * WAIT_S))
                 await until(lambda: not hub._namespaces["other"]._is_running)
-                assert hub._is_running  # Its task is not done.
+                assert hub._is_running  # Its task has not ended.
                 async with raw_client(hub.url, **bearer("other")) as late:
                     assert await late.closed() == 1001
                 assert hub._namespaces["other"].hub.summary()["agents"] == 0
@@ -256,7 +256,7 @@ async def test_hub_stops_at_once_in_the_midst_of_handshakes_of_tls(
         await until(lambda: len(hub._sockets) == 4)
         links = list(hub._sockets)
         one.writer.transport.abort()
-        await until(lambda: hub.rejected == {"tls": 1})  # Another one has given up by itself.
+        await until(lambda: hub.rejected == {"tls": 1})  # The other client has disconnected.
         await asyncio.wait_for(hub.stop(), WAIT_S)
         assert all(link.gone.is_set() for link in links)
         assert hub._sockets == hub._addresses == {}
@@ -273,14 +273,14 @@ async def test_bounds_hold_for_connections_that_wait_all_at_once(bound: str, mon
         options = {"connections_per_address_max": 3}
     async with HubServer(port=0, **options) as hub:
         with contextlib.ExitStack() as stack:
-            for _ in range(50):  # Meanwhile the hub has no turn.
+            for _ in range(50):  # The hub's loop does not run meanwhile.
                 stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), timeout=WAIT_S))
             most = await until(lambda: len(hub._sockets) + hub.rejected.get("connections", 0) == 50 and hub)
             assert len(most._sockets) == sum(most._addresses.values()) == 5
             assert hub.rejected == {"connections": 45}
 
 
-# The end of a connection.
+# Closing connections.
 
 
 async def test_messages_that_are_held_are_handled_before_the_close_behind_them() -> None:
@@ -436,7 +436,7 @@ UNREADABLE = ["", ":", ":80", "a b[", "evil.example:x", "evil.example:123456", "
 
 @pytest.mark.parametrize("header", UNREADABLE)
 async def test_name_that_cannot_be_read_is_nobodys(header: str) -> None:
-    # Of a hub on all addresses, whose own name is empty.
+    # A hub on all addresses has an empty name.
     authenticator = agenthub.Authenticator(None, frozenset({"", "hub.example"}), lambda link, grant: Owner())
     link: Any = Owner()
     link.address = "192.0.2.1"
@@ -448,7 +448,7 @@ async def test_name_that_cannot_be_read_is_nobodys(header: str) -> None:
 
 
 def _request(host: str) -> Any:
-    """Return a request for this host, as a link understands it."""
+    """Return the parsed request with this Host header."""
     requests: list[Any] = []
 
     def answer(link: agenthub.Link, request: Any) -> tuple[int, str]:
@@ -472,7 +472,7 @@ async def test_page_of_health_counts_wrong_tokens_and_does_not_tell_right_ones_f
             assert await health(hub.url, WRONG) == {"status": "ok"}
         assert hub.rejected == {"unauthorized": 2}
         assert await health(hub.url, TOKEN) == await health(hub.url, WRONG) == {"status": "ok"}
-        assert hub.rejected == {"unauthorized": 2}  # It was not looked at.
+        assert hub.rejected == {"unauthorized": 2}  # The token was not checked.
         hub._authenticator._backoff = AuthBackoff()
         assert "agents" in await health(hub.url, TOKEN)
 

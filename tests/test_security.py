@@ -445,7 +445,7 @@ async def test_page_of_health_is_no_place_to_guess_tokens_at(
         monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
         for _ in range(10):
             assert await health(hub.url, WRONG) == {"status": "ok"}
-        assert await health(hub.url, TOKEN) == {"status": "ok"}  # It has to wait, and is not told that it was right.
+        assert await health(hub.url, TOKEN) == {"status": "ok"}  # Throttled without an answer about the token.
         page = await health(hub.url, TOKEN, local_addr=("127.0.0.2", 0))
         assert page["turned_away"] == {"unauthorized": 3}
         assert is_logged(caplog, "rejected reason=unauthorized address=127.0.0.1")
@@ -672,7 +672,7 @@ async def test_answer_to_an_address_that_failed_too_often_is_held_back_and_other
             assert not any(link._transport.is_reading() for link in hub._authenticator._unauthenticated)
             async with raw_client(hub.url, local_addr=("127.0.0.2", 0)) as other:
                 assert (await other.request(type="status", token=TOKEN))["hub"]["agents"] == 2
-            # The answers never came: who was made to wait is closed like one that said nothing.
+            # The delayed replies never came: the hub closes these connections like silent ones.
             for link in list(hub._authenticator._unauthenticated):
                 hub._authenticator._close(link, "authentication timed out")
             for one in (client, later):
@@ -740,7 +740,7 @@ def access_text(**tokens: dict[str, Any]) -> str:
 
 @contextlib.asynccontextmanager
 async def hub_with_tokens(**tokens: dict[str, Any]) -> AsyncIterator[HubServer]:
-    """A hub with an access file, with bystanders in its namespace `default`."""
+    """A hub with an access file, and bystanders in its namespace `default`."""
     tables = {**tokens, TOKEN: {}}
     access = Access(agenthub.parse_grant(token, {"sha256": hash_of(token), **table}) for token, table in tables.items())
     async with hub_in_use(access=access) as hub:
@@ -1286,7 +1286,7 @@ async def test_handshake_of_tls_that_does_not_end_is_cut_and_counted(
     async with secure_hub(certificate, authority) as (hub, url):
         monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.1)
         async with plain_connection(url) as silent, plain_connection(url) as one:
-            await one.send(b"\x16\x03\x01\x02\x00\x01")  # The beginning of a greeting.
+            await one.send(b"\x16\x03\x01\x02\x00\x01")  # The beginning of a ClientHello.
             assert await silent.rest() == await one.rest() == b""
         await until(lambda: hub.rejected == {"tls": 2})
         assert is_logged(caplog, "rejected reason=tls")
@@ -1447,7 +1447,7 @@ async def test_page_of_the_hubs_own_origin_or_of_one_that_is_allowed_may_connect
             headers = (named(hub, "localhost:PORT"), origin(hub, text))
             assert await status_code(hub.url, *headers, *UPGRADE) == 101
             assert await status_code(hub.url, *headers, path="/healthz") == 200
-        assert await status_code(hub.url, named(hub, "localhost:PORT"), *UPGRADE) == 101  # No page at all.
+        assert await status_code(hub.url, named(hub, "localhost:PORT"), *UPGRADE) == 101  # Without an Origin.
         assert hub.rejected == {}
 
 
@@ -1555,7 +1555,7 @@ async def test_hub_that_others_can_reach_answers_to_any_name_when_it_was_given_n
         assert hub.rejected == {"origin": 1}
 
 
-# 5: whoever takes up room: slowly, in silence, or in great numbers.
+# 5: clients that exhaust resources: slow, silent or numerous connections.
 
 
 async def test_connection_that_becomes_no_websocket_in_time_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

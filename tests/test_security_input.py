@@ -1681,7 +1681,7 @@ def test_flood_of_lines_is_bounded_and_says_how_many_were_dropped() -> None:
 
     assert passes(10_000, 1.0) == [f"line {index}" for index in range(agenthub.LOG_LINES_PER_S)]
     assert len(passes(300, 1.9, logging.ERROR)) == 300  # A bug is never dropped ...
-    assert len(passes(100, 1.9, name="agenthub.agent")) == 100  # ... and each logger has lines of its own.
+    assert len(passes(100, 1.9, name="agenthub.agent")) == 100  # ... and each logger has its own limit.
     dropped = 10_000 - agenthub.LOG_LINES_PER_S
     assert passes(2, 2.0) == [f"[{dropped} lines before this were dropped] line 0", "line 1"]
     assert passes(1, 3.0) == ["line 0"]
