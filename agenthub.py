@@ -5370,8 +5370,38 @@ class Timers:
 # ============================================================================================
 # 7 Server
 #
-# The hub on an event loop. Every fact goes through `_apply`: the hub is told, its effects are
-# carried out in order, and the one timer is armed for its next deadline.
+# The hub on an event loop. What happens between a message and its effects:
+#
+#   link ──► LocalHub.received ──► Hub.receive ──► Step ──► LocalHub._apply
+#                                                              │
+#               no journal, or nothing changed and nothing held│ otherwise
+#                         ┌────────────────────────────────────┴───┐
+#                         │                                        ▼
+#                         │             GroupCommit.add: merge the changes, hold the effects
+#                         │                                        │  one write at a time, in a thread;
+#                         ▼                                        ▼  what comes meanwhile is the next
+#                     _carry_out ◄──────────────────────────── the journal has the changes
+#                         │
+#         ┌───────────────┼──────────────────────────────┐
+#         ▼               ▼                              ▼
+#     link.send     link.send_when_writable,        the link is closed:
+#                   for a slow consumer             an outcome goes back to Hub.redeliver
+#
+# Effects are held until their changes are on disk: nobody hears of what a crash could undo, so what
+# was not acknowledged has not happened. Effects without changes wait too while others are held:
+# they may tell of these, and order is kept. Only heartbeats and `overloaded` overtake. At most
+# HELD_MAX effects are held, and of one connection those of messages that cost COST_PER_WRITE_MAX;
+# then its messages are not read until the write is done.
+#
+# If a write fails (a full disk, most likely), the same changes are tried again until they are
+# written. Meanwhile the hub accepts no new task, the reserve file is given up so that open tasks
+# can end, and agents stay connected. DISK_CHECK_S later, and from then on, the reserve is tried.
+#
+# A message to a slow consumer waits as an object in the link, not encoded, as long as its payload
+# is in the hub's records anyway. It comes back with `take_unsent` if the link closes first. So an
+# outcome that was not sent reaches Hub.redeliver in one way, LocalHub._return_unsent.
+#
+# The hub's time is one timer, set for `next_deadline()` once all that has come in is handled.
 #
 # A connection passes these stages before its messages reach a hub; a failure of each is counted by
 # its reason, logged, and shown by /healthz:
@@ -5403,10 +5433,10 @@ class Timers:
 # ============================================================================================
 
 
-WRITE_AGAIN_S = 1.0  # After a write to the journal that failed.
-ROOM_AGAIN_S = 5.0  # Between two looks whether a full disk has room again.
-COST_PER_WRITE_MAX = 500  # Of one connection: so much may be held back for it, as if of so many plain messages.
-HELD_MAX = 100_000  # Effects held back for a write; beyond that who speaks is told to come back later.
+WRITE_RETRY_S = 1.0  # After a write to the journal that failed.
+DISK_CHECK_S = 5.0  # Between two checks whether a full disk has free space again.
+COST_PER_WRITE_MAX = 500  # Of the messages of one connection during a write; a plain message costs 1.
+HELD_MAX = 100_000  # Effects held for a write; beyond that, connections that send are closed with 1001.
 TOKEN_S = 5.0  # For a connection to authenticate.
 TOKENS_MAX = 1000  # In an access file.
 TOKEN_LENGTH_MIN = 16  # A shorter one is warned of; `agenthub token` generates 43 characters, or 256 bits.
@@ -5843,12 +5873,12 @@ class GroupCommit:
         self._thread = ThreadPoolExecutor(1, "agenthub-journal")
         self._changes: Changes | None = None  # To be in the next write ...
         self._held: list[Effect] = []  # ... and the effects to be carried out after it.
-        self._costs: dict[Link, int] = {}  # What the messages cost whose effects are held back.
+        self._costs: dict[Link, int] = {}  # Of the messages of each connection since the last write.
         self._is_closed = False
         self._idle = asyncio.Event()  # Nothing is held back.
         self._idle.set()
         self._timer: asyncio.TimerHandle | None = None
-        self._look_for_room()
+        self._check_disk()
 
     def add(self, step: Step) -> None:
         """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
@@ -5864,10 +5894,10 @@ class GroupCommit:
         self._held += [effect for effect in effects if not self._may_overtake(effect[1])]
         if self._idle.is_set():
             self._idle.clear()
-            self._loop.call_soon(self._write)  # With what else comes in during this turn of the loop.
+            self._loop.call_soon(self._write)  # After this turn of the loop, so that what it brings is one write.
 
     def charge(self, link: Link, cost: int) -> None:
-        """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
+        """Charge a link for a message. If it has cost much during one write, it is not read until that is done."""
         if not self._idle.is_set():
             total = self._costs[link] = self._costs.get(link, 0) + cost
             if total > COST_PER_WRITE_MAX:
@@ -5877,13 +5907,13 @@ class GroupCommit:
         """Write what is left, for at most `within_s` seconds, and close the journal."""
         await self.flush(within_s)
         if not self._idle.is_set():
-            log_hub.error("the journal could not be written; what it did not take was not acknowledged either")
+            log_hub.error("the journal could not be written; the changes that it lacks were not acknowledged either")
         if self._timer is not None:
             self._timer.cancel()
         self._is_closed = True
         ending = self._loop.run_in_executor(self._thread, self._end)
         self._thread.shutdown(wait=False)
-        with contextlib.suppress(TimeoutError):  # A disk that hangs is left to it.
+        with contextlib.suppress(TimeoutError):  # A disk that hangs must not keep the hub from ending.
             async with asyncio.timeout(within_s):
                 await asyncio.shield(ending)
 
@@ -5894,14 +5924,14 @@ class GroupCommit:
             self._journal.close()
 
     async def flush(self, within_s: float) -> None:
-        """Return when nothing is held back any more, or after `within_s` seconds."""
+        """Return when nothing is held any more, or after `within_s` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._idle.wait()
 
     @property
     def is_overfull(self) -> bool:
-        """Whether so much is held back that no more should come in."""
+        """Whether so much is held that no more messages should be handled."""
         return len(self._held) > HELD_MAX
 
     @staticmethod
@@ -5928,48 +5958,48 @@ class GroupCommit:
             return
         try:
             self._carry_out(held)
-        finally:  # Whatever fails, the rest goes on.
-            self._read_on()
+        finally:  # A bug in one effect must not stop the journal.
+            self._resume_reading()
             if self._held or self._changes is not None:
                 self._write()
             else:
                 self._idle.set()
 
-    def _read_on(self) -> None:
+    def _resume_reading(self) -> None:
         costs, self._costs = self._costs, {}
         for link in costs:
             link.resume_reading(PauseReason.JOURNAL)
 
     def _on_failure(self, error: BaseException, changes: Changes, held: list[Effect]) -> None:
-        """Take no new task, give up the reserve, and try again until it is written."""
-        self._read_on()  # Signs of life must not wait for a disk that somebody has to make room on.
-        delay_s = WRITE_AGAIN_S
+        """Accept no new task, give up the reserve, and retry until the changes are written."""
+        self._resume_reading()  # Heartbeats must not wait until somebody frees disk space.
+        delay_s = WRITE_RETRY_S
         if not self._hub.is_full:
-            log_hub.error("the journal cannot be written: %s; no new task is taken", error)
+            log_hub.error("the journal cannot be written: %s; new tasks are rejected until it can", error)
             self._hub.is_full = True
             self._journal.give_up_reserve()
             delay_s = 0.0
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(ROOM_AGAIN_S, self._look_for_room)
+        self._timer = self._loop.call_later(DISK_CHECK_S, self._check_disk)
         self._loop.call_later(delay_s, self._try, changes, held)
 
-    def _look_for_room(self) -> None:
+    def _check_disk(self) -> None:
         if self._is_closed:
             return
         taking = self._loop.run_in_executor(self._thread, self._journal.take_reserve)
-        taking.add_done_callback(self._on_looked)
+        taking.add_done_callback(self._on_disk_checked)
 
-    def _on_looked(self, taking: asyncio.Future[bool]) -> None:
+    def _on_disk_checked(self, taking: asyncio.Future[bool]) -> None:
         if self._is_closed:
             return
-        has_room = taking.exception() is None and taking.result()
-        if has_room and self._hub.is_full:
-            log_hub.warning("the journal's disk has room again")
-        elif not has_room and not self._hub.is_full:
-            log_hub.error("the journal's disk has no room; no new task is taken")
-        self._hub.is_full = not has_room
-        self._timer = None if has_room else self._loop.call_later(ROOM_AGAIN_S, self._look_for_room)
+        has_space = taking.exception() is None and taking.result()
+        if has_space and self._hub.is_full:
+            log_hub.warning("the journal's disk has free space again")
+        elif not has_space and not self._hub.is_full:
+            log_hub.error("the journal's disk is full; new tasks are rejected until there is free space")
+        self._hub.is_full = not has_space
+        self._timer = None if has_space else self._loop.call_later(DISK_CHECK_S, self._check_disk)
 
 
 class LocalHub:
@@ -5979,7 +6009,7 @@ class LocalHub:
             ...
 
     Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on. With a `journal`,
-    which it opens and closes, `start` takes up what is in it, and raises JournalError if that cannot be.
+    which it opens and closes, `start` continues from what is in it, and raises JournalError if that is impossible.
     """
 
     settings: HubSettings
@@ -6002,8 +6032,8 @@ class LocalHub:
         await self.stop()
 
     async def start(self) -> None:
-        codec()  # Compiled now, not when the first message waits for it.
-        self._is_verbose = log_hub.isEnabledFor(logging.DEBUG)  # Asked once, not for each message.
+        codec()  # Compiled now, so that the first message need not wait for it.
+        self._is_verbose = log_hub.isEnabledFor(logging.DEBUG)  # Once, because it costs a call for each message.
         self._loop = asyncio.get_running_loop()
         self._timers = Timers()
         now = self._loop.time()
@@ -6014,7 +6044,7 @@ class LocalHub:
         self._arm()
 
     async def _recover(self, journal: Journal) -> None:
-        """Open the journal, and take up what is in it."""
+        """Open the journal, and restore the hub from it."""
         offset = time.time() - self._loop.time()
         await asyncio.to_thread(journal.open)
         try:
@@ -6024,16 +6054,16 @@ class LocalHub:
             journal.close()
             raise
         if agents or tasks:
-            log_hub.info("took up %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
+            log_hub.info("restored %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
         self._commit = GroupCommit(self.hub, journal, self._carry_out)
         self._commit.add(step)
 
     def shut_down(self) -> None:
-        """Take no new task from now on."""
+        """Accept no new task from now on."""
         self.hub.shut_down()
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
+        """Accept no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
         if not self._is_running:
             return
         self.hub.shut_down()
@@ -6047,7 +6077,7 @@ class LocalHub:
         links = self._stop_listening()
         for link in links:
             link.close(CloseCode.GOING_AWAY, "the hub is shutting down")
-        with contextlib.suppress(TimeoutError):  # Each cuts itself CLOSING_S after its close.
+        with contextlib.suppress(TimeoutError):  # Each link aborts by itself CLOSING_S after its close.
             async with asyncio.timeout(2 * CLOSING_S):
                 await asyncio.gather(*(link.gone.wait() for link in links))
         for link in links:
@@ -6057,7 +6087,7 @@ class LocalHub:
             self._commit = None
 
     def _stop_listening(self) -> list[Link]:
-        """Let nobody new in, and return all links there are."""
+        """Accept no new link, and return all that are open."""
         return list(self._links)
 
     async def connect(self, owner: LinkOwner) -> Link:
@@ -6071,7 +6101,7 @@ class LocalHub:
     # LinkOwner
 
     def opened(self, link: Link) -> None:
-        if not self._is_running:  # Of several namespaces one may have stopped before the others.
+        if not self._is_running:  # One of several namespaces may have stopped before the others.
             link.close(CloseCode.GOING_AWAY, "the hub is shutting down")
             return
         self._links[link] = None
@@ -6082,7 +6112,7 @@ class LocalHub:
             log_hub.debug("received type=%s bytes=%d", getattr(message, "type", "invalid"), message_bytes)
         commit = self._commit
         if commit is not None and commit.is_overfull:
-            link.close(CloseCode.GOING_AWAY, "the journal cannot be written just now")
+            link.close(CloseCode.GOING_AWAY, "the journal cannot be written; come back later")
             return
         refusal = self._refusal(link, message) if link.grant is not None else None
         try:
@@ -6107,7 +6137,7 @@ class LocalHub:
         self._links.pop(link, None)
         self._apply(self.hub.disconnected(link, self._loop.time(), code))
         for message in link.take_unsent():
-            self._give_back(message)
+            self._return_unsent(message)
 
     # Steps of the hub, and its time.
 
@@ -6124,8 +6154,8 @@ class LocalHub:
         sent: HubOutput | None = None
         raw = b""
         for link, action in effects:
-            if link not in self._links:  # It closed while its effects waited for the journal.
-                self._give_back(action)
+            if link not in self._links:  # It closed while its effects were held for the journal.
+                self._return_unsent(action)
                 continue
             if action is not sent:  # A broadcast is one message to many, encoded once.
                 if isinstance(action, Close):
@@ -6137,8 +6167,8 @@ class LocalHub:
                 sent, raw = action, encode(action)
             link.send(raw)
 
-    def _give_back(self, action: HubOutput | Close) -> None:
-        """Have an outcome delivered another time whose link closed before it was sent. Nothing else is kept."""
+    def _return_unsent(self, action: HubOutput | Close) -> None:
+        """Take back an outcome that was not sent before its link closed; other effects are dropped."""
         if isinstance(action, TaskOutcome):
             self._apply(self.hub.redeliver(action.task_id, self._loop.time()))
 

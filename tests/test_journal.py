@@ -1737,8 +1737,8 @@ async def test_hub_may_be_started_again_on_its_journal(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agenthub, "WRITE_AGAIN_S", 0.01)
-    monkeypatch.setattr(agenthub, "ROOM_AGAIN_S", 0.05)
+    monkeypatch.setattr(agenthub, "WRITE_RETRY_S", 0.01)
+    monkeypatch.setattr(agenthub, "DISK_CHECK_S", 0.05)
 
 
 impatient = pytest.mark.usefixtures("_impatient")
@@ -1774,7 +1774,7 @@ async def test_full_disk_stops_new_tasks_and_what_was_held_is_carried_out_once(
         assert requester.heard() == ["error", "heartbeat_ack"]
         assert worker.heard() == ["heartbeat_ack"]
         assert hub.hub.summary()["journal"] == "full"
-        assert errors_of(caplog) == [f"the journal cannot be written: {DISK_FULL}; no new task is taken"]
+        assert errors_of(caplog) == [f"the journal cannot be written: {DISK_FULL}; new tasks are rejected until it can"]
         journal.failure = None  # As if something had been deleted, but not enough for the reserve.
         assert (await worker.reply_to("r")).state == "completed"
         assert (await requester.reply_to("held")).state == "in_progress"
@@ -1787,7 +1787,7 @@ async def test_full_disk_stops_new_tasks_and_what_was_held_is_carried_out_once(
         await eventually(lambda: not hub.hub.is_full)
         assert (await requester.ask(Delegate(task_id="new", capability="work"))).state == "in_progress"
         assert (await requester.ask(Status())).hub["journal"] == "ok"
-        assert errors_of(caplog)[1:] == ["the journal's disk has room again"]
+        assert errors_of(caplog)[1:] == ["the journal's disk has free space again"]
     assert [row.request.task_id for row in use(tmp_path / "hub.db")[1]] == ["old", "held", "new"]
 
 
@@ -1819,13 +1819,13 @@ async def test_hub_without_room_for_a_reserve_takes_no_task_from_the_start(
         await eventually(lambda: not hub.hub.is_full)
         assert (await requester.ask(Delegate(task_id="t", capability="work"))).state == "in_progress"
     assert errors_of(caplog) == [
-        "the journal's disk has no room; no new task is taken",
-        "the journal's disk has room again",
+        "the journal's disk is full; new tasks are rejected until there is free space",
+        "the journal's disk has free space again",
     ]
 
 
 async def test_reserve_is_made_given_up_and_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agenthub, "WRITE_AGAIN_S", 0.01)  # And no look for room before the end of this.
+    monkeypatch.setattr(agenthub, "WRITE_RETRY_S", 0.01)  # And no look for room before the end of this.
     reserve = tmp_path / "hub.db-reserve"
     async with slow_hub(tmp_path / "hub.db") as (hub, journal, _, requester):
         await eventually(reserve.exists)
@@ -1837,9 +1837,9 @@ async def test_reserve_is_made_given_up_and_removed_at_the_end(tmp_path: Path, m
         assert not reserve.exists()
         journal.failure = None
         await requester.reply_to("t")
-        monkeypatch.setattr(agenthub, "ROOM_AGAIN_S", 0.01)
+        monkeypatch.setattr(agenthub, "DISK_CHECK_S", 0.01)
         assert hub._commit is not None
-        hub._commit._look_for_room()
+        hub._commit._check_disk()
         await eventually(lambda: not hub.hub.is_full)
         assert reserve.exists()
     assert sorted(files_of(tmp_path)) == ["hub.db"]
@@ -1891,7 +1891,7 @@ async def test_file_that_may_not_grow_refuses_new_tasks_until_it_may(tmp_path: P
 
 SERVE_IMPATIENTLY = """
 import sys, agenthub
-agenthub.WRITE_AGAIN_S, agenthub.ROOM_AGAIN_S, agenthub.RESERVE_BYTES = 0.02, 0.1, 100_000
+agenthub.WRITE_RETRY_S, agenthub.DISK_CHECK_S, agenthub.RESERVE_BYTES = 0.02, 0.1, 100_000
 sys.exit(agenthub.main(["hub", "--port", "0", "--db", sys.argv[1]]))
 """
 
@@ -1941,7 +1941,7 @@ async def test_disk_that_is_full_for_real_is_survived(tmp_path: Path) -> None:
         _, log = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
         assert process.returncode == 0
         assert len(re.findall("the journal cannot be written", log)) == 1
-        assert len(re.findall("has room again", log)) == 1
+        assert len(re.findall("has free space again", log)) == 1
         assert "Traceback" not in log
     assert sorted(files_of(tmp_path)) == ["hub.db"]
 
@@ -2022,7 +2022,7 @@ async def test_hub_that_is_stopped_and_started_again_goes_on(tmp_path: Path, syn
                 assert (await requester.message("result", task_id=task_id))["output"] == task_id
         process.send_signal(signal.SIGTERM)
         _, log = await asyncio.to_thread(process.communicate, timeout=WAIT_S)
-        assert f"took up 2 agents and 2 tasks from {path}" in log
+        assert f"restored 2 agents and 2 tasks from {path}" in log
 
 
 @posix_only
