@@ -1815,6 +1815,34 @@ class TaskRecord:
     def ack(self, reply_to: str | None = None) -> TaskAck:
         return TaskAck(reply_to=reply_to, task_id=self.task_id, state=self.state, attempt=self.attempt)
 
+    def delivery(self, worker: AgentRecord, now: float) -> Delegated:
+        """Return what its worker gets, with the time to live that is left."""
+        request = self.request
+        return Delegated(
+            task_id=request.task_id,
+            sender=self.requester.agent_id,
+            agent_id=worker.agent_id,
+            capability=request.capability,
+            input=request.input,
+            ttl=min(request.ttl, max(0.001, self.deadline - now)),
+            priority=request.priority,
+            max_retries=request.max_retries,
+            parent_id=request.parent_id,
+            attempt=self.attempt,
+        )
+
+    def progress_report(self) -> StatusReply:
+        """Return what its requester gets when its assignee reports progress."""
+        return StatusReply(
+            task_id=self.task_id,
+            state=self.state,
+            attempt=self.attempt,
+            sender=self.assignee.agent_id if self.assignee is not None else None,
+            seq=self.seq,
+            progress=self.progress,
+            detail=self.detail,
+        )
+
     def outcome(self) -> TaskOutcome:
         return TaskOutcome(
             task_id=self.task_id,
@@ -2286,6 +2314,23 @@ class Directory:
             return None
         return agent if capability is None or capability in agent.capabilities else None
 
+    def check_target(self, requester: AgentRecord, message: Delegate) -> None:
+        """Refuse a task for which there is no agent, online or in its grace period."""
+        if message.agent_id is None:
+            pool = self.pools.get(message.capability or "")
+            others = len(pool.members) - (requester.agent_id in pool.members) if pool is not None else 0
+            if not others:
+                text = f'no online agent offers {quoted(message.capability or "")}; start one, or set "wait"'
+                raise Refused(text, code=Code.NO_AGENT)
+            return
+        agent = self.agents.get(message.agent_id)
+        if agent is None or agent.state not in TARGET_STATES:
+            text = f'agent {quoted(message.agent_id)} is not online; choose one with discover, or set "wait"'
+            raise Refused(text, code=Code.UNKNOWN_AGENT)
+        if message.capability is not None and message.capability not in agent.capabilities:
+            text = f"agent {quoted(message.agent_id)} does not offer {quoted(message.capability)}"
+            raise Refused(text, code=Code.NO_AGENT)
+
     def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
         """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
         were looked at.
@@ -2562,7 +2607,7 @@ class Hub:
         connection = self._connections.get(link)
         if connection is None:  # The hub has closed it, and this was still on its way.
             return Step([])
-        if now > self._now:
+        if now > self._now:  # As in _advance, without the call: this is used for every message.
             self._now = now
         connection.last_seen = self._now
         self._message_bytes = message_bytes
@@ -2595,7 +2640,7 @@ class Hub:
         for _ in range(TICK_BATCH):
             due = self._deadlines.first()
             if due is None or due[0] > self._now:
-                self._assign_deferred()
+                self._assign_deferred()  # Only now: no task is handed out whose deadline has come.
                 break
             self._deadlines.discard(due[1])
             self._on_deadline(due[1])
@@ -2711,13 +2756,14 @@ class Hub:
 
     def _on_register(self, connection: Connection, message: Register) -> None:
         self.cost += len(message.capabilities)
-        self._check_description(message)
+        check_registration(message, self.settings)
         agent = connection.agent
         if agent is None:
             agent = self._resumed(connection, message) or self._new_agent(message.name)
             self._attach(agent, connection)
             log_hub.info("joined agent=%s", agent.agent_id)
         self.directory.describe(agent, message, self._running_max)
+        # The reply lists what the agent is running, so it goes before the tasks that it gets now.
         if message.id is not None:
             self._send(connection, self._registered(agent, message.id))
         for task in list(agent.undelivered.values()):
@@ -2726,19 +2772,6 @@ class Hub:
             self._deliver_outcome(task)
         self._assign_waiting(agent)
 
-    def _check_description(self, message: Register) -> None:
-        """Refuse an agent whose registration is larger than this hub accepts."""
-        settings = self.settings
-        if len(message.capabilities) > settings.capabilities_max:
-            text = f"capabilities: at most {settings.capabilities_max} per agent on this hub; register several agents"
-            raise Refused(text, code=Code.OVERLOADED)
-        if len(json.dumps(message.metadata)) > settings.metadata_bytes_max:
-            text = f"metadata: at most {settings.metadata_bytes_max} bytes as JSON on this hub"
-            raise Refused(text, code=Code.OVERLOADED)
-        if schemas_bytes(one for one in message.capabilities if isinstance(one, Capability)) > SCHEMAS_BYTES_MAX:
-            text = f"capabilities: their schemas may have {SCHEMAS_BYTES_MAX} bytes together; register several agents"
-            raise Refused(text, code=Code.TOO_LARGE)
-
     def _resumed(self, connection: Connection, message: Register) -> AgentRecord | None:
         """Return the agent whose session a connection resumes, if the hub knows it."""
         agent = self.directory.agents.get(message.agent_id or "")
@@ -2746,10 +2779,10 @@ class Hub:
             return None
         secret = message.resume or ""
         if not hmac.compare_digest(agent.resume_hash, hash_of(secret)):
-            connection.wrong_secrets += message.resume is not None
+            connection.wrong_secrets += message.resume is not None  # A forgotten one is no guess.
             raise Refused("resume: wrong secret; register without agent_id for a new identity", code=Code.UNAUTHORIZED)
-        agent.resume = secret
-        if agent.connection is not None:
+        agent.resume = secret  # After a restart, the hub knows only its hash.
+        if agent.connection is not None:  # Most likely dead, and not noticed yet: the network was changed.
             self._close(agent.connection, CloseCode.REPLACED, "a newer connection has resumed this agent's session")
         self.directory.transition(agent, AgentEvent.RESUMED)
         return agent
@@ -2907,7 +2940,7 @@ class Hub:
             if agent is not sender and agent.connection is not None:
                 self._send(agent.connection, delivery)
                 recipients += 1
-        self.cost *= max(1, recipients)
+        self.cost *= max(1, recipients)  # Each recipient is a message to send.
         if message.id is not None:
             self._send(connection, BroadcastReply(reply_to=message.id, recipients=recipients))
 
@@ -2942,16 +2975,7 @@ class Hub:
         self.tasks.grow(task, self._message_bytes - task.detail_bytes)
         task.detail_bytes = self._message_bytes
         if task.requester.connection is not None:
-            report = StatusReply(
-                task_id=task.task_id,
-                state=task.state,
-                attempt=task.attempt,
-                sender=agent.agent_id,
-                seq=task.seq,
-                progress=task.progress,
-                detail=task.detail,
-            )
-            self._send(task.requester.connection, report)
+            self._send(task.requester.connection, task.progress_report())
         return task.ack()
 
     def _task_report(self, task: TaskRecord, viewer: AgentRecord | None, reply_to: str | None) -> StatusReply:
@@ -3004,7 +3028,7 @@ class Hub:
             self._hand_out(task, worker)
 
     def _repeat(self, connection: Connection, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
-        """Answer a delegate that was accepted before."""
+        """Answer a delegate that was accepted before: its requester repeats it when it missed the reply."""
         if task.requester is not agent or not same_content(task.request, message):
             raise Refused("task_id: used by another task; choose a new one", code=Code.DUPLICATE_TASK)
         self._acknowledge(connection, message, task)
@@ -3020,8 +3044,8 @@ class Hub:
         if message.agent_id is None and message.capability is None:
             raise Refused("capability: name a capability, an agent_id, or both", code=Code.INVALID_MESSAGE)
         parent = self._parent(agent, message.parent_id) if message.parent_id is not None else None
-        if not message.wait:
-            self._check_target(agent, message)
+        if not message.wait:  # Otherwise the task may wait for an agent that does not exist yet.
+            self.directory.check_target(agent, message)
         self._check_size(message)
         self._check_limits(agent)
         return parent
@@ -3033,23 +3057,6 @@ class Hub:
         if parent.depth >= DEPTH_OF_CHILDREN_MAX:
             raise Refused(f"parent_id: subtasks nest at most {DEPTH_OF_CHILDREN_MAX} deep", code=Code.TOO_DEEP)
         return parent
-
-    def _check_target(self, requester: AgentRecord, message: Delegate) -> None:
-        """Refuse a task for which there is no agent, online or in its grace period."""
-        if message.agent_id is None:
-            pool = self.directory.pools.get(message.capability or "")
-            others = len(pool.members) - (requester.agent_id in pool.members) if pool is not None else 0
-            if not others:
-                text = f'no online agent offers {quoted(message.capability or "")}; start one, or set "wait"'
-                raise Refused(text, code=Code.NO_AGENT)
-            return
-        agent = self.directory.agents.get(message.agent_id)
-        if agent is None or agent.state not in TARGET_STATES:
-            text = f'agent {quoted(message.agent_id)} is not online; choose one with discover, or set "wait"'
-            raise Refused(text, code=Code.UNKNOWN_AGENT)
-        if message.capability is not None and message.capability not in agent.capabilities:
-            text = f"agent {quoted(message.agent_id)} does not offer {quoted(message.capability)}"
-            raise Refused(text, code=Code.NO_AGENT)
 
     def _check_size(self, message: Delegate | Result | Status | Broadcast) -> None:
         """Refuse a message that would be too large when the hub passes it on, with the fields that it adds."""
@@ -3069,6 +3076,7 @@ class Hub:
             text = f"the hub has reached its limit of {settings.pending_tasks_max} pending tasks; retry later"
             raise Refused(text, code=Code.OVERLOADED)
         needed = self._message_bytes + RECORD_BYTES
+        # Last, because it drops records: a task that is refused must change nothing.
         if tasks.bytes + needed > settings.records_bytes_max:
             if not tasks.has_room(needed):
                 text = f"the hub has reached its limit of {settings.records_bytes_max} bytes of tasks; retry later"
@@ -3114,20 +3122,7 @@ class Hub:
         """Send a task to its assignee."""
         if agent.connection is None:
             raise AssertionError("only an agent that is online is free")
-        request = task.request
-        delivery = Delegated(
-            task_id=request.task_id,
-            sender=task.requester.agent_id,
-            agent_id=agent.agent_id,
-            capability=request.capability,
-            input=request.input,
-            ttl=min(request.ttl, max(0.001, task.deadline - self._now)),
-            priority=request.priority,
-            max_retries=request.max_retries,
-            parent_id=request.parent_id,
-            attempt=task.attempt,
-        )
-        self._send(agent.connection, delivery)
+        self._send(agent.connection, task.delivery(agent, self._now))
 
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
@@ -3202,14 +3197,14 @@ class Hub:
 
     def _retry(self, task: TaskRecord, reason: str, reporter: AgentRecord | None = None) -> None:
         """Make a task pending again whose agent was lost, if it may be retried; fail it if not."""
-        if task.attempt > task.request.max_retries:
+        if task.attempt > task.request.max_retries:  # The first attempt is no retry.
             self._settle(task, TaskEvent.LOST, sender=reporter, error=ErrorInfo(Code.AGENT_LOST, reason))
             return
         self.tasks.transition(task, TaskEvent.RETRIED)
         if task.assignee is not None:
             del task.assignee.running[task.task_id]
         task.assignee = None
-        task.progress = task.detail = None
+        task.progress = task.detail = None  # Of the attempt that has failed; `seq` counts on over all of them.
         self.tasks.grow(task, -task.detail_bytes)
         task.detail_bytes = 0
 
@@ -3241,7 +3236,7 @@ class Hub:
             self._deliver_outcome(task)
             if worker is not None and worker is not task.settled_by and worker.connection is not None:
                 self._send(worker.connection, task.ack())  # It must stop.
-        if worker is not None:
+        if worker is not None:  # Its free slot is filled last, so that what it did comes before what it gets.
             self._assign_waiting(worker)
             if worker.state is AgentState.DRAINING:
                 self._leave_if_drained(worker)
@@ -3260,7 +3255,7 @@ class Hub:
         elif requester.state is not AgentState.DEREGISTERED:
             self.tasks.keep_undelivered(task)
             return
-        self.tasks.keep_delivered(task)
+        self.tasks.keep_delivered(task)  # Also if its requester has deregistered: nobody is left to deliver it to.
         if self.tasks.bytes > self.settings.records_bytes_max:
             self.tasks.make_room()
 
@@ -3331,6 +3326,19 @@ class Hub:
 def hash_of(secret: str) -> str:
     """Return the SHA-256 of a secret, in hex: what is kept of it, and compared. Any text has one."""
     return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
+
+
+def check_registration(message: Register, settings: HubSettings) -> None:
+    """Refuse an agent whose registration is larger than this hub accepts."""
+    if len(message.capabilities) > settings.capabilities_max:
+        text = f"capabilities: at most {settings.capabilities_max} per agent on this hub; register several agents"
+        raise Refused(text, code=Code.OVERLOADED)
+    if len(json.dumps(message.metadata)) > settings.metadata_bytes_max:
+        text = f"metadata: at most {settings.metadata_bytes_max} bytes as JSON on this hub"
+        raise Refused(text, code=Code.OVERLOADED)
+    if schemas_bytes(one for one in message.capabilities if isinstance(one, Capability)) > SCHEMAS_BYTES_MAX:
+        text = f"capabilities: their schemas may have {SCHEMAS_BYTES_MAX} bytes together; register several agents"
+        raise Refused(text, code=Code.TOO_LARGE)
 
 
 def schemas_bytes(offered: Iterable[Capability]) -> int:

@@ -650,6 +650,10 @@ class TaskRecord:
     def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
     def ack(self, reply_to: str | None = None) -> TaskAck: ...
+    def delivery(self, worker: AgentRecord, now: float) -> Delegated:
+        """Return what its worker gets, with the time to live that is left."""
+    def progress_report(self) -> StatusReply:
+        """Return what its requester gets when its assignee reports progress."""
     def outcome(self) -> TaskOutcome: ...
     def info_fields(self, now: float) -> dict[str, Any]:
         """Return the fields that TaskInfo and StatusReply share."""
@@ -838,6 +842,8 @@ class Directory:
         """List an agent in its pools under what it has to do now."""
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
         """Return an agent that can take a task now: one to avoid only if there is no other, never its requester."""
+    def check_target(self, requester: AgentRecord, message: Delegate) -> None:
+        """Refuse a task for which there is no agent, online or in its grace period."""
     def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
         """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
         were looked at.
@@ -1451,14 +1457,14 @@ class GroupCommit:
     def add(self, step: Step) -> None:
         """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
     def charge(self, link: Link, cost: int) -> None:
-        """Take note of what a message cost. Who has cost much during one write is not read from until it is done."""
+        """Charge a link for a message. If it has cost much during one write, it is not read until that is done."""
     async def close(self, within_s: float) -> None:
         """Write what is left, for at most `within_s` seconds, and close the journal."""
     async def flush(self, within_s: float) -> None:
-        """Return when nothing is held back any more, or after `within_s` seconds."""
+        """Return when nothing is held any more, or after `within_s` seconds."""
     @property
     def is_overfull(self) -> bool:
-        """Whether so much is held back that no more should come in."""
+        """Whether so much is held that no more messages should be handled."""
 
 class LocalHub:
     """A hub in this process, reached over in-memory links: for tests, and for programs of one process.
@@ -1467,7 +1473,7 @@ class LocalHub:
             ...
 
     Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on. With a `journal`,
-    which it opens and closes, `start` takes up what is in it, and raises JournalError if that cannot be.
+    which it opens and closes, `start` continues from what is in it, and raises JournalError if that is impossible.
     """
 
     settings: HubSettings
@@ -1477,9 +1483,9 @@ class LocalHub:
     async def __aexit__(self, *_: object) -> None: ...
     async def start(self) -> None: ...
     def shut_down(self) -> None:
-        """Take no new task from now on."""
+        """Accept no new task from now on."""
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Take no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
+        """Accept no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
     async def connect(self, owner: LinkOwner) -> Link:
         """Open a link to this hub from within its process."""
     def opened(self, link: Link) -> None: ...
