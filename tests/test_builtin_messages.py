@@ -1,9 +1,9 @@
-"""Section 2, the built-in codec: what Pydantic takes it takes, what Pydantic refuses it refuses, and it says the same.
+"""Section 2: Pydantic and the built-in codec accept and reject the same messages, with the same errors.
 
     python -m tests.test_builtin_messages --examples 1000000 --start 7
 
-goes on from here. A document is made from chance and the annotations of the messages, so a new message or field is
-compared without a word here.
+compares more documents. They are generated from the annotations of the messages, so a new message or field needs no
+change here.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ SHORT_EXAMPLES = 4000
 UNIONS: dict[str, Any] = {"from an agent": AgentMessage, "from the hub": HubMessage}
 DECODERS = {"from an agent": agenthub.decoder_from_agent, "from the hub": agenthub.decoder_from_hub}
 CLASSES = typing.get_args(AgentMessage | HubOutput)
-SHRINK_S = 10.0  # How long what is read in two ways is made smaller.
+SHRINK_S = 10.0  # Time limit for shrinking a document that the codecs read differently.
 NOT_JSON = "Invalid JSON"
-# What Pydantic read in another way before some version: whole numbers of more than 63 bits where a float is wanted (it
-# took none), and the length of a number's whole part (the sign counted).
+# What earlier versions of Pydantic read differently: they rejected integers of more than 63 bits for a float, and
+# counted the sign of a number among its digits.
 OTHERWISE_BEFORE = {(2, 12): re.compile(rb"[0-9]{19}"), (2, 14): re.compile(rb"-[0-9]{%d}" % DIGITS_MAX)}
-DESCRIBES_CLASSES = (2, 13)  # In a schema, by the docstring of a dataclass.
+DESCRIBES_CLASSES = (2, 13)  # The first version whose schemas include the docstrings of dataclasses.
 
 
-# The two that are compared
+# The codecs that are compared
 
 
 class Reading(NamedTuple):
-    """What became of some bytes: a message, or a refusal in parts that can be compared."""
+    """The message that a codec made of some bytes, or its reason for rejecting them."""
 
     message: str | None = None  # As repr(), in which 1, 1.0 and True differ, and 0.0 and -0.0.
     code: str = ""
@@ -77,7 +77,7 @@ class Reading(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The same of both codecs."""
+    """The same for both codecs."""
 
     pydantic: Any
     builtin: Any
@@ -112,7 +112,7 @@ def pydantic_version() -> tuple[int, ...]:
 
 @functools.cache
 def read_otherwise() -> list[re.Pattern[bytes]]:
-    """Return what the installed Pydantic is known to read in another way than the latest."""
+    """Return patterns of documents that the installed Pydantic reads differently from the latest."""
     return [pattern for version, pattern in OTHERWISE_BEFORE.items() if pydantic_version() < version]
 
 
@@ -124,7 +124,7 @@ def reading(decode: Callable[[bytes], Any], raw: bytes) -> Reading:
 
 
 class Difference(AssertionError):
-    """Both make something else of the same bytes. It shows the fewest bytes of which that is still true."""
+    """The codecs read the same bytes differently. The text shows the shortest bytes found for which that holds."""
 
     def __init__(self, direction: str, raw: bytes) -> None:
         raw, readings = smallest(direction, raw)
@@ -140,7 +140,7 @@ def are_alike(readings: Pair, raw: bytes) -> bool:
 
 
 def smallest(direction: str, raw: bytes) -> tuple[bytes, Pair]:
-    """Leave out of some bytes what they are read in two ways without, for a while."""
+    """Shrink bytes that the codecs read differently, within SHRINK_S."""
     readings, end = readings_of(direction, raw), time.monotonic() + SHRINK_S
     left = smaller(raw)
     while time.monotonic() < end and (candidate := next(left, None)) is not None:
@@ -151,14 +151,14 @@ def smallest(direction: str, raw: bytes) -> tuple[bytes, Pair]:
 
 
 def compare_readings(direction: str, raw: bytes) -> Reading:
-    """See that both codecs make the same of some bytes; return what."""
+    """Raise Difference if the codecs read some bytes differently; return their reading."""
     readings = readings_of(direction, raw)
     if not are_alike(readings, raw):
         raise Difference(direction, raw)
     return typing.cast(Reading, readings.pydantic)
 
 
-# Values of one annotation: good ones, and those at its limits and of other types
+# Values of one annotation: valid ones, those at its limits, and those of other types
 
 
 def characters_of(pattern: str) -> list[str]:
@@ -169,7 +169,7 @@ def characters_of(pattern: str) -> list[str]:
 
 
 def is_json(raw: bytes) -> bool:
-    """Say whether some bytes are JSON to everybody, or nearly: NaN is."""
+    """Return whether Python can parse some bytes and write them again; NaN counts as JSON here."""
     try:
         json.dumps(json.loads(raw), ensure_ascii=False).encode()
     except ValueError:
@@ -178,7 +178,7 @@ def is_json(raw: bytes) -> bool:
 
 
 def is_sound(raw: bytes) -> bool:
-    """Say whether some JSON may be in any payload."""
+    """Return whether some JSON is valid in every payload."""
     value = json.loads(raw)
     with contextlib.suppress(ValueError):
         return agenthub.check_json(value) is value and "\0" not in str(value)
@@ -277,7 +277,7 @@ TYPES = sorted({agenthub.type_of(one) for union in UNIONS.values() for one in ty
 
 
 class Writer:
-    """Makes documents as trees: bytes are a value as it is written, a list an array, Pairs an object.
+    """Makes documents as trees: bytes are a literal value, a list is an array, Pairs are an object.
 
     `odds` is how many values there are to one that may be wrong; 0 is for none.
     """
@@ -332,7 +332,7 @@ class Writer:
         return self.anything() if kind is Any else self.object(kind)
 
     def odd(self, annotation: Any) -> Any:
-        """Return what is at the limits of an annotation, or has nothing to do with it."""
+        """Return a value at the limits of an annotation, or one of another type."""
         branch = self.rng.choice(union_of(annotation) or (annotation,))
         kind, *marks = typing.get_args(branch) if typing.get_origin(branch) is Annotated else (branch,)
         chance = self.rng.randrange(5)
@@ -378,7 +378,7 @@ class Writer:
 
 
 def written(tree: Any, space: bytes = b"") -> bytes:
-    """Return a tree as JSON, or whatever it is, with `space` at every place where there may be some."""
+    """Return a tree as JSON, with `space` wherever JSON allows some."""
     comma, colon = space + b"," + space, space + b":" + space
     if isinstance(tree, Pairs):
         return b"{" + space + comma.join(key + colon + written(value, space) for key, value in tree) + space + b"}"
@@ -391,7 +391,7 @@ def written(tree: Any, space: bytes = b"") -> bytes:
 
 
 def valid(rng: Random, union: Any) -> bytes:
-    """Return a message as it should be."""
+    """Return a valid message."""
     tree = Writer(rng).message(union)
     if rng.randrange(2):
         rng.shuffle(tree)
@@ -399,7 +399,7 @@ def valid(rng: Random, union: Any) -> bytes:
 
 
 def wrong(rng: Random, union: Any) -> bytes:
-    """Return a message with wrong values in it, and fields too many, too few or twice."""
+    """Return a message with wrong values, and with unknown, missing or repeated fields."""
     tree = Writer(rng, odds=rng.choice([4, 10, 20])).message(union)
     for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
         change(rng, tree, PLAIN)
@@ -407,7 +407,7 @@ def wrong(rng: Random, union: Any) -> bytes:
 
 
 def deep(rng: Random, union: Any) -> bytes:
-    """Return a message with something in it that is nested about as deep as may be."""
+    """Return a message with a value that is nested about as deep as the limits."""
     tree, writer = Writer(rng).message(union), Writer(rng, odds=10)
     nested = nest(rng, rng.choice([writer.anything(), rng.choice(PLAIN), b"1", []]))
     if not rng.randrange(12):
@@ -423,7 +423,7 @@ def deep(rng: Random, union: Any) -> bytes:
 
 
 def nest(rng: Random, inner: Any) -> bytes:
-    """Return a tree with some depth of arrays and objects around it, seldom with its last bracket missing."""
+    """Return a tree inside of nested arrays and objects, sometimes without its last bracket."""
     rounds = [(b"[", b"]"), (b'{"a":', b"}"), (b'[1,"]",', b',"["]'), (b'{"\\\\":"{[",  "\\"":', b',"x":"\\"]"}')]
     depth = rng.choice(DEPTHS)
     kinds = [rng.choice(rounds) for _ in range(rng.randint(1, 3))]
@@ -440,7 +440,7 @@ SPLINTERS = [
 
 
 def damaged(rng: Random, union: Any) -> bytes:
-    """Return a message of which bytes were changed, lost or added, or something that never was one."""
+    """Return a message with changed, lost or added bytes, or bytes that never were a message."""
     if not rng.randrange(10):
         return rng.choice([rng.choice(PLAIN), rng.choice(SMALL), written(Writer(rng, odds=5).anything()), b" "])
     raw = written(Writer(rng, odds=40).message(union), rng.choice(SPACES))
@@ -465,7 +465,7 @@ def damaged(rng: Random, union: Any) -> bytes:
 
 
 FAMILIES: dict[str, Callable[[Random, Any], bytes]] = {"valid": valid, "wrong": wrong, "deep": deep, "damaged": damaged}
-# An example is a seed: to draw each choice takes three times as long, and what fails is made smaller by a Difference.
+# Each example is a seed, because drawing every choice takes three times as long. Difference shrinks what fails.
 PLAIN_CHANCE = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -474,7 +474,7 @@ PLAIN_CHANCE = settings(
 SHARES = {"valid": 0.1, "wrong": 0.5, "deep": 0.15, "damaged": 0.25}
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("examples", [SHORT_EXAMPLES, pytest.param(EXAMPLES, marks=pytest.mark.long)])
@@ -600,7 +600,7 @@ def test_what_is_known_to_be_delicate_is_read_alike(raw: str) -> None:
 
 @pytest.mark.parametrize("direction", UNIONS)
 def test_the_families_are_read_and_refused_in_fair_shares(direction: str) -> None:
-    """What compares nothing but syntax errors, or nothing but what is as it should be, finds nothing."""
+    """Comparing only syntax errors, or only valid messages, would find nothing."""
     found: collections.Counter[str] = collections.Counter()
     decode = with_codec(BuiltinCodec(), DECODERS[direction])
     for family, seed in itertools.product(FAMILIES, range(300)):
@@ -611,7 +611,7 @@ def test_the_families_are_read_and_refused_in_fair_shares(direction: str) -> Non
     assert all(10 <= found[f"{family} {what}"] < 270 for family, what in shares)
 
 
-# What is written
+# Writing
 
 
 def objects(made: type, rng: Random) -> Any:
@@ -689,12 +689,12 @@ def test_schema_is_the_one_that_pydantic_makes() -> None:
     assert json.dumps(schema, indent=1).splitlines() == json.dumps(expected, indent=1).splitlines()
 
 
-# Which of the two
+# The choice of the codec
 
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A package of version 2.11.3 that is installed, for the time of a test."""
+    """Install a package of version 2.11.3 during a test."""
     module = types.ModuleType("package_of_this_test")
     module.__version__ = "2.11.3"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -763,7 +763,7 @@ def test_package_that_is_broken_is_not_used_and_the_log_says_so(
 
 
 def test_object_of_a_class_of_ones_own_is_no_payload() -> None:
-    """What its None is to mean nobody can know."""
+    """Nobody knows whether its None is a null or a missing field."""
     encode = BuiltinCodec().encoder(Broadcast)
     with pytest.raises(ValueError, match="Reading is not JSON"):
         encode(Broadcast(message=dataclasses.make_dataclass("Reading", ["text"])("x")))
@@ -779,7 +779,7 @@ def test_codec_is_pydantic_where_that_is_installed(monkeypatch: pytest.MonkeyPat
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare as many documents as the command line asks for; return 1 if one was read in two ways."""
+    """Compare as many documents as the command line asks for; return 1 if the codecs read one differently."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.test_builtin_messages", description="Compare the built-in codec with Pydantic."
     )

@@ -15,7 +15,7 @@ CODES_OF_ERRORS = """
 """
 CODES_OF_RESULTS = "failed cancelled agent_lost timeout no_handler invalid_input hub_lost"
 
-# Each error, made as its users make it, and the code that it carries.
+# Each error, constructed as callers do it, and its code.
 ERRORS: list[tuple[AgentHubError, str]] = [
     (AgentHubError("what happened"), "internal"),
     (agenthub.InvalidMessage("name: Field required", reply_to="1"), "invalid_message"),
