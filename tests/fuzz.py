@@ -59,7 +59,7 @@ from agenthub import (
     decoder_from_hub,
     encode,
 )
-from tests.harness import World, snapshot
+from tests.harness import HubHarness, snapshot
 from tests.raw_websocket import frame, frames_in
 from tests.test_hub_stateful import HubMachine
 
@@ -1039,8 +1039,8 @@ class Story:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.world = World(**options)
-        self.world.apply = self.look_at  # type: ignore[method-assign]  # the story listens in
+        self.harness = HubHarness(**options)
+        self.harness.apply = self.look_at  # type: ignore[method-assign]  # it watches the steps
         self.said: list[bytes] = []
         self.secrets: dict[str, str] = {}  # By agent_id.
         self.owners: dict[bytes, list[TaskRecord]] = {}  # The tasks of each private text.
@@ -1053,19 +1053,19 @@ class Story:
         self.assignee_before: dict[int, AgentRecord | None] = {}  # By sequence.
 
     def agents(self) -> dict[str, AgentRecord]:
-        return self.world.hub.directory.agents
+        return self.harness.hub.directory.agents
 
     def records(self) -> list[TaskRecord]:
-        hub = self.world.hub
+        hub = self.harness.hub
         return [*hub.tasks.open.values(), *hub.tasks.delivered.values(), *hub.tasks.undelivered.values()]
 
     def agents_by_connection(self) -> dict[str, AgentRecord]:
-        connections = self.world.hub._connections.items()
+        connections = self.harness.hub._connections.items()
         return {str(link): one.agent for link, one in connections if one.agent is not None}
 
     def look_at(self, step: agenthub.Step) -> None:
         self.effects += step.effects
-        World.apply(self.world, step)
+        HubHarness.apply(self.harness, step)
 
     # The steps
 
@@ -1075,12 +1075,12 @@ class Story:
         self.assignee_before = {task.sequence: task.assignee for task in self.records()}
 
     def connection(self, number: int) -> str | None:
-        connections = list(self.world.programs)
+        connections = list(self.harness.clients)
         return connections[number % len(connections)] if connections else None
 
     def say(self, connection: str, template: bytes) -> None:
         raw = self.filled_in(template)
-        if len(raw) > self.world.hub.settings.message_bytes_max:
+        if len(raw) > self.harness.hub.settings.message_bytes_max:
             return  # A link would have closed the connection.
         self.begin()
         message: Any
@@ -1090,11 +1090,11 @@ class Story:
             message = error
         known = None if isinstance(message, InvalidMessage) else self.task_of(message)
         was_over = known is not None and known.state in FINAL_STATES
-        memory = snapshot(self.world.hub)
-        self.world.apply(self.world.hub.receive(connection, message, self.world.now, len(raw)))
+        memory = snapshot(self.harness.hub)
+        self.harness.apply(self.harness.hub.receive(connection, message, self.harness.now, len(raw)))
         is_refused = self.check_replies(connection, message)
-        if is_refused and connection in self.world.programs:  # Unless too many wrong secrets closed it.
-            demand(snapshot(self.world.hub) == memory, "a rejected message changed something")
+        if is_refused and connection in self.harness.clients:  # Unless too many wrong secrets closed it.
+            demand(snapshot(self.harness.hub) == memory, "a rejected message changed something")
         else:
             task = known or self.task_of(message)
             if task is not None:
@@ -1104,7 +1104,7 @@ class Story:
         self.end(message)
 
     def task_of(self, message: Any) -> TaskRecord | None:
-        return self.world.hub.tasks.find(getattr(message, "task_id", None) or "")
+        return self.harness.hub.tasks.find(getattr(message, "task_id", None) or "")
 
     def filled_in(self, template: bytes) -> bytes:
         agents = list(self.secrets.items()) or [("nobody", "nothing")]
@@ -1117,15 +1117,15 @@ class Story:
         if what == "wait":
             self.pass_time(details[0])
         elif what == "connect":
-            if len(self.world.programs) < 8:
+            if len(self.harness.clients) < 8:
                 self.begin()
-                self.world.connect()
+                self.harness.connect()
                 self.end(None)
         elif (connection := self.connection(details[0])) is not None:
             if what == "lose":
                 self.begin()
                 self.draining = {one for one in self.draining if one[0] != connection}
-                self.world.programs[connection].lose_connection()
+                self.harness.clients[connection].lose_connection()
                 self.end(None)
             elif what == "say":
                 self.say(connection, details[1])
@@ -1133,33 +1133,33 @@ class Story:
                 self.say(connection, self.said[details[1] % len(self.said)])
 
     def pass_time(self, seconds: float) -> None:
-        end = self.world.now + seconds
+        end = self.harness.now + seconds
         ticks = 0
-        while (due := self.world.hub.next_deadline()) <= end:
+        while (due := self.harness.hub.next_deadline()) <= end:
             ticks += 1
             demand(ticks < 10_000, "the hub does not become idle")
-            self.tick(max(self.world.now, due))
-        self.world.now = end
+            self.tick(max(self.harness.now, due))
+        self.harness.now = end
 
     def tick(self, now: float) -> None:
         self.begin()
-        self.world.now = now
-        self.world.apply(self.world.hub.tick(now))
+        self.harness.now = now
+        self.harness.apply(self.harness.hub.tick(now))
         self.end(None)
 
     def leave(self) -> None:
         """End the story: all agents leave, and the hub must purge everything that it kept for them."""
-        for connection in list(self.world.programs):
+        for connection in list(self.harness.clients):
             self.begin()
             self.draining = {one for one in self.draining if one[0] != connection}
-            self.world.programs[connection].lose_connection()
+            self.harness.clients[connection].lose_connection()
             self.end(None)
-        kept = self.world.hub.settings
+        kept = self.harness.hub.settings
         for seconds in (agenthub.TTL_MAX_S, kept.grace_s + 60, kept.retention_s + 60):  # One late tick each.
-            self.tick(self.world.now + seconds)
+            self.tick(self.harness.now + seconds)
             self.pass_time(0)
         demand(all(state in FINAL_STATES for _, state, _ in self.known.values()), "a task never ends")
-        demand(self.world.is_empty(), "the hub keeps data of agents that have left")
+        demand(self.harness.is_empty(), "the hub keeps data of agents that have left")
 
     # The invariants after each step
 
@@ -1208,7 +1208,7 @@ class Story:
                 told_now.add(self.check_settled(effect))
         self.check_states(told_now)
         self.check_counters()
-        if self.world.hub.next_deadline() > self.world.now:  # Otherwise a task at its deadline waits for the tick.
+        if self.harness.hub.next_deadline() > self.harness.now:  # Otherwise a task at its deadline waits for the tick.
             for holds in HUB_INVARIANTS:
                 holds(self)
 
@@ -1266,7 +1266,7 @@ class Story:
             self.known[sequence] = task, task.state, sequence in records
 
     def check_counters(self) -> None:
-        hub = self.world.hub
+        hub = self.harness.hub
         records = self.records()
         counted = collections.Counter(task.state for task in records)
         demand(hub.tasks.counts == {state: counted[state] for state in TaskState}, f"the hub counts {hub.tasks.counts}")
@@ -1291,7 +1291,7 @@ HUB_INVARIANTS: list[Callable[[Any], None]] = [
     HubMachine.queues_agree_with_the_pending_tasks,
     HubMachine.no_task_waits_while_an_agent_is_free_for_it,
     HubMachine.no_child_outlives_its_parent,
-    HubMachine.deadlines_are_those_of_tasks_connections_and_agents_away,
+    HubMachine.deadlines_are_those_of_tasks_connections_and_disconnected_agents,
 ]
 
 

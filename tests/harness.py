@@ -1,7 +1,8 @@
-"""A hub with a clock of its own, and programs that speak to it: what the tests of section 4 tell their stories with.
+"""A hub with a clock of its own, and clients that speak to it: what the tests of section 4 are written with.
 
-Whatever is said goes through encode and decode. The world itself sees to what holds in every story: the hub sends
-nothing to a connection that has ended, and nothing that is larger than it allows others to send.
+`HubDriver` is what all drivers of a hub share: facts go in, the ledger is kept, effects are carried out. `HubHarness`
+is the plain one, without a journal or a network. Every message goes through encode and decode, and the harness checks
+what holds in every test: the hub sends nothing on a connection that has ended, and no message beyond its own limit.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from agenthub import (
     LazyHeap,
     Register,
     Result,
+    Status,
     Step,
     TaskRow,
     decoder_from_agent,
+    decoder_from_hub,
     encode,
 )
+from tests.ledger import Connection, Ledger
 
-TICKS_MAX = 10_000  # More without the time going on is a hub that does not come to rest.
+TICKS_MAX = 10_000  # A hub that wants more ticks at one time does not come to rest.
 
 
 def changes_of(
@@ -47,66 +51,178 @@ def changes_of(
     )
 
 
-class World:
-    """A hub, the time, and the programs whose connections are open."""
+class HubDriver:
+    """Hands facts to a hub, enters what it decides and sends in a ledger, if there is one, and applies its steps."""
 
-    def __init__(self, *, seed: int = 1, **settings: Any) -> None:
-        settings.setdefault("heartbeat_s", 1e9)  # Nobody is silent too long, except where a story is about that.
+    hub: Hub
+    ledger: Ledger | None = None
+
+    # What a driver has to say.
+
+    def clock(self) -> float:
+        """Return the time of the hub's clock."""
+        raise NotImplementedError
+
+    def ledger_time(self) -> float:
+        """Return the time that the ledger counts in."""
+        return self.clock()
+
+    def connection_of(self, handle: Any) -> Connection | None:
+        """Return the connection that the hub knows by this handle."""
+        raise NotImplementedError
+
+    def send(self, handle: Any, message: Any, raw: bytes) -> None:
+        """Send a message on a connection."""
+        raise NotImplementedError
+
+    def close(self, handle: Any, effect: Close) -> None:
+        """Close a connection."""
+        raise NotImplementedError
+
+    # Facts.
+
+    def connected(self, handle: Any) -> None:
+        self.take(self.hub.connected(handle, self.clock()))
+
+    def disconnected(self, handle: Any) -> None:
+        self._lose(handle)
+        self.take(self.hub.disconnected(handle, self.clock()))
+
+    def received(self, handle: Any, raw: bytes) -> None:
+        message: AgentMessage | InvalidMessage
+        try:
+            message = decoder_from_agent()(raw)
+        except InvalidMessage as error:
+            message = error
+        self.handle(handle, message, len(raw))
+
+    def handle(self, handle: Any, message: AgentMessage | InvalidMessage, message_bytes: int) -> None:
+        self.take(self.hub.receive(handle, message, self.clock(), message_bytes), handle, message)
+
+    def tick(self, now: float | None = None) -> None:
+        """Do what has come due by now, or by another time."""
+        self.take(self.hub.tick(self.clock() if now is None else now))
+
+    # Steps.
+
+    def take(self, step: Step, sender: Any = None, message: Any = None) -> None:
+        """Enter what the hub decided in the ledger, and apply it."""
+        if self.ledger is not None:
+            for handle, effect in step.effects:
+                if isinstance(effect, Close):
+                    self._lose(handle)
+            effects = [(self.connection_of(handle), effect) for handle, effect in step.effects]
+            self.ledger.decided(self.connection_of(sender), message, effects, self.ledger_time(), self.state_of)
+        self.apply(step)
+
+    def apply(self, step: Step) -> None:
+        """Carry out the effects of a step."""
+        for handle, effect in step.effects:
+            self.carry_out(handle, effect, self.ledger_time())
+
+    def carry_out(self, handle: Any, effect: Any, at: float) -> None:
+        """Carry out an effect that was decided at `at`, and enter it in the ledger."""
+        if isinstance(effect, Close):
+            self.close(handle, effect)
+            return
+        connection = self.connection_of(handle)
+        self.send(handle, effect, encode(effect))
+        if self.ledger is not None and connection is not None:
+            self.ledger.sent(connection, effect, at)
+
+    def _lose(self, handle: Any) -> None:
+        connection = self.connection_of(handle)
+        if self.ledger is not None and connection is not None:
+            self.ledger.lost(connection, self.ledger_time())
+
+    # Questions that change nothing.
+
+    def observe(self, question: AgentMessage) -> Any:
+        """Return the reply to a question that an observer asks on a connection of its own."""
+        observer = object()
+        self.hub.connected(observer, self.clock())
+        step = self.hub.receive(observer, decoder_from_agent()(encode(question)), self.clock(), 50)
+        self.hub.disconnected(observer, self.clock())
+        ((_, reply),) = step.effects
+        return decoder_from_hub()(encode(reply))
+
+    def state_of(self, task_id: str) -> tuple[str, int] | None:
+        """Return the state and the attempt of a task as the hub states them."""
+        reply = self.observe(Status(id="state", task_id=task_id))
+        return None if isinstance(reply, Error) else (reply.state, reply.attempt)
+
+
+class HubHarness(HubDriver):
+    """A hub, the time, and the clients whose connections are open."""
+
+    def __init__(self, *, seed: int = 1, ledger: Ledger | None = None, **settings: Any) -> None:
+        settings.setdefault("heartbeat_s", 1e9)  # No connection is silent too long, except in a test about that.
         settings.setdefault("join_s", 1e9)
         self.now = 1000.0
         self.hub = Hub(HubSettings(**settings), entropy=random.Random(seed).randbytes, now=self.now)
-        self.programs: dict[str, Program] = {}
+        self.ledger = ledger
+        self.clients: dict[str, Client] = {}
         self.history: list[tuple[str, bytes | Close]] = []
         self.connections = 0
         self.requests = 0
 
-    def connect(self) -> Program:
-        self.connections += 1
-        program = Program(self, f"connection-{self.connections}")
-        self.programs[program.connection] = program
-        self.apply(self.hub.connected(program.connection, self.now))
-        return program
+    def clock(self) -> float:
+        return self.now
 
-    def join(self, name: str, *capabilities: Any, **fields: Any) -> Program:
-        """Connect a program and register it."""
-        program = self.connect()
-        program.register(name, *capabilities, **fields)
-        return program
+    def connection_of(self, handle: Any) -> Connection | None:
+        return self.clients.get(handle)
+
+    def connect(self) -> Client:
+        self.connections += 1
+        client = Client(self, f"connection-{self.connections}")
+        self.clients[client.connection] = client
+        self.connected(client.connection)
+        return client
+
+    def join(self, name: str, *capabilities: Any, **fields: Any) -> Client:
+        """Connect a client and register it."""
+        client = self.connect()
+        client.register(name, *capabilities, **fields)
+        return client
 
     def receive(self, connection: str, message: AgentMessage | InvalidMessage) -> None:
+        if self.ledger is not None:
+            self.ledger.requested(self.clients[connection], message)
         if isinstance(message, InvalidMessage):
-            self.apply(self.hub.receive(connection, message, self.now, 100))
+            self.handle(connection, message, 100)
         else:
-            raw = encode(message)
-            self.apply(self.hub.receive(connection, decoder_from_agent()(raw), self.now, len(raw)))
+            self.received(connection, encode(message))
 
-    def apply(self, step: Step) -> None:
-        for connection, effect in step.effects:
-            assert connection in self.programs, f"{effect} for a connection that has ended"
-            program = self.programs[connection]
-            if isinstance(effect, Close):
-                self.history.append((connection, effect))
-                program.close_code = effect.code
-                del self.programs[connection]
-            else:
-                raw = encode(effect)
-                assert len(raw) <= self.hub.settings.message_bytes_max, f"{len(raw)} bytes of {raw[:200]!r}"
-                self.history.append((connection, raw))
-                program.inbox.append(effect)
+    def send(self, handle: str, message: Any, raw: bytes) -> None:
+        assert handle in self.clients, f"{message} for a connection that has ended"
+        assert len(raw) <= self.hub.settings.message_bytes_max, f"{len(raw)} bytes of {raw[:200]!r}"
+        self.history.append((handle, raw))
+        self.clients[handle].inbox.append(message)
+
+    def close(self, handle: str, effect: Close) -> None:
+        assert handle in self.clients, f"{effect} for a connection that has ended"
+        self.history.append((handle, effect))
+        self.clients.pop(handle).close_code = effect.code
+
+    def lose(self, client: Client) -> None:
+        """Lose a client's connection."""
+        self._lose(client.connection)
+        del self.clients[client.connection]
+        self.take(self.hub.disconnected(client.connection, self.now))
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass the way a server does: with a tick at each deadline."""
+        """Let time pass as a server does: with a tick at each deadline."""
         end = self.now + seconds
         ticks = 0
         while (due := self.hub.next_deadline()) <= end:
             ticks = ticks + 1 if due <= self.now else 0
             assert ticks < TICKS_MAX, "the hub does not come to rest"
             self.now = max(self.now, due)
-            self.apply(self.hub.tick(self.now))
+            self.tick()
         self.now = end
 
     def is_empty(self) -> bool:
-        """Tell whether the hub remembers nothing of anybody."""
+        """Return whether the hub remembers no agent, task or connection."""
         hub = self.hub
         indexes = (
             hub.directory.agents,
@@ -125,11 +241,12 @@ class World:
         )
 
 
-class Program:
+class Client(Connection):
     """One connection, and what came in on it. It speaks as an agent once it has registered."""
 
-    def __init__(self, world: World, connection: str) -> None:
-        self.world = world
+    def __init__(self, harness: HubHarness, connection: str) -> None:
+        super().__init__()
+        self.harness = harness
         self.connection = connection
         self.inbox: list[Any] = []
         self.close_code: int | None = None
@@ -140,13 +257,13 @@ class Program:
         return str(self.registration.agent_id)
 
     def tell(self, message: AgentMessage | InvalidMessage) -> None:
-        """Send what asks for no reply."""
-        self.world.receive(self.connection, message)
+        """Send a message that needs no reply."""
+        self.harness.receive(self.connection, message)
 
     def ask(self, message: AgentMessage) -> Any:
         """Send a request, and return the one reply to it."""
-        self.world.requests += 1
-        message.id = f"request-{self.world.requests}"
+        self.harness.requests += 1
+        message.id = f"request-{self.harness.requests}"
         self.tell(message)
         replies = self.replies_to(message.id)
         assert len(replies) == 1, f"{len(replies)} replies to {message}"
@@ -154,22 +271,22 @@ class Program:
         return replies[0]
 
     def replies_to(self, message_id: str | None) -> list[Any]:
-        """Return what came in, and was not looked at, as a reply to that request."""
+        """Return the replies to that request that were not read yet."""
         return [message for message in self.inbox if getattr(message, "reply_to", None) == message_id]
 
     def refused(self, message: AgentMessage) -> str:
-        """Send what is to be refused; return the code, having seen that nothing changed and nobody heard of it."""
-        before = snapshot(self.world.hub)
-        heard = len(self.world.history)
+        """Send a message that must be refused, change nothing and reach no other client; return the code."""
+        before = snapshot(self.harness.hub)
+        sent = len(self.harness.history)
         error = self.ask(message)
         assert isinstance(error, Error), error
         assert error.task_id == getattr(message, "task_id", None)
-        assert len(self.world.history) == heard + 1
-        assert snapshot(self.world.hub) == before
+        assert len(self.harness.history) == sent + 1
+        assert snapshot(self.harness.hub) == before
         return error.code
 
     def received(self) -> list[Any]:
-        """Return what came in and has not been looked at."""
+        """Return what came in and was not read yet."""
         inbox, self.inbox = self.inbox, []
         return inbox
 
@@ -188,21 +305,20 @@ class Program:
         return self.ask(Result(task_id=task_id, success=False, error=error, **fields))
 
     def lose_connection(self) -> None:
-        del self.world.programs[self.connection]
-        self.world.apply(self.world.hub.disconnected(self.connection, self.world.now))
+        self.harness.lose(self)
 
-    def come_back(self, *capabilities: Any, **fields: Any) -> Program:
-        """Return a new connection that has taken this agent's identity up again."""
+    def come_back(self, *capabilities: Any, **fields: Any) -> Client:
+        """Return a new client that has resumed this agent's session."""
         fields = {"agent_id": self.agent_id, "resume": self.registration.resume, **fields}
-        return self.world.join(fields.pop("name", "back"), *capabilities, **fields)
+        return self.harness.join(fields.pop("name", "back"), *capabilities, **fields)
 
 
-# The time, who is alive and what was refused are noted whatever is said; the others belong to the step.
+# Every message changes the time and these counts, also one that is refused; the others belong to the step.
 PASSING = {"_now", "last_seen", "_refusals", "wrong_secrets", "_effects", "_message_bytes", "cost"}
 
 
 def snapshot(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """Return all that a hub remembers, as plain values that can be compared. What has been seen becomes its number."""
+    """Return all that a hub remembers, as plain values that can be compared. An object seen before becomes a number."""
     seen = {} if seen is None else seen
     if isinstance(value, str | int | float | bytes | None):
         return value
@@ -225,6 +341,6 @@ def snapshot(value: Any, seen: dict[int, int] | None = None) -> Any:
     return [(name, snapshot(getattr(value, name), seen)) for name in names if name not in PASSING]
 
 
-def rank_of(world: World, keyword: str, program: Program) -> int | None:
-    """Return how well a program matches a keyword: 0 is best, None is not at all."""
-    return world.hub.directory.index.ranks(keyword).get(world.hub.directory.agents[program.agent_id])
+def rank_of(harness: HubHarness, keyword: str, client: Client) -> int | None:
+    """Return how well a client matches a keyword: 0 is best, None is not at all."""
+    return harness.hub.directory.index.ranks(keyword).get(harness.hub.directory.agents[client.agent_id])

@@ -22,10 +22,12 @@ from agenthub import (
     Code,
     Delegate,
     Delegated,
+    Deregister,
     Deregistered,
     Discovered,
     Error,
     ErrorInfo,
+    InvalidMessage,
     Register,
     Registered,
     Result,
@@ -47,7 +49,7 @@ class Violation(AssertionError):
 class Connection:
     """One connection as the ledger sees it."""
 
-    agent_id: str | None = None  # Of the agent that has registered on it.
+    session: str | None = None  # The agent_id that was registered on it.
     is_attended = True  # The hub does not know that it has ended.
 
     def __init__(self) -> None:
@@ -77,7 +79,7 @@ class Entry:
     final: str | None = None  # Its final state, once the hub has mentioned it to anybody.
     outcome: tuple[Any, ...] | None = None  # Success, output, error code and text, once delivered.
     accepted: tuple[Any, ...] | None = None  # The same, of the result whose acceptance its worker was sent.
-    answers: set[Any] = dataclasses.field(default_factory=set)  # The outputs that any agent has sent.
+    answers: list[Any] = dataclasses.field(default_factory=list)  # The outputs that any agent has sent.
     outcomes: int = 0  # How often this life of the hub delivered its outcome,
     outcomes_due: int = 1  # and how often it may: once, and once more for each repeated delegate or lost connection.
 
@@ -110,7 +112,9 @@ class Worker:
 class Ledger:
     """The entries of all tasks, and the sessions of all agents. `fail` is called with the first broken promise."""
 
-    def __init__(self, fail: Callable[[str], NoReturn], *, grace_s: float, skew_s: float = 0.0) -> None:
+    def __init__(
+        self, fail: Callable[[str], NoReturn], *, grace_s: float, skew_s: float = 0.0, keeps_ended: bool = True
+    ) -> None:
         self.fail = fail
         self.entries: dict[str, Entry] = {}
         self.requests: dict[str, tuple[str, AgentMessage]] = {}  # By message id, with the sender.
@@ -120,9 +124,36 @@ class Ledger:
         self.tainted_agents: set[str] = set()
         self._resumable: dict[str, float] = {}  # Until when a session must be resumed, by agent_id; inf while online.
         self._waiting: dict[str, int] = {}  # Tasks that were pending when last seen, with their attempt.
+        self._online: dict[str, Connection] = {}  # The latest connection of each session, by agent_id.
         self._grace_s = grace_s
+        self._keeps_ended = keeps_ended  # No ended task is forgotten within the test.
         self._journal_skew_s = skew_s  # What the wall clock of the times in the journal is ahead of virtual time.
         self._sequence = itertools.count(1)
+
+    # What clients send.
+
+    def requested(self, connection: Connection, message: AgentMessage | InvalidMessage) -> None:
+        """Enter a message that a client is about to send: what its reply will mean, what its task may end with."""
+        if isinstance(message, InvalidMessage):
+            return
+        agent_id = connection.session or ""
+        if message.id is not None:
+            self.requests[message.id] = agent_id, message
+        if isinstance(message, Delegate):
+            entry = self.entries.get(message.task_id)
+            if entry is None:
+                parent = self.entries.get(message.parent_id or "")
+                is_tainted = parent is not None and parent.is_tainted
+                self.entries[message.task_id] = Entry(message, agent_id, parent, is_tainted=is_tainted)
+            elif is_same(entry.request, message):
+                entry.requester = agent_id
+        elif isinstance(message, Result) and message.task_id in self.entries:
+            if message.success:
+                self.entries[message.task_id].answers.append(message.output)
+            elif isinstance(message.error, ErrorInfo) and message.error.code == Code.AGENT_LOST:
+                connection.released.add(message.task_id)
+        elif isinstance(message, Deregister):
+            connection.released.update(self.entries)
 
     # What the hub decided.
 
@@ -136,15 +167,10 @@ class Ledger:
     ) -> None:
         """Enter all effects of one message, or of one tick (None). `state_of` asks the hub about one task."""
         effects = list(effects)
-        if connection is not None and isinstance(message, Delegate | Result):
-            replies = [action for to, action in effects if to is connection]
-            if not any(isinstance(one, Error | TaskAck) and one.reply_to == message.id for one in replies):
-                is_accepted = message.id is None and connection.is_attended
-            else:
-                is_accepted = not any(isinstance(one, Error) for one in replies)
-            if is_accepted and isinstance(message, Delegate):
+        if connection is not None and self._is_accepted(connection, message, effects):
+            if isinstance(message, Delegate):
                 self._accept(message, effects, at)
-            elif is_accepted and isinstance(message, Result):
+            else:
                 self._release(connection, message.task_id, message.attempt)
         for to, action in effects:
             if isinstance(action, Registered) and isinstance(message, Register):
@@ -160,8 +186,18 @@ class Ledger:
             elif isinstance(action, StatusReply) and action.task_id is not None:
                 self._note_waiting(action.task_id, action.state, action.attempt)
             elif isinstance(action, Deregistered):
-                self._resumable.pop(to.agent_id or "", None)
+                self._resumable.pop(to.session or "", None)
         self._check_deliveries([action for _, action in effects if isinstance(action, Delegated)], at, state_of)
+
+    def _is_accepted(self, connection: Connection, message: Any, effects: list[tuple[Connection, Any]]) -> bool:
+        """Return whether a delegate or a result was accepted: acknowledged, or without an id and not refused."""
+        if not isinstance(message, Delegate | Result):
+            return False
+        replies = [action for to, action in effects if to is connection and isinstance(action, TaskAck | Error)]
+        for reply in replies:
+            if reply.reply_to == message.id:
+                return isinstance(reply, TaskAck)
+        return message.id is None and connection.is_attended
 
     def _accept(self, message: Delegate, effects: list[tuple[Connection, Any]], at: float) -> None:
         """Count the time of an accepted task from here on; a repeated delegate may be answered with its outcome."""
@@ -178,7 +214,8 @@ class Ledger:
             self.fail(f"{message.task_id} has ended, and a repeated delegate was not answered with its outcome")
 
     def _begin_session(self, connection: Connection, reply: Registered, message: Register) -> None:
-        connection.agent_id = reply.agent_id
+        connection.session = reply.agent_id
+        self._online[reply.agent_id] = connection
         self.disconnected_since[reply.agent_id] = None
         capabilities = frozenset(one if isinstance(one, str) else one.name for one in message.capabilities)
         running = {ref.task_id: ref.attempt for ref in reply.tasks}
@@ -197,7 +234,7 @@ class Ledger:
 
     def _release(self, connection: Connection, task_id: str, attempt: int | None) -> None:
         """Free a worker of a task whose result was accepted, or which has ended otherwise."""
-        worker = self.workers.get(connection.agent_id or "")
+        worker = self.workers.get(connection.session or "")
         if worker is not None and attempt in (None, worker.running.get(task_id)):
             worker.running.pop(task_id, None)
 
@@ -341,20 +378,20 @@ class Ledger:
             self.fail(f"{task_id} was handed out {at - entry.due:g} s after its deadline")
         if entry.holder is not None and entry.holder.is_attended and task_id not in entry.holder.released:
             self.fail(f"{task_id}: attempt {delivery.attempt} began while {entry.delivered} was in progress")
-        if connection.agent_id not in (None, delivery.agent_id):
-            self.fail(f"{task_id} was handed to {connection.agent_id} instead of {delivery.agent_id}")
+        if connection.session not in (None, delivery.agent_id):
+            self.fail(f"{task_id} was handed to {connection.session} instead of {delivery.agent_id}")
         entry.delivered, entry.holder = delivery.attempt, connection
 
     def _on_outcome(self, connection: Connection, outcome: TaskOutcome, at: float) -> None:
         entry = self._record_state(outcome.task_id, outcome.state, outcome.attempt, at)
-        if not entry.is_tainted and connection.agent_id not in (None, entry.requester):
-            text = f"was delivered to {connection.agent_id} instead of {entry.requester}"
+        if not entry.is_tainted and connection.session not in (None, entry.requester):
+            text = f"was delivered to {connection.session} instead of {entry.requester}"
             self.fail(f"the outcome of {outcome.task_id} {text}")
         entry.is_sent = True
         self._record_outcome(entry, outcome_of(outcome))
 
     def _on_registered(self, connection: Connection, reply: Registered, at: float) -> None:
-        connection.agent_id = reply.agent_id
+        connection.session = reply.agent_id
         _, message = self.requests.get(reply.reply_to, ("", None))
         if isinstance(message, Register):
             self._check_session(reply, message, at)
@@ -394,18 +431,21 @@ class Ledger:
             self.fail(f"{message.agent_id} was refused with its right secret: {error.code} {error.message}")
         if entry is None or not entry.is_acknowledged or entry.is_unpromised:
             return
-        if error.code == Code.UNKNOWN_TASK:
+        if error.code == Code.UNKNOWN_TASK and self._keeps_ended:
             self.fail(f"{error.task_id} was acknowledged, and now it is not known")
-        if isinstance(message, Delegate) and agent_id == entry.requester:
+        if isinstance(message, Delegate) and agent_id == entry.requester and is_same(entry.request, message):
             self.fail(f"{error.task_id} was acknowledged, and then refused with {error.code}")
 
     # What the hub noticed by itself.
 
-    def disconnected(self, agent_id: str, at: float) -> None:
-        """Enter that the hub has noticed the loss of an agent's connection: its grace time begins."""
-        self.disconnected_since[agent_id] = at
-        if agent_id in self._resumable:
-            self._resumable[agent_id] = at + self._grace_s
+    def lost(self, connection: Connection, at: float) -> None:
+        """Enter that the hub has noticed the end of a connection: the grace time of its agent begins."""
+        agent_id = connection.session or ""
+        if connection.is_attended and self._online.get(agent_id) is connection:
+            self.disconnected_since[agent_id] = at
+            if agent_id in self._resumable:
+                self._resumable[agent_id] = at + self._grace_s
+        connection.is_attended = False
 
     def redelivered(self, task_id: str) -> None:
         """Enter that an outcome did not reach a connection, so that the hub may deliver it once more."""
@@ -441,6 +481,7 @@ class Ledger:
             entry.outcomes, entry.outcomes_due = 0, 1
         self._waiting.clear()
         self.workers.clear()
+        self._online.clear()
         if not is_journaled:
             self._resumable.clear()
             self.disconnected_since.clear()
@@ -505,6 +546,11 @@ class Ledger:
             worker = self.workers.get(agent.agent_id)
             if worker is not None and agent.max_tasks != worker.max_tasks:
                 self.fail(f"{agent.agent_id} has max_tasks {agent.max_tasks} instead of {worker.max_tasks}")
+
+
+def is_same(one: Delegate, other: Delegate) -> bool:
+    """Return whether two delegates are the same but for their ids."""
+    return dataclasses.replace(one, id=None) == dataclasses.replace(other, id=None)
 
 
 def outcome_of(message: Result | TaskOutcome | StatusReply) -> tuple[Any, ...]:

@@ -56,7 +56,6 @@ from agenthub import (
     HeartbeatAck,
     Hub,
     HubSettings,
-    InvalidMessage,
     Journal,
     Register,
     Registered,
@@ -65,11 +64,11 @@ from agenthub import (
     StatusReply,
     Step,
     TaskOutcome,
-    decoder_from_agent,
     decoder_from_hub,
     encode,
 )
-from tests.ledger import FINAL, TIMER_LATE_S, Connection, Entry, Ledger, Violation
+from tests.harness import HubDriver
+from tests.ledger import FINAL, TIMER_LATE_S, Connection, Ledger, Violation
 
 EVENTS = 500  # Before a run is let come to rest.
 HEARTBEAT_S = 2.0
@@ -205,7 +204,7 @@ class Link(Connection):
 # The server.
 
 
-class Life:
+class Life(HubDriver):
     """One life of the hub, from a start to its death, with the server that carries out its effects.
 
     What GroupCommit does with a thread and a loop is three events here: changes are taken, are committed, and the
@@ -227,13 +226,13 @@ class Life:
             self.journal.open()
             agents, tasks, last = self.journal.load(self._offset())
             restored = self.hub.restore(agents, tasks, last - plan.settings.grace_s)
+        self.ledger = simulation.ledger
         self.is_dead = False
-        self._observer: Link | None = None
         self._changes: Changes | None = None
         self._held: list[tuple[Effect, float]] = []
         self._is_busy = False
         self._armed_for: float | None = None
-        self._apply(restored)
+        self.apply(restored)
 
     def clock(self) -> float:
         """Return the monotonic clock of this life, which starts anywhere."""
@@ -242,58 +241,28 @@ class Life:
     def _offset(self) -> float:
         return self.simulation.wall() - self.clock()
 
-    # Facts.
+    # The driver's part.
 
-    def connected(self, link: Link) -> None:
-        self._apply(self.hub.connected(link, self.clock()))
+    def ledger_time(self) -> float:
+        return self.simulation.now
 
-    def disconnected(self, link: Link) -> None:
-        link.is_lost = True
-        self._note_disconnected(link)
-        self._decided(None, None, self.hub.disconnected(link, self.clock()))
+    def connection_of(self, handle: Any) -> Connection | None:
+        return handle if isinstance(handle, Link) else None
 
-    def received(self, link: Link, raw: bytes) -> None:
-        message: AgentMessage | InvalidMessage
-        try:
-            message = decoder_from_agent()(raw)
-        except InvalidMessage as error:
-            message = error
-        self._decided(link, message, self.hub.receive(link, message, self.clock(), len(raw)))
+    def disconnected(self, handle: Any) -> None:
+        handle.is_lost = True
+        super().disconnected(handle)
 
-    def _decided(self, link: Link | None, message: Any, step: Step) -> None:
-        """Enter what the hub decided in the ledger, and apply it."""
-        for to, action in step.effects:
-            if isinstance(action, Close):
-                self._note_disconnected(to)
-        self.simulation.ledger.decided(link, message, step.effects, self.simulation.now, self._state_of)
-        self._apply(step)
+    def send(self, handle: Any, message: Any, raw: bytes) -> None:
+        self.simulation.send_down(handle, message, raw)
 
-    def _state_of(self, task_id: str) -> tuple[str, int] | None:
-        """Return the state and the attempt of a task as the hub states them at this moment."""
-        reply = self._observe(Status(id="state", task_id=task_id))
-        return None if isinstance(reply, Error) else (reply.state, reply.attempt)
-
-    def _observe(self, question: AgentMessage) -> Any:
-        """Return the reply to the question of an observer, who changes nothing."""
-        if self._observer is None or not self._observer.is_attended:
-            self._observer = self.simulation.link(None)
-            self._apply(self.hub.connected(self._observer, self.clock()))
-        message = decoder_from_agent()(encode(question))
-        ((_, reply),) = self.hub.receive(self._observer, message, self.clock(), 50).effects
-        return decoder_from_hub()(encode(reply))
-
-    def _note_disconnected(self, link: Link) -> None:
-        """Enter that an agent is disconnected, unless it is online on another link."""
-        agent_id = link.agent_id
-        if link.is_attended and agent_id is not None:
-            others = (one for one in self.simulation.links if one.is_attended and one is not link)
-            if not any(one.agent_id == agent_id for one in others):
-                self.simulation.ledger.disconnected(agent_id, self.simulation.now)
-        link.is_attended = False
+    def close(self, handle: Any, effect: Close) -> None:
+        handle.is_lost = True
+        self.simulation.close(handle, effect.code)
 
     # Effects.
 
-    def _apply(self, step: Step) -> None:
+    def apply(self, step: Step) -> None:
         effects, changes = step
         at = self.simulation.now
         if self._changes is None:
@@ -301,9 +270,9 @@ class Life:
         elif changes is not None:
             self._changes.merge(changes)
         if not self._is_busy and self._changes is None:
-            self._carry_out([(effect, at) for effect in effects])
+            self._carry_out_all([(effect, at) for effect in effects])
         else:
-            self._carry_out([(effect, at) for effect in effects if may_overtake(effect[1])])
+            self._carry_out_all([(effect, at) for effect in effects if may_overtake(effect[1])])
             self._held += [(effect, at) for effect in effects if not may_overtake(effect[1])]
             if not self._is_busy and not self.is_dead:
                 self._is_busy = True
@@ -351,13 +320,13 @@ class Life:
     def _on_written(self, held: list[tuple[Effect, float]]) -> None:
         if self.is_dead:
             return
-        self._carry_out(held)
+        self._carry_out_all(held)
         if self._held or self._changes is not None:
             self._write()
         else:
             self._is_busy = False
 
-    def _carry_out(self, effects: list[tuple[Effect, float]]) -> None:
+    def _carry_out_all(self, effects: list[tuple[Effect, float]]) -> None:
         """Carry out effects; the hub redelivers an outcome whose connection was lost while it was held back."""
         simulation = self.simulation
         undelivered: list[str] = []
@@ -370,11 +339,11 @@ class Life:
             if isinstance(action, TaskOutcome) and link.is_lost:
                 undelivered.append(action.task_id)
             else:
-                simulation.carry_out(link, action, at)
+                self.carry_out(link, action, at)
         for task_id in undelivered:
             simulation.ledger.redelivered(task_id)
             simulation.seen["redelivered"] += 1
-            self._decided(None, None, self.hub.redeliver(task_id, self.clock()))
+            self.take(self.hub.redeliver(task_id, self.clock()))
 
     @property
     def is_idle(self) -> bool:
@@ -388,18 +357,18 @@ class Life:
             return
         self._armed_for = deadline
         delay_s = max(0.0, deadline - self.clock())
-        self.simulation.after(delay_s + self.simulation.random.uniform(0.0, TIMER_LATE_S), self._tick, deadline)
+        self.simulation.after(delay_s + self.simulation.random.uniform(0.0, TIMER_LATE_S), self._on_timer, deadline)
 
-    def _tick(self, deadline: float) -> None:
+    def _on_timer(self, deadline: float) -> None:
         if self.is_dead or self._armed_for != deadline:
             return
         self._armed_for = None
-        self._decided(None, None, self.hub.tick(max(self.clock(), deadline)))
+        self.tick(max(self.clock(), deadline))
 
     def audit(self) -> None:
         """Check all that the hub lists at this moment."""
-        tasks = self._observe(Status(id="audit", tasks=True))
-        agents = self._observe(Discover(id="audit", limit=1000))
+        tasks = self.observe(Status(id="audit", tasks=True))
+        agents = self.observe(Discover(id="audit", limit=1000))
         self.simulation.ledger.audit(tasks, agents, self.simulation.now, self.started)
 
 
@@ -506,11 +475,7 @@ class ModelAgent:
         if self.link is None:
             return
         message.id = f"m{next(simulation.serial)}"
-        simulation.ledger.requests[message.id] = (self.identity[0] if self.identity else "", message)
-        if isinstance(message, Result) and isinstance(message.error, ErrorInfo):  # It reports the task as lost.
-            self.link.released.add(message.task_id)
-        if isinstance(message, Delegate) and self.identity is not None:
-            simulation.ledger.entries[message.task_id].requester = self.identity[0]
+        simulation.ledger.requested(self.link, message)
         simulation.send(self.link, encode(message))
 
     def act(self) -> None:
@@ -539,12 +504,9 @@ class ModelAgent:
             parent_id=parent_id,
             wait=random.random() < 0.7,
         )
-        parent = ledger.entries.get(parent_id or "")
-        entry = ledger.entries[request.task_id] = Entry(request, self.identity[0], parent)
-        entry.is_tainted = parent is not None and parent.is_tainted
         self.open[request.task_id] = False
         self.mine[request.task_id] = None
-        self.ask(dataclasses.replace(request))
+        self.ask(request)
 
     def _send_again(self, task_id: str) -> None:
         """Send the delegate of a task again; to a hub that has forgotten the task, as a new one."""
@@ -610,7 +572,6 @@ class ModelAgent:
         if self.answered:
             former = self.simulation.random.choice(self.answered)
             output = f"{former.output} again"
-            self.simulation.ledger.entries[former.task_id].answers.add(output)
             self.ask(Result(task_id=former.task_id, success=True, output=output, attempt=former.attempt))
 
     def _do_lie_lost(self) -> None:
@@ -641,8 +602,8 @@ class ModelAgent:
         agent_id, secret = simulation.random.choice(identities)
         wrong = simulation.random.choice(("", "guessed", secret[:-1], secret.upper() + "0", agent_id))
         message = Register(name="impostor", agent_id=agent_id, resume=wrong, id=f"i{next(simulation.serial)}")
-        simulation.ledger.requests[message.id or ""] = "", message
         link = simulation.link(None)
+        simulation.ledger.requested(link, message)
         simulation.push_up(link, OPENED)
         simulation.push_up(link, encode(message))
         simulation.after(1.0, simulation.cut, link)
@@ -683,7 +644,6 @@ class ModelAgent:
     def _leave(self, message: Deregister) -> None:
         assert self.link is not None
         self.is_leaving = True
-        self.link.released.update(self.simulation.ledger.entries)
         for task_id in self.mine:
             self.simulation.ledger.entries[task_id].is_reachable = False
         self.open.clear()
@@ -781,7 +741,6 @@ class ModelAgent:
             result.output = text
         else:
             result.error = text
-        simulation.ledger.entries[task_id].answers.add(text)
         if is_kept:
             self.results[task_id] = result
             self.answered.append(result)
@@ -991,25 +950,22 @@ class Simulation:
             agent.closed(link, item)
             self.cut(link)
 
-    def carry_out(self, link: Link, action: Any, at: float) -> None:
-        """Do what the hub decided at `at`."""
-        if isinstance(action, Close):
-            self._hash("close", link, b"%d" % action.code)
-            self.seen[f"closed with {action.code}"] += 1
-            self.push_down(link, action.code)
-            link.is_lost = True
-            return
-        raw = encode(action)
+    def close(self, link: Link, code: int) -> None:
+        self._hash("close", link, b"%d" % code)
+        self.seen[f"closed with {code}"] += 1
+        self.push_down(link, code)
+
+    def send_down(self, link: Link, message: Any, raw: bytes) -> None:
+        """Send from the hub to an agent."""
         self._hash("down", link, raw)
-        self.seen[action.code if isinstance(action, Error) else type(action).__name__] += 1
-        if isinstance(action, TaskOutcome):
-            self.seen[f"{action.state} {action.error.code if action.error else ''}".rstrip()] += 1
-        elif isinstance(action, Delegated):
-            self.seen[f"attempt {action.attempt}"] += 1
-            self.seen["child"] += action.parent_id is not None
-        elif isinstance(action, Registered):
-            self.seen["session resumed with tasks"] += bool(action.tasks)
-        self.ledger.sent(link, action, at)
+        self.seen[message.code if isinstance(message, Error) else type(message).__name__] += 1
+        if isinstance(message, TaskOutcome):
+            self.seen[f"{message.state} {message.error.code if message.error else ''}".rstrip()] += 1
+        elif isinstance(message, Delegated):
+            self.seen[f"attempt {message.attempt}"] += 1
+            self.seen["child"] += message.parent_id is not None
+        elif isinstance(message, Registered):
+            self.seen["session resumed with tasks"] += bool(message.tasks)
         self.push_down(link, raw)
 
     def _hash(self, direction: str, link: Link, raw: bytes) -> None:
@@ -1249,7 +1205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start", type=_natural, default=0, metavar="N", help="the first of --seeds (default 0)")
     parser.add_argument("--verbose", action="store_true", help="print what happens")
     args = parser.parse_args(argv)
-    logging.getLogger("agenthub").setLevel(logging.CRITICAL)  # A hub that is lied to refuses much.
+    logging.getLogger("agenthub").setLevel(logging.CRITICAL)  # A hub among faulty agents refuses much.
     seeds = range(args.start, args.start + args.seeds) if args.seed is None else [args.seed]
     started = time.monotonic()
     events = 0

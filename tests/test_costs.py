@@ -35,7 +35,7 @@ from agenthub import (
     ServerLink,
     run_loop,
 )
-from tests.harness import Program, World, rank_of
+from tests.harness import Client, HubHarness, rank_of
 from tests.raw_websocket import frame
 
 FEW, MANY = 10, 1000
@@ -68,7 +68,7 @@ class Filled:
     """Return a hub with so many agents, five of which have a rare capability, and so many open tasks."""
 
     def __init__(self, agents: int, open_tasks: int) -> None:
-        self.world = World(open_tasks_max=10**6)
+        self.world = HubHarness(open_tasks_max=10**6)
         share = open_tasks // agents
         names = ["rare-work"] * 5 + [f"common-{number}" for number in range(agents - 5)]
         for name in names:
@@ -77,14 +77,14 @@ class Filled:
         for number in range(open_tasks):
             capability = "work" if number % 2 else "nobody"
             self.requester.ask(Delegate(task_id=f"open-{number}", capability=capability, wait=True, ttl=1000.0))
-        for program in self.world.programs.values():
+        for program in self.world.clients.values():
             program.inbox.clear()
         self.serial = 0
 
     def whole_life(self) -> None:
         self.serial += 1
         self.requester.ask(Delegate(task_id=f"t{self.serial}", capability="work", input="x"))
-        (worker,) = [one for one in self.world.programs.values() if one.inbox and one is not self.requester]
+        (worker,) = [one for one in self.world.clients.values() if one.inbox and one is not self.requester]
         worker.ask(Result(task_id=f"t{self.serial}", success=True, output="x"))
         worker.inbox.clear()
         self.requester.inbox.clear()
@@ -120,7 +120,7 @@ def test_tick_touches_what_is_due_and_nothing_else(filled: tuple[Filled, Filled]
     for hub in filled:
         hub.requester.ask(Delegate(task_id="short", capability="nobody", wait=True, ttl=0.001))
         hub.world.now += 0.002
-        costs.append(instructions(lambda hub=hub: hub.world.apply(hub.world.hub.tick(hub.world.now))))
+        costs.append(instructions(lambda hub=hub: hub.world.tick()))
         assert [message.state for message in hub.requester.inbox if message.type == "result"] == ["timeout"]
     small, large = costs
     assert 0 < large <= GROWTH_MAX * small
@@ -316,8 +316,8 @@ AGENTS = st.lists(
 def test_finder_agrees_with_looking_at_all(
     agents: list[tuple[list[str], str]], keyword: str, leaving: list[int]
 ) -> None:
-    world = World()
-    there: list[tuple[Program, list[str], str]] = []
+    world = HubHarness()
+    there: list[tuple[Client, list[str], str]] = []
     for number, (names, description) in enumerate(agents):
         program = world.join(f"a{number}", *(Capability(name, "") for name in names), description=description)
         there.append((program, names, description))
@@ -338,7 +338,7 @@ def test_finder_agrees_with_looking_at_all(
 @pytest.mark.parametrize("index_max", [0, 20, 250_000])
 def test_index_is_bounded_and_finds_what_is_not_in_it(index_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub, "INDEX_MAX", index_max)
-    world = World()
+    world = HubHarness()
     programs = [world.join(f"a{number}", f"translate-{number}", description=f"word{number}") for number in range(20)]
     assert world.hub.directory.index._by_part._places <= index_max
     assert world.hub.directory.index._by_word._places <= index_max
@@ -351,7 +351,7 @@ def test_index_is_bounded_and_finds_what_is_not_in_it(index_max: int, monkeypatc
 
 
 def test_index_is_empty_when_all_have_left() -> None:
-    world = World()
+    world = HubHarness()
     programs = [world.join("a", f"work-{number}", description="Does it") for number in range(5)]
     programs[0].register("a", "other", description="Changed")
     assert len(world.hub.directory.index) > 0

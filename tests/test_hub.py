@@ -59,34 +59,34 @@ from agenthub import (
     TaskState,
     encode,
 )
-from tests.harness import Program, World, rank_of, snapshot
+from tests.harness import Client, HubHarness, rank_of, snapshot
 
 ROOT = Path(agenthub.__file__).parent
 
 
-def couple(**options: Any) -> tuple[World, Program, Program]:
+def couple(**options: Any) -> tuple[HubHarness, Client, Client]:
     """Return a world with an agent that can greet, and one that wants to be greeted."""
-    world = World(**options)
+    world = HubHarness(**options)
     return world, world.join("worker", "greet"), world.join("requester")
 
 
-def pair(**options: Any) -> tuple[Program, Program]:
+def pair(**options: Any) -> tuple[Client, Client]:
     """Return the two alone, for stories in which nothing happens to the world."""
     return couple(**options)[1:]
 
 
-def delivered(program: Program) -> list[str]:
+def delivered(program: Client) -> list[str]:
     """Return the tasks that came in, in order."""
     return [message.task_id for message in program.received() if isinstance(message, Delegated)]
 
 
-def settled(program: Program) -> list[tuple[str, str, str | None]]:
+def settled(program: Client) -> list[tuple[str, str, str | None]]:
     """Return the ends of tasks that came in, in order: id, state and code."""
     ends = [message for message in program.received() if isinstance(message, TaskOutcome)]
     return [(end.task_id, end.state, end.error and end.error.code) for end in ends]
 
 
-def state_of(program: Program, task_id: str) -> str:
+def state_of(program: Client, task_id: str) -> str:
     return str(program.ask(Status(task_id=task_id)).state)
 
 
@@ -94,7 +94,7 @@ def state_of(program: Program, task_id: str) -> str:
 
 
 def test_registration_gives_a_readable_identity_and_a_secret() -> None:
-    world = World(heartbeat_s=30.0, message_bytes_max=5000)
+    world = HubHarness(heartbeat_s=30.0, message_bytes_max=5000)
     reply = world.connect().register("Code reviewer")
     assert reply.agent_id.startswith("Code-reviewer-")
     assert len(reply.agent_id) <= 128
@@ -103,7 +103,7 @@ def test_registration_gives_a_readable_identity_and_a_secret() -> None:
 
 
 def test_agents_of_one_name_are_told_apart() -> None:
-    world = World()
+    world = HubHarness()
     ids = {world.join("twin").agent_id for _ in range(50)}
     assert len(ids) == 50
 
@@ -121,14 +121,14 @@ def test_identity_that_is_taken_is_not_given_again() -> None:
 
 @pytest.mark.parametrize("name", ["\N{SNOWMAN}", "a b/c", "x" * 128, " ", "../..", "<'\\\">"])
 def test_identity_is_made_of_plain_characters(name: str) -> None:
-    agent_id = World().join(name).agent_id
+    agent_id = HubHarness().join(name).agent_id
     assert agent_id.isascii()
     assert agent_id.isprintable()
     assert not set(agent_id) & set(" /\\'\"<>")
 
 
 def test_registering_without_an_id_is_quiet_and_counts() -> None:
-    world = World()
+    world = HubHarness()
     quiet, loud = world.connect(), world.join("loud")
     quiet.tell(Register(name="quiet"))
     assert quiet.received() == []
@@ -152,7 +152,7 @@ def test_second_registration_on_one_connection_ignores_another_identity() -> Non
 
 
 def test_capability_named_twice_counts_once() -> None:
-    worker = World().join("worker", "greet", Capability("greet", "the second"))
+    worker = HubHarness().join("worker", "greet", Capability("greet", "the second"))
     (info,) = worker.ask(Discover()).agents
     assert info.capabilities == [Capability("greet", "the second")]
     worker.lose_connection()
@@ -166,7 +166,7 @@ def test_new_capability_brings_the_tasks_that_wait_for_it() -> None:
 
 
 def test_higher_limit_brings_more_tasks_at_once_and_a_lower_one_takes_none_back() -> None:
-    world = World()
+    world = HubHarness()
     worker = world.join("worker", "greet", max_tasks=1)
     requester = world.join("requester")
     for number in range(4):
@@ -258,7 +258,7 @@ def test_message_of_a_connection_that_was_closed_is_ignored() -> None:
 
 
 def test_unknown_identity_becomes_a_new_one() -> None:
-    agent = World().join("agent", agent_id="agent-of-another-hub", resume="secret")
+    agent = HubHarness().join("agent", agent_id="agent-of-another-hub", resume="secret")
     assert agent.agent_id != "agent-of-another-hub"
     assert agent.registration.resume != "secret"
 
@@ -460,7 +460,7 @@ def test_draining_agent_that_comes_back_takes_tasks_again() -> None:
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_impatient_tasks_that_name_an_agent_end_when_it_leaves_before_it_began(drain: bool) -> None:
-    world = World()
+    world = HubHarness()
     worker = world.join("worker", max_tasks=1)
     requester = world.join("requester")
     for task_id, fields in {
@@ -481,7 +481,7 @@ def test_impatient_tasks_that_name_an_agent_end_when_it_leaves_before_it_began(d
 
 
 def test_three_intervals_of_silence_close_a_connection() -> None:
-    world = World(heartbeat_s=30.0)
+    world = HubHarness(heartbeat_s=30.0)
     agent, observer = world.join("agent"), world.connect()
     world.pass_time(89.9)
     assert (agent.close_code, observer.close_code) == (None, None)
@@ -490,7 +490,7 @@ def test_three_intervals_of_silence_close_a_connection() -> None:
 
 
 def test_any_message_is_a_sign_of_life() -> None:
-    world = World(heartbeat_s=30.0, grace_s=60.0)
+    world = HubHarness(heartbeat_s=30.0, grace_s=60.0)
     agents = {kind: world.join(kind) for kind in ("heartbeat", "status", "nonsense", "refused", "silent")}
     for _ in range(4):
         world.pass_time(60)
@@ -525,7 +525,7 @@ def test_heartbeat_without_an_id_gets_no_reply() -> None:
 
 
 def test_discovery_is_ranked() -> None:
-    world = World()
+    world = HubHarness()
     observer = world.connect()
     world.join("described", Capability("check", "Runs every test there is"))
     world.join("elsewhere", "latest-news")
@@ -560,19 +560,19 @@ def test_discovery_is_ranked() -> None:
     ],
 )
 def test_rank_of_a_match(keyword: str, capability: str, description: str, rank: int | None) -> None:
-    world = World()
+    world = HubHarness()
     program = world.join("agent", Capability(capability, description))
     assert rank_of(world, keyword, program) == rank
 
 
 def test_best_of_an_agents_capabilities_counts() -> None:
-    world = World()
+    world = HubHarness()
     program = world.join("agent", "latest", "other", "test")
     assert rank_of(world, "test", program) == 0
 
 
 def test_among_equals_the_less_loaded_comes_first_and_then_the_name() -> None:
-    world = World()
+    world = HubHarness()
     busy, *_ = (world.join(name, "greet") for name in ("a", "c", "b"))
     requester = world.join("z")
     requester.delegate("t", agent_id=busy.agent_id)
@@ -583,7 +583,7 @@ def test_among_equals_the_less_loaded_comes_first_and_then_the_name() -> None:
 
 
 def test_discovered_agent_shows_what_it_can_do() -> None:
-    world = World()
+    world = HubHarness()
     schema = {"type": "object", "default": None}
     offered: list[Any] = ["a", Capability("b", "does b", schema, {"type": "null"})]
     agent = world.join("agent", *offered, max_tasks=7, metadata={"x": [None]}, description="Does it")
@@ -594,7 +594,7 @@ def test_discovered_agent_shows_what_it_can_do() -> None:
 
 
 def test_discovery_shows_as_many_agents_as_fit_into_a_message() -> None:
-    world = World(message_bytes_max=20_000)
+    world = HubHarness(message_bytes_max=20_000)
     for number in range(30):
         world.join(f"agent-{number}", description="x" * 2000)
     found = world.connect().ask(Discover(limit=1000))
@@ -603,7 +603,7 @@ def test_discovery_shows_as_many_agents_as_fit_into_a_message() -> None:
 
 
 def test_agent_too_large_to_be_shown_does_not_hide_the_others() -> None:
-    world = World(message_bytes_max=4096)
+    world = HubHarness(message_bytes_max=4096)
     world.join("a", description="x" * 3900)
     small = world.join("b")
     found = small.ask(Discover())
@@ -612,7 +612,7 @@ def test_agent_too_large_to_be_shown_does_not_hide_the_others() -> None:
 
 
 def test_broadcast_reaches_everybody_else_who_is_online() -> None:
-    world = World()
+    world = HubHarness()
     sender, first, second, away = (world.join(name) for name in ("sender", "first", "second", "away"))
     observer = world.connect()
     away.lose_connection()
@@ -624,7 +624,7 @@ def test_broadcast_reaches_everybody_else_who_is_online() -> None:
 
 
 def test_broadcast_to_a_capability_reaches_those_who_have_it() -> None:
-    world = World()
+    world = HubHarness()
     sender, greeter, singer = world.join("sender", "greet"), world.join("g", "greet"), world.join("s", "sing")
     assert sender.ask(Broadcast(message=1, capability="greet")).recipients == 1
     assert [message.capability for message in greeter.received()] == ["greet"]
@@ -670,7 +670,7 @@ def test_task_goes_to_the_agent_that_can_do_it_and_its_output_comes_back() -> No
 
 
 def test_acknowledgement_comes_before_the_delivery() -> None:
-    world = World()
+    world = HubHarness()
     agent = world.join("agent", "greet")
     agent.tell(Delegate(id="mine", task_id="t", agent_id=agent.agent_id))
     assert [message.type for message in agent.received()] == ["status", "delegate"]
@@ -744,7 +744,7 @@ def test_task_for_an_agent_and_a_capability_waits_until_that_agent_has_it() -> N
 
 
 def test_least_loaded_agent_is_chosen() -> None:
-    world = World()
+    world = HubHarness()
     workers = [world.join(f"worker-{number}", "greet", max_tasks=2) for number in range(3)]
     requester = world.join("requester")
     for number in range(6):
@@ -756,7 +756,7 @@ def test_least_loaded_agent_is_chosen() -> None:
 
 
 def test_requester_is_never_chosen_itself() -> None:
-    world = World()
+    world = HubHarness()
     agent = world.join("agent", "greet")
     assert agent.refused(Delegate(task_id="t", capability="greet")) == "no_agent"
     agent.delegate("t", "greet", wait=True)
@@ -766,7 +766,7 @@ def test_requester_is_never_chosen_itself() -> None:
 
 
 def test_requester_may_name_itself() -> None:
-    world = World()
+    world = HubHarness()
     agent = world.join("agent", "greet")
     assert agent.delegate("t", agent_id=agent.agent_id).state == "in_progress"
     assert delivered(agent) == ["t"]
@@ -775,7 +775,7 @@ def test_requester_may_name_itself() -> None:
 
 
 def test_agent_passes_over_its_own_tasks_in_the_queue() -> None:
-    world = World()
+    world = HubHarness()
     agent = world.join("agent", "greet", max_tasks=1)
     other = world.join("other")
     other.delegate("running", "greet")
@@ -786,7 +786,7 @@ def test_agent_passes_over_its_own_tasks_in_the_queue() -> None:
 
 
 def test_agent_holds_at_most_what_it_wants_and_the_rest_waits_by_priority_and_then_arrival() -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
     second = world.join("second requester")
     requester.delegate("first", "greet", priority=-100)
@@ -802,7 +802,7 @@ def test_agent_holds_at_most_what_it_wants_and_the_rest_waits_by_priority_and_th
 
 
 def test_task_keeps_its_place_over_a_retry() -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
     requester.delegate("first", "greet", max_retries=1)
     requester.delegate("second", "greet", max_retries=1)
@@ -898,7 +898,7 @@ def test_failure_is_told_with_its_error() -> None:
     ]
 
 
-def ends_as(end: str, world: World, worker: Program, requester: Program) -> bool:
+def ends_as(end: str, world: HubHarness, worker: Client, requester: Client) -> bool:
     """End the task `t`, whose ttl is 10, if it is one of these ends; tell whether it was."""
     if end in ("completed", "failed"):
         worker.ask(Result(task_id="t", success=end == "completed"))
@@ -1068,7 +1068,7 @@ def test_task_ends_at_its_deadline_and_both_sides_are_told_once() -> None:
 
 
 def test_time_to_live_covers_waiting_and_the_worker_gets_the_rest() -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
     requester.delegate("long", "greet")
     requester.delegate("t", "greet", ttl=10)
@@ -1082,7 +1082,7 @@ def test_time_to_live_covers_waiting_and_the_worker_gets_the_rest() -> None:
 
 
 def test_slot_of_an_expired_task_goes_to_the_next() -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
     requester.delegate("t", "greet", ttl=10)
     requester.delegate("u", "greet")
@@ -1092,7 +1092,7 @@ def test_slot_of_an_expired_task_goes_to_the_next() -> None:
 
 
 def test_tasks_that_expire_together_are_not_handed_out_in_between() -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
     for task_id in ("t", "u", "v"):
         requester.delegate(task_id, "greet", ttl=10)
@@ -1104,7 +1104,7 @@ def test_tasks_that_expire_together_are_not_handed_out_in_between() -> None:
 
 @pytest.mark.parametrize("count", [1, TICK_BATCH - 1, TICK_BATCH, TICK_BATCH + 1, 2 * TICK_BATCH])
 def test_slot_that_expired_tasks_leave_goes_to_the_next_that_lives_in_the_end(count: int) -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
     for number in range(count):
         requester.tell(Delegate(task_id=f"t{number}", capability="greet", ttl=10))
@@ -1115,7 +1115,7 @@ def test_slot_that_expired_tasks_leave_goes_to_the_next_that_lives_in_the_end(co
 
 
 def test_task_whose_deadline_has_come_is_not_handed_out_even_if_the_tick_is_late() -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
     for task_id, ttl in {"long": 100, "t": 10, "alive": 100}.items():
         requester.delegate(task_id, "greet", ttl=ttl)
@@ -1134,10 +1134,10 @@ def test_clock_that_jumps_back_stands_still_until_it_has_caught_up() -> None:
     world.now -= 500
     assert requester.ask(Status(task_id="t")).ttl == 10.0
     requester.delegate("u", "greet", ttl=20)
-    world.apply(world.hub.tick(world.now))
+    world.tick()
     assert world.hub.next_deadline() == deadline
     world.now = deadline
-    world.apply(world.hub.tick(world.now))
+    world.tick()
     assert settled(requester) == [("t", "timeout", "timeout")]
     assert requester.ask(Status(task_id="u")).ttl == 10.0
 
@@ -1150,7 +1150,7 @@ def test_thousands_of_deadlines_at_once_are_handled_in_batches() -> None:
     world.now += 10
     batches = []
     while world.hub.next_deadline() <= world.now:
-        world.apply(world.hub.tick(world.now))
+        world.tick()
         batches.append(len(settled(requester)))
     assert batches == [TICK_BATCH, TICK_BATCH, TICK_BATCH, 10]
 
@@ -1159,7 +1159,7 @@ def test_tick_before_anything_is_due_does_nothing() -> None:
     world, _, requester = couple()
     requester.delegate("t", "greet")
     before = snapshot(world.hub)
-    world.apply(world.hub.tick(world.now))
+    world.tick()
     assert snapshot(world.hub) == before
 
 
@@ -1214,7 +1214,7 @@ def test_ended_child_leaves_its_parent_alone() -> None:
     assert worker.succeed("t").state == "completed"
 
 
-def chain(world: World, length: int) -> tuple[Program, Program]:
+def chain(world: HubHarness, length: int) -> tuple[Client, Client]:
     """Delegate a task, a part of it, a part of that and so on, to and fro between two agents."""
     pair = world.join("a", max_tasks=100), world.join("b", max_tasks=100)
     for depth in range(1, length + 1):
@@ -1225,14 +1225,14 @@ def chain(world: World, length: int) -> tuple[Program, Program]:
 
 
 def test_chain_of_tasks_is_at_most_sixteen_deep() -> None:
-    world = World()
+    world = HubHarness()
     pair = chain(world, 16)
     message = Delegate(task_id="t17", agent_id=pair[0].agent_id, parent_id="t16")
     assert pair[17 % 2].refused(message) == "too_deep"
 
 
 def test_agent_that_works_on_a_task_and_on_a_part_of_it_can_be_lost() -> None:
-    world = World()
+    world = HubHarness()
     pair = chain(world, 6)
     pair[0].ask(Deregister())
     assert {task.state for task in world.hub.tasks.delivered.values()} == {TaskState.FAILED}
@@ -1361,7 +1361,7 @@ def test_list_of_tasks_shows_as_many_as_fit() -> None:
     listed = requester.ask(Status(tasks=True))
     assert listed.total == 100
     assert 10 < len(listed.tasks) < 100
-    large = World()
+    large = HubHarness()
     requester = large.join("requester")
     for number in range(1500):
         requester.tell(Delegate(task_id=str(number), capability="greet", wait=True))
@@ -1398,7 +1398,7 @@ def test_hub_has_at_most_its_number_of_tasks_waiting() -> None:
     ],
 )
 def test_agent_that_says_more_of_itself_than_the_hub_takes_is_refused(said: dict[str, Any], bound: str) -> None:
-    world = World(capabilities_max=2, metadata_bytes_max=20)
+    world = HubHarness(capabilities_max=2, metadata_bytes_max=20)
     newcomer = world.connect()
     error = newcomer.ask(Register(name="a", **said))
     assert (error.code, error.message) == ("overloaded", bound)
@@ -1522,7 +1522,7 @@ def test_numbers_that_grow_when_they_are_written_again_are_too_large() -> None:
     world, _, requester = couple(message_bytes_max=10_000)
     raw = b'{"type":"delegate","id":"1","task_id":"t","capability":"greet","input":[%s]}' % b",".join([b"1e15"] * 1500)
     assert len(raw) < 9000
-    world.apply(world.hub.receive(requester.connection, agenthub.decoder_from_agent()(raw), world.now, len(raw)))
+    world.received(requester.connection, raw)
     assert [message.type for message in requester.received()] in (["error"], ["status"])
 
 
@@ -1546,7 +1546,7 @@ def test_late_fetch_with_input_detail_and_output_fits() -> None:
 
 def test_late_fetch_with_the_longest_names_fits() -> None:
     name = "\N{GRINNING FACE}" * 128
-    world = World(message_bytes_max=20_000)
+    world = HubHarness(message_bytes_max=20_000)
     worker, requester = world.join("worker", name), world.join("requester")
     requester.delegate("parent", agent_id=worker.agent_id)
     other = world.join("other", name)
@@ -1560,15 +1560,15 @@ def test_late_fetch_of_numbers_that_grow_fits() -> None:
     world, worker, requester = couple(message_bytes_max=20_000)
     numbers = b",".join([b"1e15"] * 900)
     raw = b'{"type":"delegate","id":"1","task_id":"t","capability":"greet","input":[%s]}' % numbers
-    world.apply(world.hub.receive(requester.connection, agenthub.decoder_from_agent()(raw), world.now, len(raw)))
+    world.received(requester.connection, raw)
     assert delivered(worker) == ["t"]
     raw = b'{"type":"result","id":"1","task_id":"t","success":true,"output":[%s]}' % numbers
-    world.apply(world.hub.receive(worker.connection, agenthub.decoder_from_agent()(raw), world.now, len(raw)))
+    world.received(worker.connection, raw)
     assert requester.ask(Status(task_id="t")).state == "completed"
 
 
 def test_agent_with_the_longest_names_of_tasks_can_come_back() -> None:
-    world = World(message_bytes_max=4096)
+    world = HubHarness(message_bytes_max=4096)
     worker, requester = world.join("worker", "greet"), world.join("requester")
     worker.register("worker", "greet", max_tasks=10_000)
     for number in range(100):
@@ -1579,7 +1579,7 @@ def test_agent_with_the_longest_names_of_tasks_can_come_back() -> None:
 
 @pytest.mark.parametrize("limit", [1024, 4096])
 def test_replies_of_the_hub_fit_at_the_least_limit_and_with_the_longest_names(limit: int) -> None:
-    world = World(message_bytes_max=limit)
+    world = HubHarness(message_bytes_max=limit)
     worker, name = world.join("w", "c"), "x" * 128
     for message in (
         Status(),
@@ -1599,7 +1599,7 @@ def test_replies_of_the_hub_fit_at_the_least_limit_and_with_the_longest_names(li
 
 
 def test_agent_with_thousands_of_tasks_can_come_back() -> None:
-    world = World()
+    world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=10_000), world.join("requester")
     for number in range(9000):
         requester.tell(Delegate(task_id=f"{number:0128}", capability="greet"))
@@ -1629,7 +1629,7 @@ def test_records_are_dropped_in_batches() -> None:
     left = [len(world.hub.tasks.delivered)]
     world.now += 1000
     while world.hub.next_deadline() <= world.now:
-        world.apply(world.hub.tick(world.now))
+        world.tick()
         left.append(len(world.hub.tasks.delivered))
     assert left == [2 * TICK_BATCH + 10, TICK_BATCH + 10, 10, 0]
     assert world.hub.tasks.bytes == 0
@@ -1656,9 +1656,9 @@ def test_gone_agent_that_nothing_needs_is_dropped_at_the_end_of_its_grace_time()
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_left_of_agents_and_tasks_that_have_come_and_gone(seed: int) -> None:
-    world = World(grace_s=20.0, retention_s=60.0, message_bytes_max=4096)
+    world = HubHarness(grace_s=20.0, retention_s=60.0, message_bytes_max=4096)
     chaos(world, random.Random(seed), 1500)
-    for program in list(world.programs.values()):
+    for program in list(world.clients.values()):
         if program.registration is not None and seed % 2:
             program.tell(Deregister())
         else:
@@ -1693,7 +1693,7 @@ def test_record_of_an_ended_task_costs_about_what_is_reckoned() -> None:
 # Anything in any state
 
 
-def in_state(world: World, state: str) -> Program:
+def in_state(world: HubHarness, state: str) -> Client:
     program = world.connect() if state == "observer" else world.join("program", "sing", max_tasks=2)
     if state != "observer":
         world.join("boss").delegate("mine", agent_id=program.agent_id, ttl=1e5)
@@ -1761,12 +1761,12 @@ def test_any_message_in_any_state_is_answered_or_refused_and_a_refusal_changes_n
 # The same again, to the last byte
 
 
-def chaos(world: World, chance: random.Random, steps: int) -> None:
+def chaos(world: HubHarness, chance: random.Random, steps: int) -> None:
     """Do anything in any order, as `chance` has it."""
     capabilities = ["a", "b", "c"]
-    agents: list[Program] = []
+    agents: list[Client] = []
     for number in range(steps):
-        online = [program for program in world.programs.values() if program.registration is not None]
+        online = [program for program in world.clients.values() if program.registration is not None]
         move = chance.random()
         if (move < 0.1 and len(online) < 10) or not online:
             agents.append(world.join("agent", *chance.sample(capabilities, 2), max_tasks=chance.randint(1, 3)))
@@ -1809,7 +1809,7 @@ def chaos(world: World, chance: random.Random, steps: int) -> None:
 
 def history(seed: int) -> list[str]:
     """Return all that a hub did in one random story."""
-    world = World(seed=seed, grace_s=5.0, retention_s=20.0, heartbeat_s=20.0)
+    world = HubHarness(seed=seed, grace_s=5.0, retention_s=20.0, heartbeat_s=20.0)
     chaos(world, random.Random(seed), 600)
     return [f"{connection} {effect!r}" for connection, effect in world.history]
 
@@ -1858,7 +1858,7 @@ def test_result_that_comes_with_the_deadline_is_too_late_though_the_clock_has_no
     world.now += 10
     reply = worker.ask(Result(task_id="t", success=True))
     assert (reply.type, reply.code) == ("error", "task_over")
-    world.apply(world.hub.tick(world.now))
+    world.tick()
     assert state_of(requester, "t") == "timeout"
 
 
@@ -2022,7 +2022,7 @@ def test_same_content_tells_kinds_of_numbers_apart_and_not_the_order_of_keys() -
 
 
 def test_closing_says_why() -> None:
-    world = World(heartbeat_s=1.0)
+    world = HubHarness(heartbeat_s=1.0)
     world.connect()
     world.pass_time(3)
     ((_, closed),) = world.history

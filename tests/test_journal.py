@@ -53,7 +53,7 @@ from agenthub import (
     encode,
     hash_of,
 )
-from tests.harness import Program, World, changes_of
+from tests.harness import Client, HubHarness, changes_of
 from tests.support import WAIT_S, hub_process, raw_client, running
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="modes, signals and limits of files as on POSIX")
@@ -61,7 +61,7 @@ posix_only = pytest.mark.skipif(os.name != "posix", reason="modes, signals and l
 WALL = 1_700_000_000.0  # Since 1970. Whole numbers, so that nothing is lost when clocks are added to it.
 
 
-class KeptWorld(World):
+class JournaledHarness(HubHarness):
     """A world whose hub has a journal: what changed is written before anybody hears of it.
 
     `offset` is what its clock lacks to the time since 1970.
@@ -91,7 +91,7 @@ class KeptWorld(World):
 
     def restart(
         self, *, down_s: float = 0.0, jump_s: float = 0.0, now: float = 48.0, tells_again: bool = True
-    ) -> KeptWorld:
+    ) -> JournaledHarness:
         """End this hub without a word, and start another one whose clock begins elsewhere.
 
         The machine's calendar goes on by `down_s`, and is then set forward by `jump_s` (back if negative).
@@ -99,11 +99,11 @@ class KeptWorld(World):
         self.journal.close()
         settings = dataclasses.asdict(self.hub.settings)
         offset = self.now + self.offset + down_s + jump_s - now
-        world = KeptWorld(Path(self.journal.path), now=now, offset=offset, tells_again=tells_again, **settings)
+        world = JournaledHarness(Path(self.journal.path), now=now, offset=offset, tells_again=tells_again, **settings)
         world.requests = self.requests
         return world
 
-    def back(self, program: Program, *capabilities: Any, **fields: Any) -> Program:
+    def back(self, program: Client, *capabilities: Any, **fields: Any) -> Client:
         """Return a connection to this hub that has taken up an identity from before."""
         fields = {"agent_id": program.agent_id, "resume": program.registration.resume, **fields}
         return self.join(fields.pop("name", "back"), *capabilities, **fields)
@@ -113,7 +113,7 @@ class KeptWorld(World):
         return int(self.journal._database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
-Start = Callable[..., KeptWorld]
+Start = Callable[..., JournaledHarness]
 
 
 @pytest.fixture
@@ -127,35 +127,35 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         real(journal)
 
     monkeypatch.setattr(Journal, "open", remember)
-    yield lambda **settings: KeptWorld(tmp_path / "hub.db", **settings)
+    yield lambda **settings: JournaledHarness(tmp_path / "hub.db", **settings)
     for journal in opened:
         journal.close()
 
 
 @pytest.fixture
-def couple(start: Start) -> Callable[..., tuple[KeptWorld, Program, Program]]:
-    def make(**settings: Any) -> tuple[KeptWorld, Program, Program]:
+def couple(start: Start) -> Callable[..., tuple[JournaledHarness, Client, Client]]:
+    def make(**settings: Any) -> tuple[JournaledHarness, Client, Client]:
         world = start(**settings)
         return world, world.join("worker", "work"), world.join("requester")
 
     return make
 
 
-Couple = Callable[..., tuple[KeptWorld, Program, Program]]
+Couple = Callable[..., tuple[JournaledHarness, Client, Client]]
 
 
-def delivered(program: Program) -> list[tuple[str, int]]:
+def delivered(program: Client) -> list[tuple[str, int]]:
     """Return the tasks that came in, in order, with their attempts."""
     return [(message.task_id, message.attempt) for message in program.received() if isinstance(message, Delegated)]
 
 
-def settled(program: Program) -> list[tuple[str, str, str | None]]:
+def settled(program: Client) -> list[tuple[str, str, str | None]]:
     """Return the ends of tasks that came in, in order: id, state and code."""
     ends = [message for message in program.received() if isinstance(message, TaskOutcome)]
     return [(end.task_id, end.state, end.error and end.error.code) for end in ends]
 
 
-def state_of(program: Program, task_id: str) -> str:
+def state_of(program: Client, task_id: str) -> str:
     return str(program.ask(Status(task_id=task_id)).state)
 
 
@@ -284,7 +284,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
     }
 
 
-def live(world: KeptWorld) -> dict[str, Program]:
+def live(world: JournaledHarness) -> dict[str, Client]:
     """Let everything happen that a hub has to keep; return the agents, all of them away by then."""
     greet = Capability("greet", "Says \N{SNOWMAN}", {"type": "object", "default": None}, {"const": [None]})
     worker = world.join(
@@ -345,7 +345,7 @@ def test_all_that_a_hub_has_to_keep_comes_back_equal(start: Start) -> None:
 
 
 def test_hub_that_came_back_goes_on_as_the_first_would_have(tmp_path: Path, start: Start) -> None:
-    def go_on(world: KeptWorld, agents: dict[str, Program]) -> list[Any]:
+    def go_on(world: JournaledHarness, agents: dict[str, Client]) -> list[Any]:
         """Return what everybody heard, in order."""
         began = len(world.history)
         absent, requester = world.back(agents["absent"]), world.back(agents["requester"])
@@ -379,7 +379,7 @@ def test_hub_that_came_back_goes_on_as_the_first_would_have(tmp_path: Path, star
     agents = live(first)
     for suffix in ("", "-wal"):
         shutil.copy(f"{first.journal.path}{suffix}", tmp_path / f"copy.db{suffix}")
-    second = KeptWorld(tmp_path / "copy.db", now=first.now, offset=first.offset, tells_again=False)
+    second = JournaledHarness(tmp_path / "copy.db", now=first.now, offset=first.offset, tells_again=False)
     second.requests, second.connections = first.requests, first.connections
     ways = go_on(second, agents), go_on(first, agents)
     assert len(ways[0]) > 40
@@ -412,7 +412,7 @@ def test_many_lives_of_a_hub_lose_nothing(start: Start) -> None:
     assert sorted(TaskState(row[0]) for row in rows_of(world, "SELECT state FROM tasks")) == sorted(expected.values())
 
 
-def rows_of(world: KeptWorld, query: str) -> list[Any]:
+def rows_of(world: JournaledHarness, query: str) -> list[Any]:
     assert world.journal._database is not None
     return world.journal._database.execute(query).fetchall()
 
@@ -434,7 +434,7 @@ def test_no_secret_is_in_the_file(couple: Couple) -> None:
     assert not any(secret.encode() in raw for secret in secrets)
 
 
-class WithoutChanges(World):
+class WithoutChanges(HubHarness):
     def apply(self, step: Step) -> None:
         assert step.changes is None
         super().apply(step)

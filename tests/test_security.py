@@ -54,7 +54,7 @@ from agenthub import (
     decoder_from_agent,
     hash_of,
 )
-from tests.harness import Program, World, changes_of
+from tests.harness import Client, HubHarness, changes_of
 from tests.raw_websocket import HANDSHAKE, UPGRADE, ConnectionClosed, RawSocket, frame, raw_socket, request_of
 from tests.support import WAIT_S, agenthub_main, hub_process, raw_client, running
 
@@ -214,9 +214,9 @@ async def health(url: str, token: str | None = None, **options: Any) -> dict[str
 
 
 @contextlib.contextmanager
-def world_in_use(**settings: Any) -> Iterator[World]:
+def world_in_use(**settings: Any) -> Iterator[HubHarness]:
     """A hub without sockets, with bystanders."""
-    world = World(**settings)
+    world = HubHarness(**settings)
     requester, worker = world.join("bystander"), world.join("bystander", "stand-by")
     yield world
     assert requester.close_code is worker.close_code is None
@@ -2056,7 +2056,7 @@ async def test_who_guesses_secrets_over_a_socket_is_closed_with_1008(caplog: pyt
 
 
 @pytest.fixture
-def party() -> Iterator[tuple[World, Program, Program, Program, Program]]:
+def party() -> Iterator[tuple[HubHarness, Client, Client, Client, Client]]:
     """A task in progress, with its requester, its worker, a third agent, and an observer."""
     with world_in_use() as world:
         requester, worker, third = (
@@ -2069,7 +2069,7 @@ def party() -> Iterator[tuple[World, Program, Program, Program, Program]]:
         yield world, requester, worker, third, world.connect()
 
 
-Party = tuple[World, Program, Program, Program, Program]
+Party = tuple[HubHarness, Client, Client, Client, Client]
 
 
 def test_result_of_anyone_but_the_assignee_is_refused_and_changes_nothing(

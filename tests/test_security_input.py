@@ -53,7 +53,7 @@ from agenthub import (
     Session,
     Status,
 )
-from tests.harness import World
+from tests.harness import HubHarness
 from tests.raw_websocket import (
     BINARY,
     CLOSE,
@@ -993,13 +993,13 @@ async def test_rate_of_0_is_no_bound() -> None:
     assert rationed.link.pause_reasons == set()
 
 
-def effort_of(world: World, request: Any) -> float:
-    world.programs["connection-1"].ask(request)
+def effort_of(world: HubHarness, request: Any) -> float:
+    world.clients["connection-1"].ask(request)
     return world.hub.cost
 
 
 def test_effort_grows_with_what_a_request_asks_of_the_hub() -> None:
-    world = World()
+    world = HubHarness()
     asker = world.join("asker")
     assert effort_of(world, agenthub.Heartbeat()) == 1
     for number in range(199):
@@ -1064,7 +1064,7 @@ async def test_agent_that_says_too_much_of_itself_is_refused(scene: Scene) -> No
 
 @pytest.mark.parametrize("agents", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
 def test_nothing_is_left_of_many_agents(agents: int) -> None:
-    world = World()
+    world = HubHarness()
     hub = world.hub
     numbers = itertools.count()
 
@@ -1090,7 +1090,7 @@ def test_nothing_is_left_of_many_agents(agents: int) -> None:
 
 
 def test_counts_have_keys_from_a_fixed_set_whatever_is_sent() -> None:
-    world = World()
+    world = HubHarness()
     codes = {str(code) for code in agenthub.CLOSE_CODES} | {"other"}
     for code in range(1000, 5000):
         world.hub.connected(code, world.now)

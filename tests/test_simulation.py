@@ -47,7 +47,7 @@ SEEDS_TO_CATCH = 300  # Within so many each sabotage must be caught.
 
 @pytest.fixture(autouse=True)
 def refusals_are_not_logged() -> Iterator[None]:
-    """A hub that is lied to refuses much."""
+    """A hub among faulty agents refuses much."""
     log = logging.getLogger("agenthub")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -67,7 +67,7 @@ def test_hub_keeps_its_promises_in_every_history(first: int) -> None:
         assert simulate(seed).events >= EVENTS >= 200
 
 
-def test_simulation_gets_everywhere() -> None:
+def test_simulation_reaches_every_case() -> None:
     seen: collections.Counter[str] = collections.Counter()
     for seed in SEEDS_TO_COUNT:
         seen += simulate(seed).seen
@@ -107,11 +107,11 @@ def test_history_is_the_same_in_another_process() -> None:
     assert heard[0] == heard[1] == simulate(3).traffic.hexdigest() + "\n"
 
 
-# It can fail: hubs and journals that are broken on purpose.
+# Sabotages: hubs and journals that are broken on purpose.
 
 
 class LosesAWrite(DiskJournal):
-    """Every tenth write is claimed and not done."""
+    """Every tenth write does nothing."""
 
     writes = 0
 
@@ -121,7 +121,7 @@ class LosesAWrite(DiskJournal):
 
 
 class LosesARow(DiskJournal):
-    """Of every fifth write, one row that was to be updated is left as it was."""
+    """Every fifth write leaves out one row that it should update."""
 
     writes = 0
 
@@ -133,7 +133,7 @@ class LosesARow(DiskJournal):
 
 
 class ActsBeforeItWrites(Hub):
-    """A small change is not thought worth waiting for."""
+    """Effects do not wait for small changes."""
 
     def _take_step(self) -> Step:
         if 0 < len(self.tasks.changed) + len(self.directory.changed) <= 2:
@@ -157,7 +157,7 @@ class DeliversTwice(Hub):
 
 
 class DeliversAgainAfterARestart(Hub):
-    """What was in progress when the hub died is taken for pending, its attempt for never made."""
+    """Tasks that were in progress when the hub died become pending, as if never handed out."""
 
     def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
         return super().restore(agents, map(self._pending, tasks), redeliver_after)
@@ -216,7 +216,7 @@ class AcceptsAFormerAssignee(Hub):
 
 
 class ResurrectsAFinalTask(Hub):
-    """A late answer overwrites a timeout."""
+    """A late result overwrites a timeout."""
 
     def _on_result(self, connection: Connection, message: Result) -> None:
         task = self.tasks.delivered.get(message.task_id)
@@ -236,7 +236,7 @@ class ResurrectsAFinalTask(Hub):
 
 
 class ResurrectsInARestart(Hub):
-    """What has failed is tried again by the next hub."""
+    """The next hub retries tasks that have failed."""
 
     def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
         return super().restore(agents, map(self._pending, tasks), redeliver_after)
@@ -248,8 +248,8 @@ class ResurrectsInARestart(Hub):
         return row
 
 
-class ForgetsToTellAgain(Hub):
-    """That an end is still to be told is known to this life of the hub, and not to the next."""
+class ForgetsToRedeliver(Hub):
+    """An outcome that must be redelivered is known to this life of the hub, and not to the next."""
 
     def _restore_ended(self, task: TaskRecord, is_told: bool) -> None:
         super()._restore_ended(task, is_told)
@@ -257,7 +257,7 @@ class ForgetsToTellAgain(Hub):
 
 
 class TrustsTheLastWrite(DiskJournal):
-    """What was written as told is taken for told, though the hub may have died in between."""
+    """Outcomes written as delivered count as delivered, though the hub may have died before it sent them."""
 
     def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
         agents, tasks, last = super().load(clock_offset)
@@ -391,7 +391,7 @@ SABOTAGES: list[tuple[type, str]] = [
     (AcceptsAFormerAssignee, "was accepted for"),
     (ResurrectsAFinalTask, "which is final"),
     (ResurrectsInARestart, "which is final"),
-    (ForgetsToTellAgain, "never sent"),
+    (ForgetsToRedeliver, "never sent"),
     (TrustsTheLastWrite, "never sent"),
     (LivesPastItsDeadline, "after its deadline"),
     (KeepsEndedTasks, "the journal still has"),
@@ -446,7 +446,7 @@ def test_write_that_is_interrupted_anywhere_leaves_nothing_behind() -> None:
 # The command line.
 
 
-def test_one_seed_is_replayed_and_tells_its_story(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_seed_is_replayed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seed", "1", "--verbose"]) == 0
     story = capsys.readouterr()
     assert "the hub starts" in story.out
@@ -458,7 +458,7 @@ def test_many_seeds_stop_at_the_first_that_fails(
 ) -> None:
     assert main(["--seeds", "3"]) == 0
     assert capsys.readouterr().err.startswith("3 seeds, ")
-    monkeypatch.setattr(Simulation, "_check_memory", lambda simulation: simulation.fail("as it was told to"))
+    monkeypatch.setattr(Simulation, "_check_memory", lambda simulation: simulation.fail("on purpose"))
     assert main(["--seeds", "50", "--start", "7"]) == 1
     assert "replay it with: python -m tests.simulation --seed 7 " in capsys.readouterr().err
 
