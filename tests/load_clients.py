@@ -1,7 +1,9 @@
-"""A crowd of clients that live against a real hub, and the ledger of all tasks among them: see tests/soak.py.
+"""Clients that put load on a real hub, and the ledger of the tasks among them: see tests/soak.py.
 
 The clients speak the protocol by hand: a WebSocket made here is cheap enough for thousands of messages a second, can be
-cut, made deaf and fed with garbage, and shares no code, and so no misunderstanding, with the hub. Some are real Agents.
+cut, can stop reading and send garbage, and shares no code, and so no misunderstanding, with the hub. Some are real
+Agents. Clients do not see in which order the hub acts: a task is judged when it is over and all have entered what they
+saw of it. A driver that calls the hub itself sees more, and uses tests/ledger.py.
 """
 
 from __future__ import annotations
@@ -31,8 +33,13 @@ UPGRADE = (
 )
 
 
-TOO_LATE = ("task_over", "stale_attempt", "not_assigned", "unknown_task")  # What a worker may be told of its work.
-UNHEARD = "unheard"  # The id of a message whose sender is cut before it can hear the reply.
+TOO_LATE = (
+    "task_over",
+    "stale_attempt",
+    "not_assigned",
+    "unknown_task",
+)  # The codes with which a worker's message may be refused.
+UNHEARD = "unheard"  # The id of a message whose sender is cut before the reply.
 
 
 class Lost(ConnectionError):
@@ -199,7 +206,7 @@ class Wire(asyncio.Protocol):
         return reply
 
     def abort(self) -> None:
-        """Cut it, without a word."""
+        """Abort the connection, without a close."""
         self.transport.abort()
 
 
@@ -207,8 +214,8 @@ class Wire(asyncio.Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
-    """What the clients know of one task. `end` is what its requester was told first."""
+class ClientEntry:
+    """What the clients know of one task. `outcome` is the first one that its requester got."""
 
     task_id: str
     input: Any
@@ -216,24 +223,24 @@ class Entry:
     max_retries: int
     sent_at: float
     is_acknowledged: bool = False
-    is_excused: bool = False  # Its requester has left for good: it need not be told of the end.
+    is_excused: bool = False  # Its requester has left for good and needs no outcome.
     is_cancelled: bool = False
-    tellings: int = 0  # `result` messages of its end.
-    tellings_max: int = 1  # A delegate that is sent again may have its end told again.
-    end: dict[str, Any] | None = None
+    deliveries: int = 0  # Of its outcome.
+    deliveries_max: int = 1  # One more for each repeated delegate.
+    outcome: dict[str, Any] | None = None
     attempts: set[int] = field(default_factory=set)  # Delivered.
-    answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # What the worker said, by attempt.
-    taken: int | None = None  # The attempt whose answer the hub has acknowledged as the end.
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # Of its workers, by attempt.
+    accepted: int | None = None  # The attempt whose result the hub acknowledged as the outcome.
     history: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         self.history.append(f"{time.monotonic() - self.sent_at:.3f} {text}")
 
 
-class Ledger:
-    """Every task from its delegate until some time after its end, when it is judged and dropped.
+class ClientLedger:
+    """Every task from its delegate until some time after its outcome, when it is judged and dropped.
 
-    `hold_s` is that time: longer than the hub keeps a record, so that nothing can be told of it any more.
+    `hold_s` is that time: longer than the hub keeps a record, so that nothing about it comes later.
     """
 
     def __init__(self, marker: str, hold_s: float) -> None:
@@ -241,40 +248,40 @@ class Ledger:
         self.counts: collections.Counter[str] = collections.Counter()
         self._marker = marker
         self._hold_s = hold_s
-        self._entries: dict[str, Entry] = {}
-        self._to_judge: collections.deque[tuple[float, Entry]] = collections.deque()
+        self._entries: dict[str, ClientEntry] = {}
+        self._to_judge: collections.deque[tuple[float, ClientEntry]] = collections.deque()
         self._numbers = itertools.count(1)
 
-    def open(self, name: str, ttl: float, max_retries: int) -> Entry:
-        """Enter a task that is about to be delegated, with an input like no other."""
+    def open(self, name: str, ttl: float, max_retries: int) -> ClientEntry:
+        """Enter a task that is about to be delegated, with a unique input."""
         number = next(self._numbers)
-        entry = Entry(f"{name}-{number}", self.payload(number), ttl, max_retries, time.monotonic())
+        entry = ClientEntry(f"{name}-{number}", self.payload(number), ttl, max_retries, time.monotonic())
         self._entries[entry.task_id] = entry
         self.counts["asked"] += 1
         return entry
 
     def payload(self, about: Any, padding: int = 0) -> dict[str, Any]:
-        """Return an input or output that can be told from all others, with the marker which no log may show."""
+        """Return a unique input or output with the marker, which no log may show."""
         return {"about": about, "marker": self._marker, "padding": "x" * padding}
 
-    def acknowledged(self, entry: Entry) -> None:
+    def acknowledged(self, entry: ClientEntry) -> None:
         if not entry.is_acknowledged:
             entry.is_acknowledged = True
             self.counts["acknowledged"] += 1
             entry.note("acknowledged")
 
-    def refused(self, entry: Entry, code: str) -> None:
-        """Take a task out that the hub has not taken: whatever it should say of it would be wrong."""
+    def refused(self, entry: ClientEntry, code: str) -> None:
+        """Drop a task that the hub rejected: any later message about it is a problem."""
         self.counts[f"refused {code}"] += 1
         del self._entries[entry.task_id]
         if code not in ("no_agent", "unknown_agent", "overloaded"):
-            self._complain(entry, f"refused with {code}")
-        if entry.end is not None or entry.attempts:
-            self._complain(entry, f"refused with {code}, but it had begun")
+            self._add_problem(entry, f"refused with {code}")
+        if entry.outcome is not None or entry.attempts:
+            self._add_problem(entry, f"refused with {code}, but it had begun")
 
-    def excuse(self, entry: Entry, why: str) -> None:
-        """Require no end: the requester has left."""
-        if entry.end is None and not entry.is_excused:
+    def excuse(self, entry: ClientEntry, why: str) -> None:
+        """Require no outcome: the requester has left."""
+        if entry.outcome is None and not entry.is_excused:
             entry.is_excused = True
             self.counts["excused" if entry.is_acknowledged else "not followed"] += 1
             entry.note(why)
@@ -283,56 +290,57 @@ class Ledger:
     def delivered(self, message: dict[str, Any], agent_id: str) -> None:
         entry = self._entries.get(message["task_id"])
         if entry is None:
-            self.problems.append(f"a task that nobody has open was handed to {agent_id}: {message['task_id']}")
+            self.problems.append(f"a task that no requester has open was handed to {agent_id}: {message['task_id']}")
             return
         attempt = message["attempt"]
         entry.note(f"attempt {attempt} at {agent_id}")
         if attempt in entry.attempts:
-            self._complain(entry, f"attempt {attempt} was handed out twice")
+            self._add_problem(entry, f"attempt {attempt} was handed out twice")
         if attempt > 1 + entry.max_retries:
-            self._complain(entry, f"attempt {attempt} with max_retries {entry.max_retries}")
+            self._add_problem(entry, f"attempt {attempt} with max_retries {entry.max_retries}")
         if message["input"] != entry.input:
-            self._complain(entry, "its input has changed")
+            self._add_problem(entry, "its input has changed")
         entry.attempts.add(attempt)
 
     def answered(self, task_id: str, attempt: int, **answer: Any) -> None:
-        """Take note of what a worker is going to say."""
+        """Enter the result that a worker is about to send."""
         entry = self._entries.get(task_id)
         if entry is not None:
             entry.answers[attempt] = answer
             entry.note(f"attempt {attempt} answered")
 
-    def taken(self, task_id: str, attempt: int, state: str) -> None:
-        """Take note that the hub has acknowledged a worker's answer."""
+    def accepted(self, task_id: str, attempt: int, state: str) -> None:
+        """Enter that the hub has acknowledged a worker's result."""
         entry = self._entries.get(task_id)
         if entry is not None:
-            entry.note(f"attempt {attempt} taken as {state}")
+            entry.note(f"attempt {attempt} accepted as {state}")
             if state in FINAL:
-                entry.taken = attempt
+                entry.accepted = attempt
 
-    def told(self, task_id: str, message: dict[str, Any], by_result: bool = True) -> None:
-        """Take note of an end that the requester was told, by a `result` or when it asked with `status`."""
+    def outcome(self, task_id: str, message: dict[str, Any], by_result: bool = True) -> None:
+        """Enter an outcome that the requester got, by a `result` or when it asked with `status`."""
         entry = self._entries.get(task_id)
         if entry is None:
-            self.problems.append(f"a requester was told of a task that is over long ago: {task_id}")
+            self.problems.append(f"an outcome came long after the first one: {task_id}")
             return
-        end = {name: message.get(name) for name in ("state", "attempt", "output", "error")}
-        entry.note(f"told {end['state']} attempt {end['attempt']}{'' if by_result else ' when asked'}")
-        entry.tellings += by_result
-        if entry.end is None:
-            entry.end = end
+        outcome = {name: message.get(name) for name in ("state", "attempt", "output", "error")}
+        when_asked = "" if by_result else " when asked"
+        entry.note(f"outcome {outcome['state']} of attempt {outcome['attempt']}{when_asked}")
+        entry.deliveries += by_result
+        if entry.outcome is None:
+            entry.outcome = outcome
             if not entry.is_excused:
                 self.acknowledged(entry)  # A requester may be cut between the two.
-                self.counts[f"ended {end['state']}"] += 1
+                self.counts[f"ended {outcome['state']}"] += 1
                 self._to_judge.append((time.monotonic() + self._hold_s, entry))
-            if end["state"] == "timeout" and time.monotonic() - entry.sent_at < entry.ttl - EARLY_S:
-                self._complain(entry, "it timed out too early")
-        elif entry.end != end:
-            self._complain(entry, f"two ends: {entry.end} and {end}")
+            if outcome["state"] == "timeout" and time.monotonic() - entry.sent_at < entry.ttl - EARLY_S:
+                self._add_problem(entry, "it timed out too early")
+        elif entry.outcome != outcome:
+            self._add_problem(entry, f"two outcomes: {entry.outcome} and {outcome}")
 
-    def unaccounted(self, entry: Entry, what_the_hub_says: str) -> None:
+    def unaccounted(self, entry: ClientEntry, what_the_hub_says: str) -> None:
         self.counts["unaccounted"] += 1
-        self._complain(entry, f"unaccounted for; the hub says {what_the_hub_says}")
+        self._add_problem(entry, f"unaccounted for; the hub says {what_the_hub_says}")
         self.excuse(entry, "unaccounted for")
 
     def judge(self, now: float) -> None:
@@ -341,36 +349,36 @@ class Ledger:
             entry = self._to_judge.popleft()[1]
             problem = self._problem(entry)
             if problem is not None:
-                self._complain(entry, problem)
+                self._add_problem(entry, problem)
             self._entries.pop(entry.task_id, None)
 
     def close(self) -> None:
         """Judge all; nothing may be left open."""
         self.judge(float("inf"))
         for entry in list(self._entries.values()):
-            self.unaccounted(entry, "nothing any more")
+            self.unaccounted(entry, "nothing")
 
-    def _problem(self, entry: Entry) -> str | None:
-        """Say what is wrong with the end of a task, if something is."""
-        end = entry.end
-        if end is None:
+    def _problem(self, entry: ClientEntry) -> str | None:
+        """Return what is wrong with the outcome of a task, if anything is."""
+        outcome = entry.outcome
+        if outcome is None:
             return None
-        state, attempt = end["state"], end["attempt"]
-        code = (end["error"] or {}).get("code")
+        state, attempt = outcome["state"], outcome["attempt"]
+        code = (outcome["error"] or {}).get("code")
         answer = entry.answers.get(attempt, {})
-        if entry.tellings > entry.tellings_max:
-            return f"its end was told {entry.tellings} times"
-        if state == "completed" and (answer.get("success") is not True or answer["output"] != end["output"]):
-            return f"completed otherwise than its worker said: {end}, {entry.answers}"
-        if entry.taken is not None and (state == "timeout" or attempt != entry.taken):
-            return f"the worker was told that its attempt {entry.taken} has ended it, the requester: {end}"
+        if entry.deliveries > entry.deliveries_max:
+            return f"its outcome was delivered {entry.deliveries} times"
+        if state == "completed" and (answer.get("success") is not True or answer["output"] != outcome["output"]):
+            return f"completed with another result than its worker sent: {outcome}, {entry.answers}"
+        if entry.accepted is not None and (state == "timeout" or attempt != entry.accepted):
+            return f"the result of attempt {entry.accepted} was accepted, and its requester got {outcome}"
         if code == "cancelled":
-            return None if entry.is_cancelled else "cancelled by nobody"
+            return None if entry.is_cancelled else "cancelled by no client"
         if state == "failed" and code != "agent_lost" and answer.get("code") != code:
-            return f"failed otherwise than its worker said: {end}, {entry.answers}"
+            return f"failed with another error than its worker sent: {outcome}, {entry.answers}"
         return None
 
-    def _complain(self, entry: Entry, what: str) -> None:
+    def _add_problem(self, entry: ClientEntry, what: str) -> None:
         self.problems.append(f"{entry.task_id} (ttl {entry.ttl}): {what}; history: {'; '.join(entry.history)}")
 
 
@@ -379,7 +387,7 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How the hub is set, and how fast the crowd lives. `unit_s` is what a second is to it."""
+    """The hub's settings, and the pace of its clients, who count in units of `unit_s`."""
 
     retention_s: float = 5.0
     grace_s: float = 2.0
@@ -392,14 +400,14 @@ class Pace:
         return 6 * self.unit_s
 
 
-class Crowd:
-    """What all clients share: where the hub is, when it is over, and what has gone wrong."""
+class LoadClients:
+    """All clients of a run: the hub's port, the end of the run, and the problems they found."""
 
-    def __init__(self, port: int, seed: int, pace: Pace, ledger: Ledger) -> None:
+    def __init__(self, port: int, seed: int, pace: Pace, ledger: ClientLedger) -> None:
         self.port, self.seed, self.pace, self.ledger = port, seed, pace, ledger
         self.problems: list[str] = []
         self.lives: collections.Counter[str] = collections.Counter()
-        self.closes: collections.Counter[Any] = collections.Counter()  # Of clients that should expect it, by code.
+        self.closes: collections.Counter[Any] = collections.Counter()  # Of clients that expect it, by code.
         self.latencies_s: list[float] = []  # Of the bystanders.
         self.online: set[Client] = set()
         self._over_at = 0.0
@@ -417,13 +425,13 @@ class Crowd:
         self._is_stopped = True
 
     async def rest(self, units: float) -> None:
-        """Sleep, at most until it is over."""
+        """Sleep, at most until the run is over."""
         until = min(time.monotonic() + units * self.pace.unit_s, self._over_at)
         while not self.is_over and (left_s := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, 0.5))
 
     async def churn(self, for_s: float) -> None:
-        """Let the whole population live for so long."""
+        """Keep the whole population busy for so long."""
         self._over_at = time.monotonic() + for_s
         beating = asyncio.create_task(self._beat())
         lives = [self._live(life, number) for life, count in POPULATION.items() for number in range(count)]
@@ -431,18 +439,18 @@ class Crowd:
             async with asyncio.timeout(for_s + self.pace.ttl_max_s + 3 * WAIT_S):
                 await asyncio.gather(*lives)
         except TimeoutError:
-            self.problems.append("some do not come to their end")
+            self.problems.append("some clients do not end")
         finally:
             beating.cancel()
 
-    async def _live(self, life: Callable[[Crowd, random.Random], Any], number: int) -> None:
-        """Live one life after the other."""
+    async def _live(self, life: Callable[[LoadClients, random.Random], Any], number: int) -> None:
+        """Run one life after the other."""
         for count in itertools.count():
             rng = random.Random(f"{self.seed} {life.__name__} {number} {count}")
             try:
                 await life(self, rng)
             except Lost:
-                pass  # Who did not expect that has complained.
+                pass  # A client that did not expect this has reported it.
             except Exception as error:
                 self.problems.append(f"{life.__name__}: {error!r}")
             self.lives[life.__name__] += 1
@@ -451,7 +459,7 @@ class Crowd:
                 return
 
     async def _beat(self) -> None:
-        """Send the heartbeats of all who have not spoken for a while."""
+        """Send a heartbeat for each client that has sent nothing for a while."""
         while True:
             silent_since = time.monotonic() - self.pace.heartbeat_s / 2
             for client in list(self.online):
@@ -461,13 +469,15 @@ class Crowd:
 
 
 class Client:
-    """An agent on a wire of its own. After `join` it is online, and gives signs of life, until it is cut or leaves."""
+    """An agent on a wire of its own. After `join` it is online, and sends heartbeats, until it is cut or leaves."""
 
     wire: Wire
 
-    def __init__(self, crowd: Crowd, rng: random.Random, name: str, *capabilities: str, max_tasks: int = 16) -> None:
-        self.crowd, self.rng = crowd, rng
-        self.ledger = crowd.ledger
+    def __init__(
+        self, load: LoadClients, rng: random.Random, name: str, *capabilities: str, max_tasks: int = 16
+    ) -> None:
+        self.load, self.rng = load, rng
+        self.ledger = load.ledger
         self.name = name
         self.identity: dict[str, str] = {}
         self.expects_end = False
@@ -479,9 +489,9 @@ class Client:
         return self.identity["agent_id"]
 
     async def join(self, receive_bytes: int | None = None) -> dict[str, Any]:
-        """Connect and register, with the identity that it had if it had one; return the reply."""
+        """Connect and register, resuming its session if it has one; return the reply."""
         self.expects_end = False
-        self.wire = await Wire.open(self.crowd.port, self.on_message, self._on_lost, receive_bytes)
+        self.wire = await Wire.open(self.load.port, self.on_message, self._on_lost, receive_bytes)
         reply = await self.wire.request(self._on_registered, type="register", **self._description, **self.identity)
         if reply["type"] != "register":
             self.expects_end = True
@@ -492,12 +502,12 @@ class Client:
     def _on_registered(self, reply: dict[str, Any]) -> None:
         if reply["type"] == "register":
             self.identity = {"agent_id": reply["agent_id"], "resume": reply["resume"]}
-            self.crowd.online.add(self)
+            self.load.online.add(self)
 
     def cut(self) -> None:
-        """Lose the connection without a word."""
+        """Abort the connection, without a close."""
         self.expects_end = True
-        self.crowd.online.discard(self)
+        self.load.online.discard(self)
         self.wire.abort()
 
     async def leave(self, drain: bool = False) -> None:
@@ -509,23 +519,23 @@ class Client:
             async with asyncio.timeout(WAIT_S):
                 await self.wire.lost.wait()
         finally:
-            self.crowd.online.discard(self)
+            self.load.online.discard(self)
             self.wire.abort()
 
     def on_message(self, message: dict[str, Any]) -> None:
         if message["type"] == "error" and not self.expects_errors and message.get("reply_to") != UNHEARD:
-            self.crowd.problems.append(f"{self.name} was told {message['code']}: {message['message']}")
+            self.load.problems.append(f"{self.name} got an error: {message['code']}: {message['message']}")
 
     def _on_lost(self, code: int) -> None:
-        self.crowd.online.discard(self)
+        self.load.online.discard(self)
         if self.expects_end:
-            self.crowd.closes[code] += 1
+            self.load.closes[code] += 1
         else:
-            self.crowd.problems.append(f"{self.name} lost its connection with {code}")
+            self.load.problems.append(f"{self.name} lost its connection with {code}")
 
 
 class Worker(Client):
-    """Does what it is asked, after a while; it hangs on some."""
+    """Completes or fails its tasks after a while, and hangs on some."""
 
     def __init__(
         self, *args: Any, hangs: float = 0.0, fails: float = 0.1, work_s: float = 0.02, **options: Any
@@ -540,7 +550,7 @@ class Worker(Client):
             self._begin(message)
         elif message["type"] == "status":
             self.jobs.pop(message["task_id"], None)
-        elif message.get("code") not in TOO_LATE:  # Its report of progress has met the end on the way.
+        elif message.get("code") not in TOO_LATE:  # Its progress report has crossed the outcome.
             super().on_message(message)
 
     def _begin(self, message: dict[str, Any]) -> None:
@@ -555,7 +565,7 @@ class Worker(Client):
 
     def _finish(self, task_id: str, attempt: int) -> None:
         if self.jobs.get(task_id) != attempt:
-            return  # It was called off, or taken away.
+            return  # It was cancelled, or retried elsewhere.
         del self.jobs[task_id]
         if self.rng.random() >= self.fails:
             answer = {"success": True, "output": self.ledger.payload([task_id, attempt], self.rng.choice((0, 900)))}
@@ -569,17 +579,17 @@ class Worker(Client):
     def _send_result(self, result: dict[str, Any]) -> None:
         def then(reply: dict[str, Any] | None) -> None:
             if reply is None:
-                return  # It is sent again, if this one comes back.
+                return  # It is sent again after a reconnect.
             self.results.pop(result["task_id"], None)
             if reply["type"] == "status":
-                self.ledger.taken(result["task_id"], result["attempt"], reply["state"])
+                self.ledger.accepted(result["task_id"], result["attempt"], reply["state"])
             elif reply["code"] not in TOO_LATE:
-                self.crowd.problems.append(f"a result was refused: {reply}")
+                self.load.problems.append(f"a result was refused: {reply}")
 
         self.wire.ask(then, **result)
 
     def _on_registered(self, reply: dict[str, Any]) -> None:
-        """Bring the work in line with what the hub holds, if it comes back: docs/protocol.md, step 9."""
+        """Reconcile its tasks with the hub's after a reconnect: docs/protocol.md, step 9."""
         known = self.identity.get("agent_id")
         super()._on_registered(reply)
         is_known = self.identity.get("agent_id") == known
@@ -591,41 +601,41 @@ class Worker(Client):
                 self.results[task_id] = results[task_id]
                 self._send_result(results[task_id])
             elif task_id not in self.jobs:
-                error = {"code": "agent_lost", "message": "it never came in"}
+                error = {"code": "agent_lost", "message": "it never arrived"}
                 lost = {"type": "result", "task_id": task_id, "attempt": attempt, "success": False, "error": error}
                 self._send_result(lost)
 
     async def drop_out(self) -> None:
-        """Say nothing more and read nothing more, on a connection that seems to live; then be cut."""
-        self.crowd.online.discard(self)
+        """Send and read nothing more on an open connection; then be cut."""
+        self.load.online.discard(self)
         self.expects_end = True
         self.jobs.clear()
         self.wire.transport.pause_reading()
-        await self.crowd.rest(self.rng.uniform(1, 9))
+        await self.load.rest(self.rng.uniform(1, 9))
         self.cut()
 
 
 class Requester(Client):
-    """Delegates in many ways, and follows what becomes of it."""
+    """Delegates in many ways, and follows its tasks to their outcomes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.open: dict[str, tuple[Entry, dict[str, Any]]] = {}  # With the delegate.
+        self.open: dict[str, tuple[ClientEntry, dict[str, Any]]] = {}  # With the delegate.
         self.idle = asyncio.Event()
 
     def on_message(self, message: dict[str, Any]) -> None:
         if message["type"] == "result":
-            self.ledger.told(message["task_id"], message)
-            self._close(message["task_id"])
+            self.ledger.outcome(message["task_id"], message)
+            self._forget(message["task_id"])
         elif message["type"] != "status":  # Of progress.
             super().on_message(message)
 
-    def _close(self, task_id: str) -> None:
+    def _forget(self, task_id: str) -> None:
         self.open.pop(task_id, None)
         if not self.open:
             self.idle.set()
 
-    def prepare(self, **fields: Any) -> tuple[Entry, dict[str, Any]]:
+    def prepare(self, **fields: Any) -> tuple[ClientEntry, dict[str, Any]]:
         """Return a new task and the delegate of it."""
         ttl, max_retries = fields.pop("ttl"), fields.pop("max_retries", 0)
         entry = self.ledger.open(self.name, ttl, max_retries)
@@ -634,31 +644,31 @@ class Requester(Client):
         self.idle.clear()
         return self.open[entry.task_id]
 
-    async def delegate(self, entry: Entry, message: dict[str, Any]) -> bool:
-        """Send a delegate; tell whether the hub has taken it."""
+    async def delegate(self, entry: ClientEntry, message: dict[str, Any]) -> bool:
+        """Send a delegate; return whether the hub accepted it."""
         reply = await self.wire.request(**message)
         if reply["type"] == "status":
             self.ledger.acknowledged(entry)
             return True
         self.ledger.refused(entry, reply["code"])
-        self._close(entry.task_id)
+        self._forget(entry.task_id)
         return False
 
     async def ask(self) -> None:
-        """Delegate something, and perhaps think better of it."""
+        """Delegate a task, and perhaps cancel it."""
         entry, message = self.prepare(**self._choice())
         if await self.delegate(entry, message) and self.rng.random() < 0.08:
-            await self.crowd.rest(self.rng.uniform(0, 0.1))
-            if entry.end is None:
+            await self.load.rest(self.rng.uniform(0, 0.1))
+            if entry.outcome is None:
                 entry.is_cancelled = True
                 reason = self.ledger.payload("cancelled")["marker"]
                 await self.wire.request(type="result", task_id=entry.task_id, success=False, error=reason)
 
     def _choice(self) -> dict[str, Any]:
-        rng, unit_s = self.rng, self.crowd.pace.unit_s
+        rng, unit_s = self.rng, self.load.pace.unit_s
         kind = rng.choices(("work", "named", "sdk", "nobody-yet", "nobody"), (80, 7, 8, 3, 2))[0]
         workers = [
-            client.agent_id for client in self.crowd.online if isinstance(client, Worker) and client.name != "calm"
+            client.agent_id for client in self.load.online if isinstance(client, Worker) and client.name != "calm"
         ]
         target = {"agent_id": rng.choice(workers)} if kind == "named" and workers else {"capability": kind}
         return {
@@ -670,51 +680,51 @@ class Requester(Client):
         }
 
     async def go_and_come_back(self) -> None:
-        """Be cut, also before an acknowledgement has come, and return before the hub forgets what has ended."""
+        """Be cut, perhaps before an acknowledgement, and return before the hub forgets ended tasks."""
         entry, message = self.prepare(**self._choice())
         self.wire.send(id=UNHEARD, **message)
         if self.rng.random() < 0.5:
             await asyncio.sleep(self.rng.uniform(0, 0.01))
         self.cut()
-        left_at, pace = time.monotonic(), self.crowd.pace
+        left_at, pace = time.monotonic(), self.load.pace
         await asyncio.sleep(self.rng.uniform(0.01, 0.7) * pace.retention_s)
         known = self.agent_id
         await self.join()
         if time.monotonic() - left_at > 0.9 * pace.retention_s:
-            self.excuse("its requester was kept away for too long")  # By a busy machine.
+            self.excuse("its requester was disconnected for too long")  # On a busy machine.
             return
         if self.agent_id != known and any(one.is_acknowledged for one, _ in self.open.values()):
-            self.crowd.problems.append(f"{known} was forgotten, with tasks open: {list(self.open)}")
-        for entry, message in [one for one in self.open.values() if one[0].end is None]:
+            self.load.problems.append(f"the session of {known} was forgotten, with open tasks: {list(self.open)}")
+        for entry, message in [one for one in self.open.values() if one[0].outcome is None]:
             await self._refresh(entry, message)
 
-    async def _refresh(self, entry: Entry, message: dict[str, Any]) -> None:
-        """Do as step 11 of docs/protocol.md says."""
+    async def _refresh(self, entry: ClientEntry, message: dict[str, Any]) -> None:
+        """Ask for an outcome again, as in step 11 of docs/protocol.md."""
         if not entry.is_acknowledged:
-            entry.tellings_max += 1
+            entry.deliveries_max += 1
             entry.note("delegated again")
             await self.delegate(entry, message)
             return
         report = await self.wire.request(type="status", task_id=entry.task_id)
         if report["type"] == "error":
-            if entry.end is None:
+            if entry.outcome is None:
                 self.ledger.unaccounted(entry, json.dumps(report))
-            self._close(entry.task_id)
+            self._forget(entry.task_id)
         elif report["state"] in FINAL:
-            self.ledger.told(entry.task_id, report, by_result=False)
-            self._close(entry.task_id)
+            self.ledger.outcome(entry.task_id, report, by_result=False)
+            self._forget(entry.task_id)
 
-    async def hear_all(self) -> None:
-        """Wait until all tasks have ended; those that have not in good time are unaccounted for."""
+    async def await_outcomes(self) -> None:
+        """Wait until all tasks have ended; those that have not in time are unaccounted for."""
         if self.open:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.crowd.pace.ttl_max_s + WAIT_S / 2):
+                async with asyncio.timeout(self.load.pace.ttl_max_s + WAIT_S / 2):
                     await self.idle.wait()
         for entry, _ in list(self.open.values()):
             self.ledger.unaccounted(entry, json.dumps(await self.wire.request(type="status", task_id=entry.task_id)))
 
     def excuse(self, why: str) -> None:
-        """Give up all that is open."""
+        """Give up all open tasks."""
         for entry, _ in self.open.values():
             self.ledger.excuse(entry, why)
         self.open.clear()
@@ -724,46 +734,46 @@ class Requester(Client):
 # The lives
 
 
-async def worker_life(crowd: Crowd, rng: random.Random) -> None:
-    """Join, work, and leave politely."""
-    worker = Worker(crowd, rng, "worker", "work", max_tasks=rng.choice((1, 4, 16)))
+async def worker_life(load: LoadClients, rng: random.Random) -> None:
+    """Join, work, and deregister."""
+    worker = Worker(load, rng, "worker", "work", max_tasks=rng.choice((1, 4, 16)))
     await worker.join()
-    await crowd.rest(rng.uniform(1, 6))
+    await load.rest(rng.uniform(1, 6))
     await worker.leave(drain=rng.random() < 0.5)
 
 
-async def hanging_life(crowd: Crowd, rng: random.Random) -> None:
-    """Take tasks, and answer few of them."""
-    worker = Worker(crowd, rng, "hanger", "work", max_tasks=3, hangs=0.8)
+async def hanging_life(load: LoadClients, rng: random.Random) -> None:
+    """Take tasks, and complete few of them."""
+    worker = Worker(load, rng, "hanger", "work", max_tasks=3, hangs=0.8)
     await worker.join()
-    await crowd.rest(rng.uniform(1, 5))
+    await load.rest(rng.uniform(1, 5))
     if rng.random() < 0.5:
         worker.cut()
     else:
         await worker.leave()
 
 
-async def mortal_life(crowd: Crowd, rng: random.Random) -> None:
-    """Be cut in the midst of tasks, and come back in time, too late, or never."""
-    worker = Worker(crowd, rng, "mortal", "work", max_tasks=8, work_s=0.1 * crowd.pace.unit_s)
+async def unreliable_worker_life(load: LoadClients, rng: random.Random) -> None:
+    """Be cut during tasks, and come back in time, too late, or never."""
+    worker = Worker(load, rng, "unreliable", "work", max_tasks=8, work_s=0.1 * load.pace.unit_s)
     await worker.join()
     for _ in range(rng.randint(1, 4)):
-        await crowd.rest(rng.uniform(0.3, 2))
+        await load.rest(rng.uniform(0.3, 2))
         if rng.random() < 0.2:
             await worker.drop_out()
         worker.cut()
         fate = rng.choices(("in time", "late", "never"), (6, 2, 2))[0]
-        if fate == "never" or crowd.is_over:
+        if fate == "never" or load.is_over:
             return
-        await asyncio.sleep(crowd.pace.grace_s * (rng.uniform(0, 0.7) if fate == "in time" else rng.uniform(1.1, 2)))
+        await asyncio.sleep(load.pace.grace_s * (rng.uniform(0, 0.7) if fate == "in time" else rng.uniform(1.1, 2)))
         await worker.join()
-    await crowd.rest(rng.uniform(0.3, 2))
+    await load.rest(rng.uniform(0.3, 2))
     await worker.leave()
 
 
-async def requester_life(crowd: Crowd, rng: random.Random) -> None:
+async def requester_life(load: LoadClients, rng: random.Random) -> None:
     """Delegate, and stay, come back, or leave for good."""
-    requester = Requester(crowd, rng, "requester")
+    requester = Requester(load, rng, "requester")
     await requester.join()
     fate = rng.choices(("stays", "comes back", "is cut", "leaves"), (4, 3, 1, 1))[0]
     try:
@@ -771,60 +781,62 @@ async def requester_life(crowd: Crowd, rng: random.Random) -> None:
             await asyncio.gather(*(requester.ask() for _ in range(rng.randint(1, 8))))
             if fate == "comes back" and rng.random() < 0.1:
                 await requester.go_and_come_back()
-            await crowd.rest(rng.expovariate(1 / 0.1))
-            if crowd.is_over:
+            await load.rest(rng.expovariate(1 / 0.1))
+            if load.is_over:
                 break
         if fate in ("stays", "comes back"):
-            await requester.hear_all()
+            await requester.await_outcomes()
     finally:
         requester.excuse("its requester has left")
         requester.cut() if fate == "is cut" else await requester.leave()
 
 
-async def deaf_life(crowd: Crowd, rng: random.Random) -> None:
-    """Never read, while others broadcast to it; some still give signs of life, some take tasks too."""
-    capabilities = ["deaf", "work"] if rng.random() < 0.3 else ["deaf"]
-    deaf = Worker(crowd, rng, "deaf", *capabilities, max_tasks=4)
-    await deaf.join(receive_bytes=4096)
-    deaf.expects_end = True
-    deaf.wire.transport.pause_reading()
+async def slow_consumer_life(load: LoadClients, rng: random.Random) -> None:
+    """Never read, while others broadcast to it; some still send heartbeats, some take tasks too."""
+    capabilities = ["slow-consumer", "work"] if rng.random() < 0.3 else ["slow-consumer"]
+    consumer = Worker(load, rng, "slow-consumer", *capabilities, max_tasks=4)
+    await consumer.join(receive_bytes=4096)
+    consumer.expects_end = True
+    consumer.wire.transport.pause_reading()
     if rng.random() < 0.3:
-        crowd.online.discard(deaf)
+        load.online.discard(consumer)
     for _ in range(rng.randint(10, 30)):
-        await crowd.rest(0.5)
-        if deaf.wire.lost.is_set():
-            crowd.closes["deaf"] += 1
+        await load.rest(0.5)
+        if consumer.wire.lost.is_set():
+            load.closes["slow-consumer"] += 1
             break
-    deaf.cut()
+    consumer.cut()
 
 
-async def crier_life(crowd: Crowd, rng: random.Random) -> None:
-    """Broadcast, to the deaf mostly."""
-    crier = Client(crowd, rng, "crier")
-    await crier.join()
+async def broadcaster_life(load: LoadClients, rng: random.Random) -> None:
+    """Broadcast, mostly to the slow consumers."""
+    broadcaster = Client(load, rng, "broadcaster")
+    await broadcaster.join()
     for _ in range(rng.randint(20, 100)):
         for _ in range(10):
-            crier.wire.send(type="broadcast", message=crowd.ledger.payload("news", 4096), capability="deaf")
-        if crowd.is_over:
+            broadcaster.wire.send(
+                type="broadcast", message=load.ledger.payload("news", 4096), capability="slow-consumer"
+            )
+        if load.is_over:
             break
         if rng.random() < 0.1:
-            await crier.wire.request(type="broadcast", message=crowd.ledger.payload("news"))
-        await crowd.rest(0.1)
-    await crier.leave()
+            await broadcaster.wire.request(type="broadcast", message=load.ledger.payload("news"))
+        await load.rest(0.1)
+    await broadcaster.leave()
 
 
-async def flood_life(crowd: Crowd, rng: random.Random) -> None:
-    """Send for a second as much as the connection takes, then see that the hub still answers."""
-    flooder = Client(crowd, rng, "flooder")
+async def flood_life(load: LoadClients, rng: random.Random) -> None:
+    """Send for a second as much as the connection takes, then require that the hub still answers."""
+    flooder = Client(load, rng, "flooder")
     await flooder.join()
-    news = crowd.ledger.payload("flood", 1024)
+    news = load.ledger.payload("flood", 1024)
     messages = [
         {"type": "heartbeat"},
         {"type": "heartbeat", "id": "h"},
         {"type": "discover", "id": "d", "capability": "work", "limit": 3},
-        {"type": "broadcast", "message": news, "capability": "deaf"},
+        {"type": "broadcast", "message": news, "capability": "slow-consumer"},
     ]
-    last = time.monotonic() + crowd.pace.unit_s
+    last = time.monotonic() + load.pace.unit_s
     for _ in range(FLOOD_MESSAGES // 50):
         for message in rng.choices(messages, (60, 10, 20, 10), k=50):
             flooder.wire.send(**message)
@@ -834,17 +846,17 @@ async def flood_life(crowd: Crowd, rng: random.Random) -> None:
             break
     await flooder.wire.request(type="status")
     await flooder.leave()
-    await crowd.rest(rng.uniform(4, 8))
+    await load.rest(rng.uniform(4, 8))
 
 
-async def looking_life(crowd: Crowd, rng: random.Random) -> None:
-    """Look around without joining."""
-    wire = await Wire.open(crowd.port, lambda _: None, lambda _: None)
+async def observer_life(load: LoadClients, rng: random.Random) -> None:
+    """Ask for the status and the agents without registering."""
+    wire = await Wire.open(load.port, lambda _: None, lambda _: None)
     for _ in range(rng.randint(1, 5)):
         await wire.request(type="status")
         await wire.request(type="status", tasks=True)
         await wire.request(type="discover", capability=rng.choice(("", "work", "nothing")), limit=20)
-        await crowd.rest(rng.uniform(0.1, 1))
+        await load.rest(rng.uniform(0.1, 1))
     wire.abort()
 
 
@@ -863,13 +875,13 @@ NO_HANDSHAKES = (
 )
 
 
-async def half_open_life(crowd: Crowd, rng: random.Random) -> None:
-    """Connect, and do not become a WebSocket, or say nothing on it; go after a while, or wait to be thrown out."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", crowd.port)
-    writer.write(rng.choice((*NO_HANDSHAKES, UPGRADE)).replace(b"MARK", crowd.ledger.payload(0)["marker"].encode()))
+async def half_open_life(load: LoadClients, rng: random.Random) -> None:
+    """Connect without a WebSocket handshake, or send nothing after it; leave, or wait for the hub's close."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", load.port)
+    writer.write(rng.choice((*NO_HANDSHAKES, UPGRADE)).replace(b"MARK", load.ledger.payload(0)["marker"].encode()))
     with contextlib.suppress(TimeoutError, ConnectionError):
-        async with asyncio.timeout(crowd.pace.unit_s * rng.choice((0.01, 1, 15))):
-            while not crowd.is_over:
+        async with asyncio.timeout(load.pace.unit_s * rng.choice((0.01, 1, 15))):
+            while not load.is_over:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.5):
                         if not await reader.read(4096):
@@ -878,7 +890,7 @@ async def half_open_life(crowd: Crowd, rng: random.Random) -> None:
 
 
 def garbage(marker: str, rng: random.Random) -> list[bytes]:
-    """Return what no well-behaved client sends after the handshake."""
+    """Return bytes that no well-behaved client sends after the handshake."""
     marked = marker.encode()
     big = {"type": "delegate", "id": "1", "task_id": "t", "capability": "c", "input": marker + "x" * 1_100_000}
     return [
@@ -903,115 +915,115 @@ def garbage(marker: str, rng: random.Random) -> list[bytes]:
     ]
 
 
-async def garbage_life(crowd: Crowd, rng: random.Random) -> None:
+async def garbage_life(load: LoadClients, rng: random.Random) -> None:
     """Send garbage on a WebSocket, as an observer or as an agent, until it is closed or time is up."""
-    client = Worker(crowd, rng, "garbage", "work", max_tasks=2)
+    client = Worker(load, rng, "garbage", "work", max_tasks=2)
     client.expects_errors = True
     if rng.random() < 0.5:
         await client.join()
-        crowd.online.discard(client)
+        load.online.discard(client)
     else:
-        client.wire = await Wire.open(crowd.port, client.on_message, client._on_lost)
+        client.wire = await Wire.open(load.port, client.on_message, client._on_lost)
     client.expects_end = True
-    for raw in rng.sample(garbage(crowd.ledger.payload(0)["marker"], rng), k=rng.randint(1, 8)):
+    for raw in rng.sample(garbage(load.ledger.payload(0)["marker"], rng), k=rng.randint(1, 8)):
         client.wire.write(raw)
         await asyncio.sleep(rng.choice((0, 0.01)))
-    await crowd.rest(rng.choice((0.05, 1)))
+    await load.rest(rng.choice((0.05, 1)))
     client.cut()
 
 
-async def sdk_worker_life(crowd: Crowd, rng: random.Random) -> None:
-    """Be an Agent that works, and has others do parts of it."""
-    ledger = crowd.ledger
-    agent = Agent("sdk-worker", url=crowd.url, max_tasks=8)
+async def sdk_worker_life(load: LoadClients, rng: random.Random) -> None:
+    """Be an Agent that works, and delegates subtasks."""
+    ledger = load.ledger
+    agent = Agent("sdk-worker", url=load.url, max_tasks=8)
 
     @agent.capability("sdk")
     async def work(task: Task) -> Any:
         ledger.delivered({"task_id": task.task_id, "attempt": task.attempt, "input": task.input}, "an SDK worker")
-        part = None
+        subtask = None
         if rng.random() < 0.3:
-            part = await sdk_part(crowd, task)
+            subtask = await sdk_subtask(load, task)
         await asyncio.sleep(rng.expovariate(1 / 0.02))
-        output = ledger.payload([task.task_id, task.attempt, part])
+        output = ledger.payload([task.task_id, task.attempt, subtask])
         ledger.answered(task.task_id, task.attempt, success=True, output=output)
         return output
 
     async with agent:
-        await crowd.rest(rng.uniform(1, 6))
+        await load.rest(rng.uniform(1, 6))
         await agent.stop(drain_s=rng.choice((0, 1)))
 
 
-async def sdk_part(crowd: Crowd, task: Task) -> Any:
-    """Delegate a part of a task; what becomes of it is not followed, because the whole may end first."""
+async def sdk_subtask(load: LoadClients, task: Task) -> Any:
+    """Delegate a subtask; its outcome is not required, because the parent task may end first."""
     ttl = max(0.1, task.remaining_s)
-    entry = crowd.ledger.open("part", ttl, 0)
+    entry = load.ledger.open("subtask", ttl, 0)
     entry.is_cancelled = True
-    crowd.ledger.excuse(entry, "it is a part")
+    load.ledger.excuse(entry, "it is a subtask")
     try:
         return await task.delegate("work", entry.input, ttl=ttl, task_id=entry.task_id)
     except (TaskFailed, Refused) as error:
         return error.code
 
 
-async def sdk_requester_life(crowd: Crowd, rng: random.Random) -> None:
+async def sdk_requester_life(load: LoadClients, rng: random.Random) -> None:
     """Be an Agent that delegates, a few tasks at a time."""
-    async with Agent("sdk-requester", url=crowd.url) as agent:
-        await asyncio.gather(*(sdk_ask(crowd, agent, rng) for _ in range(4)))
+    async with Agent("sdk-requester", url=load.url) as agent:
+        await asyncio.gather(*(sdk_ask(load, agent, rng) for _ in range(4)))
 
 
-async def sdk_ask(crowd: Crowd, agent: Agent, rng: random.Random) -> None:
+async def sdk_ask(load: LoadClients, agent: Agent, rng: random.Random) -> None:
     for _ in range(rng.randint(3, 20)):
-        ttl, max_retries = rng.choice((1, 3)) * crowd.pace.unit_s, rng.choice((0, 2))
-        entry = crowd.ledger.open("sdk", ttl, max_retries)
+        ttl, max_retries = rng.choice((1, 3)) * load.pace.unit_s, rng.choice((0, 2))
+        entry = load.ledger.open("sdk", ttl, max_retries)
         options = {"ttl": ttl, "max_retries": max_retries, "wait": True, "task_id": entry.task_id}
         try:
             handle = await agent.submit(rng.choice(("work", "sdk")), entry.input, **options)
-        except TaskTimeout:  # On a busy machine. It may have been taken all the same, and is called off then.
+        except TaskTimeout:  # On a busy machine. It may have been accepted all the same, and is then cancelled.
             entry.is_cancelled = True
-            crowd.ledger.excuse(entry, "not acknowledged in time")
+            load.ledger.excuse(entry, "not acknowledged in time")
             continue
-        crowd.ledger.acknowledged(entry)
+        load.ledger.acknowledged(entry)
         if rng.random() < 0.1:
             entry.is_cancelled = True
             await handle.cancel()
         with contextlib.suppress(TaskFailed):
             await handle.result()
         if handle.outcome is None:
-            crowd.ledger.unaccounted(entry, "nothing: its handle has no end")
+            load.ledger.unaccounted(entry, "nothing: its handle has no outcome")
             continue
-        end = handle.outcome
-        error = None if end.error is None else {"code": end.error.code, "message": end.error.message}
-        told = {"state": str(end.state), "attempt": end.attempt, "output": end.output, "error": error}
-        crowd.ledger.told(entry.task_id, told)
-        if crowd.is_over:
+        outcome = handle.outcome
+        error = None if outcome.error is None else {"code": outcome.error.code, "message": outcome.error.message}
+        received = {"state": str(outcome.state), "attempt": outcome.attempt, "output": outcome.output, "error": error}
+        load.ledger.outcome(entry.task_id, received)
+        if load.is_over:
             break
 
 
-async def bystanders_life(crowd: Crowd, rng: random.Random) -> None:
-    """A calm pair, which nothing of all this should concern: every one of its tasks must be completed."""
-    worker = Worker(crowd, rng, "calm", "calm", fails=0.0, work_s=0.0)
-    requester = Requester(crowd, rng, "bystander")
+async def bystanders_life(load: LoadClients, rng: random.Random) -> None:
+    """Be a calm pair: the load must not keep any of its tasks from being completed."""
+    worker = Worker(load, rng, "calm", "calm", fails=0.0, work_s=0.0)
+    requester = Requester(load, rng, "bystander")
     await asyncio.gather(worker.join(), requester.join())
-    while not crowd.is_over:
+    while not load.is_over:
         entry, message = requester.prepare(capability="calm", ttl=WAIT_S)
         await requester.delegate(entry, message)
-        await requester.hear_all()
-        crowd.latencies_s.append(time.monotonic() - entry.sent_at)
-        if entry.end is None or entry.end["state"] != "completed":
-            crowd.problems.append(f"a bystander's task was not completed: {'; '.join(entry.history)}")
-        await crowd.rest(0.05)
+        await requester.await_outcomes()
+        load.latencies_s.append(time.monotonic() - entry.sent_at)
+        if entry.outcome is None or entry.outcome["state"] != "completed":
+            load.problems.append(f"a bystander's task was not completed: {'; '.join(entry.history)}")
+        await load.rest(0.05)
     await asyncio.gather(worker.leave(), requester.leave())
 
 
-POPULATION: dict[Callable[[Crowd, random.Random], Any], int] = {
+POPULATION: dict[Callable[[LoadClients, random.Random], Any], int] = {
     worker_life: 16,
     hanging_life: 2,
-    mortal_life: 6,
+    unreliable_worker_life: 6,
     requester_life: 36,
-    deaf_life: 4,
-    crier_life: 1,
+    slow_consumer_life: 4,
+    broadcaster_life: 1,
     flood_life: 1,
-    looking_life: 1,
+    observer_life: 1,
     half_open_life: 6,
     garbage_life: 3,
     sdk_worker_life: 2,

@@ -1,17 +1,17 @@
-"""A hub under a crowd that comes and goes, hangs, dies, floods and sends garbage: `python -m tests.soak --minutes 10`.
+"""A hub under clients that come and go, hang, die, flood it and send garbage: `python -m tests.soak --minutes 10`.
 
-The hub is a process of its own, with a journal unless told otherwise, whose records live for seconds, so that all it
-keeps turns over many times. What is promised, and watched:
+The hub is a process of its own, with a journal unless `--no-db` is given, whose records live for seconds, so that
+everything in it is replaced many times. The soak checks these promises:
 
-- Every acknowledged task is accounted for: exactly one end, told to a requester that stayed or came back in time, with
-  what its worker really answered. See `Ledger` in tests/load_clients.py.
-- The hub logs no error and no payload, closes nobody who behaves, and completes every task of a calm pair.
-- Nothing grows. Memory, open files and what `status` says are measured all the while. After a warm-up (the first fifth)
-  a straight line is laid through each by least squares. It is `growing` if over that time the line rises by more than
-  a tenth of the mean, and by more than twice the standard deviation of the samples about it; else `flat`. The first
-  bound is what a leak that matters passes within minutes: at ten times the length it would have doubled what is used.
-  The second is for counts that go up and down: a rise within their scatter says nothing.
-- When all have left, and retention and grace are over, nothing is left in the hub or its journal, and it has as many
+- Every acknowledged task is accounted for: exactly one outcome, delivered to a requester that stayed or came back in
+  time, with the result that its worker sent. See `ClientLedger` in tests/load_clients.py.
+- The hub logs no error and no payload, closes no well-behaved client, and completes every task of a calm pair.
+- Nothing grows. Memory, open files and the numbers in `status` are measured during the whole run. After a warm-up (the
+  first fifth) a line is fitted to each by least squares. It is `growing` if over that time the line rises by more than
+  a tenth of the mean, and by more than twice the standard deviation of the samples about it; else `flat`. A leak that
+  matters passes the first limit within minutes: in ten times the length it would have doubled the use. The second is
+  for counts that go up and down: a rise within their scatter means nothing.
+- When all clients have left, and retention and grace are over, the hub and its journal are empty, and it has as many
   files open as at the start. Then it ends on SIGTERM within five seconds, with 0.
 
 A failure is printed with its history. The same seed makes the same choices, but not the same history: time is real.
@@ -38,12 +38,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.load_clients import FINAL, Crowd, Ledger, Pace, Requester, Wire, Worker
+from tests.load_clients import FINAL, ClientLedger, LoadClients, Pace, Requester, Wire, Worker
 from tests.support import WAIT_S, hub_process
 
-BACKLOG_BYTES = 262_144  # A deaf connection should pass it soon.
+BACKLOG_BYTES = 262_144  # A slow consumer passes it soon.
 STOP_S = 5.0
-TREND_S = 180.0  # The lines of a shorter run say how busy the crowd was by chance; they are shown, and not judged.
+TREND_S = 180.0  # In a shorter run the trends follow the clients' chances: they are shown, but not judged.
 PROBLEMS_SHOWN = 20
 SHORT = Pace(retention_s=1.5, grace_s=0.5, heartbeat_s=2.0, unit_s=0.3, sample_s=0.5)
 
@@ -52,7 +52,7 @@ SHORT = Pace(retention_s=1.5, grace_s=0.5, heartbeat_s=2.0, unit_s=0.3, sample_s
 
 
 class Process:
-    """What /proc says of a process; nothing where there is none."""
+    """What /proc measures of a process; nothing on systems without /proc."""
 
     def __init__(self, pid: int) -> None:
         self._folder = Path(f"/proc/{pid}")
@@ -74,7 +74,7 @@ class Process:
 
 
 class Log:
-    """The hub's stderr: what is wrong in it is noted as it comes."""
+    """The hub's stderr, searched for errors and payloads while it grows."""
 
     def __init__(self, path: Path, marker: str) -> None:
         self.problems: list[str] = []
@@ -107,7 +107,7 @@ class Log:
 
 
 def trend(samples: list[tuple[float, float]]) -> dict[str, Any]:
-    """Return the line through samples of (seconds, number), and what it says of them: see the module's docstring."""
+    """Return the line through samples of (seconds, number), and the verdict: see the module's docstring."""
     times, numbers = [at for at, _ in samples], [number for _, number in samples]
     mean = statistics.fmean(numbers)
     slope, offset = statistics.linear_regression(times, numbers)
@@ -127,13 +127,13 @@ def trend(samples: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 class Soak:
-    """One run against a hub that is up: `run` it, then `report`."""
+    """One run against a running hub: `run` it, then `report`."""
 
     def __init__(self, *, port: int, pid: int, folder: Path, seed: int, for_s: float, pace: Pace) -> None:
         self.for_s, self.pace, self.seed = for_s, pace, seed
         self.marker = f"marker-{random.Random(seed).randbytes(8).hex()}"
-        self.ledger = Ledger(self.marker, pace.ttl_max_s + pace.retention_s + pace.grace_s + WAIT_S / 2)
-        self.crowd = Crowd(port, seed, pace, self.ledger)
+        self.ledger = ClientLedger(self.marker, pace.ttl_max_s + pace.retention_s + pace.grace_s + WAIT_S / 2)
+        self.load = LoadClients(port, seed, pace, self.ledger)
         self.problems: list[str] = []
         self.samples: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
         self.ending: dict[str, Any] = {}
@@ -144,34 +144,34 @@ class Soak:
         self._shown: set[str] = set()
 
     async def run(self) -> None:
-        self._observer = await Wire.open(self.crowd.port, lambda _: None, lambda _: None)
+        self._observer = await Wire.open(self.load.port, lambda _: None, lambda _: None)
         files = await self._files_at_start()
         sampling = asyncio.create_task(self._sample())
-        await self.crowd.churn(self.for_s)
+        await self.load.churn(self.for_s)
         sampling.cancel()
         await asyncio.gather(sampling, return_exceptions=True)
         self.ledger.close()
         if not self._observer.lost.is_set():
-            await self._see_it_empty(files)
+            await self._require_empty(files)
             self._observer.abort()
         self._log.look()
 
     async def _files_at_start(self) -> int:
-        """Have one task done, so that whatever the hub opens once is open, and count its open files."""
+        """Complete one task, so that the hub has opened all it opens once, and count its open files."""
         clients = [
-            Worker(self.crowd, random.Random(0), "first", "first"),
-            Requester(self.crowd, random.Random(0), "first"),
+            Worker(self.load, random.Random(0), "first", "first"),
+            Requester(self.load, random.Random(0), "first"),
         ]
         await asyncio.gather(*(client.join() for client in clients))
         worker, requester = clients
         await requester.delegate(*requester.prepare(capability="first", ttl=WAIT_S))
-        await requester.hear_all()
+        await requester.await_outcomes()
         await asyncio.gather(worker.leave(), requester.leave())
         await asyncio.sleep(0.5)
         return self._process.files()
 
     async def _status(self) -> dict[str, float]:
-        """Return the numbers in the hub's status, those within others by both names."""
+        """Return the numbers in the hub's status, nested ones by both names."""
         hub = (await self._observer.request(type="status"))["hub"]
         nested = {
             f"{one} {two}": number
@@ -187,7 +187,7 @@ class Soak:
         }
 
     async def _sample(self) -> None:
-        """Measure again and again; a hub that does not answer any more ends the run."""
+        """Measure repeatedly; a hub that does not answer ends the run."""
         started = time.monotonic()
         shown_at = started
         while True:
@@ -195,7 +195,7 @@ class Soak:
                 numbers = {**await self._status(), **self._process.measure(), **self._journal_bytes()}
             except (OSError, TimeoutError) as error:
                 self.problems.append(f"the hub does not answer: {error!r}")
-                self.crowd.stop()
+                self.load.stop()
                 return
             now = time.monotonic()
             for name, number in numbers.items():
@@ -219,7 +219,7 @@ class Soak:
         )
 
     def _show_problems(self) -> None:
-        """Print what has gone wrong since the last time, as long as somebody may want to read it."""
+        """Print the problems since the last time, up to PROBLEMS_SHOWN."""
         for problem in self._all_problems()[:PROBLEMS_SHOWN]:
             if problem not in self._shown:
                 self._shown.add(problem)
@@ -233,10 +233,10 @@ class Soak:
         (from_s, used_s), (to_s, used_until_s) = self._cpu[0], self._cpu[-1]
         return (used_until_s - used_s) / (to_s - from_s) if to_s > from_s else math.nan
 
-    # The end
+    # After the run
 
-    async def _see_it_empty(self, files: int) -> None:
-        """Wait for the ends of what those who have left had open, then for retention and grace, and look."""
+    async def _require_empty(self, files: int) -> None:
+        """Wait for the end of all tasks, for retention and grace, and require that the hub is empty."""
         started = time.monotonic()
         pace = self.pace
         await self._wait_until(("tasks pending", "tasks in_progress"), pace.ttl_max_s + pace.grace_s + 5)
@@ -255,18 +255,18 @@ class Soak:
             self.problems.append(f"{self._process.files()} files are open at the end, {files} were at the start")
 
     async def _wait_until(self, names: tuple[str, ...], within_s: float, only: int = 0) -> None:
-        """Wait until these numbers of the hub's status are as they should be; note it if they are not in time."""
+        """Wait until these numbers of the hub's status are `only`; add a problem if they are not in time."""
         last = time.monotonic() + within_s
         while left := {
             name: number for name, number in (await self._status()).items() if name in names and number != only
         }:
             if time.monotonic() > last:
-                self.problems.append(f"still there {within_s:.1f} s after all have left: {left}")
+                self.problems.append(f"the hub still has, {within_s:.1f} s after all clients have left: {left}")
                 return
             await asyncio.sleep(0.1)
 
     def stop(self, process: Any) -> None:
-        """Stop the hub, and look at what it leaves."""
+        """Stop the hub, and check its exit code, log and journal."""
         started = time.monotonic()
         exit_code = process.poll()
         if exit_code is None:
@@ -286,10 +286,10 @@ class Soak:
             if any(rows.values()):
                 self.problems.append(f"the journal is not empty: {rows}")
 
-    # What it says
+    # The report
 
     def _all_problems(self) -> list[str]:
-        return [*self.problems, *self.ledger.problems, *self.crowd.problems, *self._log.problems]
+        return [*self.problems, *self.ledger.problems, *self.load.problems, *self._log.problems]
 
     def measures(self) -> dict[str, dict[str, Any]]:
         """Return the trend of each number that should not grow, after the warm-up."""
@@ -307,15 +307,15 @@ class Soak:
                 one["verdict"] = "not judged"
             elif one["verdict"] == "growing":
                 problems.append(f"{name} is growing: {one}")
-        latencies_ms = sorted(1000 * one for one in self.crowd.latencies_s)
+        latencies_ms = sorted(1000 * one for one in self.load.latencies_s)
         return {
             "seed": self.seed,
             "for_s": self.for_s,
             "hub_cpu": round(self._cpu_share(), 3) if self._cpu else None,
-            "crowd_cpu": round(time.process_time() / max(self.for_s, 0.001), 3),
+            "clients_cpu": round(time.process_time() / max(self.for_s, 0.001), 3),
             "tasks": dict(sorted(self.ledger.counts.items())),
-            "lives": dict(self.crowd.lives),
-            "closes": {str(code): count for code, count in self.crowd.closes.items()},
+            "lives": dict(self.load.lives),
+            "closes": {str(code): count for code, count in self.load.closes.items()},
             "log_lines": self._log.lines,
             "bystanders": {
                 "tasks": len(latencies_ms),
@@ -345,7 +345,7 @@ GROWTH_WATCHED = (
 
 
 def soak(for_s: float, seed: int, *, pace: Pace | None = None, is_journaled: bool = True) -> dict[str, Any]:
-    """Run a hub and a crowd, and return the report; it is well if there are no problems in it."""
+    """Run a hub and its clients, and return the report; the run passed if it has no problems."""
     pace = pace or Pace()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -368,7 +368,7 @@ def soak(for_s: float, seed: int, *, pace: Pace | None = None, is_journaled: boo
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """Return a report for people."""
+    """Return a report as text."""
     lines = [f"{'':20}{'mean':>14}{'least':>14}{'most':>14}{'slope/min':>14}{'of mean/min':>13}  verdict"]
     for name, one in report["measures"].items():
         lines.append(
@@ -376,7 +376,7 @@ def text_of(report: dict[str, Any]) -> str:
             f"{one['slope_per_minute']:>14,.2f}"
             f"{one['relative_per_minute']:>13.2%}  {one['verdict']}"
         )
-    for name in ("hub_cpu", "crowd_cpu", "tasks", "lives", "closes", "bystanders", "counters", "end"):
+    for name in ("hub_cpu", "clients_cpu", "tasks", "lives", "closes", "bystanders", "counters", "end"):
         inner = report[name]
         shown = ", ".join(f"{key} {value}" for key, value in inner.items()) if isinstance(inner, dict) else inner
         lines.append(f"{name}: {shown}")
@@ -388,15 +388,17 @@ def text_of(report: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="how long the crowd lives")
     parser.add_argument(
-        "--seed", type=int, default=None, metavar="N", help="for the crowd's choices; a new one each time"
+        "--minutes", type=float, default=10.0, metavar="N", help="how long the clients run (default 10)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, metavar="N", help="for the clients' choices (default: a random one)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--db", action=argparse.BooleanOptionalAction, default=True, help="with a journal, in a temporary folder"
     )
-    logging.getLogger("agenthub").setLevel(logging.ERROR)  # Agents in such a crowd have much to warn of.
+    logging.getLogger("agenthub").setLevel(logging.ERROR)  # Agents log many warnings under this load.
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be more than 0")

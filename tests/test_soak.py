@@ -1,4 +1,4 @@
-"""A few seconds of the soak, so that the program does not rot. The trends need minutes: `python -m tests.soak`."""
+"""A few seconds of the soak, so that it stays runnable. The trends need minutes: `python -m tests.soak`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from tests.load_clients import FINAL
 from tests.soak import SHORT, soak, trend
 
-FOR_S = 4.0  # Then come the ends of what is open, retention and grace: about as long again.
+FOR_S = 4.0  # Then the open tasks end, and retention and grace pass: about as long again.
 
 
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM")
-def test_hub_accounts_for_every_task_of_a_crowd_and_is_empty_after_it() -> None:
+def test_hub_accounts_for_every_task_under_load_and_is_empty_after_it() -> None:
     report = soak(FOR_S, seed=1, pace=SHORT)
     assert report["problems"] == []
     assert report["end"]["exit_code"] == 0
@@ -22,11 +22,11 @@ def test_hub_accounts_for_every_task_of_a_crowd_and_is_empty_after_it() -> None:
     tasks = report["tasks"]
     ended = {state: tasks.get(f"ended {state}", 0) for state in FINAL}
     assert tasks["acknowledged"] == sum(ended.values()) + tasks.get("excused", 0)
-    assert min(ended.values()) > 0, "the run was too short to see every kind of end"
+    assert min(ended.values()) > 0, "the run was too short for every kind of outcome"
     assert report["bystanders"]["tasks"] > 0
 
 
-def test_trend_tells_growth_from_noise() -> None:
+def test_trend_distinguishes_growth_from_noise() -> None:
     noise = [(float(second), 100.0 + 30 * (second % 7)) for second in range(480)]
     assert trend(noise)["verdict"] == "flat"
     assert trend([(at, number - at / 10) for at, number in noise])["verdict"] == "flat"
