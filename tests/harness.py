@@ -223,22 +223,7 @@ class HubHarness(HubDriver):
 
     def is_empty(self) -> bool:
         """Return whether the hub remembers no agent, task or connection."""
-        hub = self.hub
-        indexes = (
-            hub.directory.agents,
-            hub.directory.gone,
-            hub.directory.pools,
-            hub.directory.index,
-            hub._queues,
-            hub.tasks.open,
-            hub.tasks.delivered,
-            hub.tasks.undelivered,
-            hub._deferred,
-        )
-        return (
-            not any(map(len, (*indexes, hub._connections, hub._deadlines)))
-            and hub.tasks.bytes == hub.tasks.delivered_bytes == 0
-        )
+        return not remembered(self.hub)
 
 
 class Client(Connection):
@@ -311,6 +296,25 @@ class Client(Connection):
         """Return a new client that has resumed this agent's session."""
         fields = {"agent_id": self.agent_id, "resume": self.registration.resume, **fields}
         return self.harness.join(fields.pop("name", "back"), *capabilities, **fields)
+
+
+# Counts that never go back to zero, and what is not about agents, tasks and connections.
+NOT_REMEMBERED = {"settings", "counts", "totals", "_refusals", "_closes", "_message_bytes"}
+
+
+def remembered(holder: Any) -> dict[str, Any]:
+    """Return all non-empty indexes of a hub, and its counts of bytes that are not zero, by name."""
+    found: dict[str, Any] = {}
+    for name, value in vars(holder).items():
+        if name in NOT_REMEMBERED or isinstance(value, str):
+            continue
+        if hasattr(value, "__len__"):
+            found |= {name: value} if len(value) else {}
+        elif type(value).__module__ == Hub.__module__:
+            found |= remembered(value)
+        elif name.endswith("bytes") and value:
+            found[name] = value
+    return found
 
 
 # Every message changes the time and these counts, also one that is refused; the others belong to the step.

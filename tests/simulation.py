@@ -67,10 +67,10 @@ from agenthub import (
     decoder_from_hub,
     encode,
 )
-from tests.harness import HubDriver
+from tests.harness import HubDriver, remembered
 from tests.ledger import FINAL, TIMER_LATE_S, Connection, Ledger, Violation
 
-EVENTS = 500  # Before a run is let come to rest.
+EVENTS = 500  # Before a run comes to rest.
 HEARTBEAT_S = 2.0
 RETENTION_S = 5000.0  # Longer than a run and all the jumps of its clock forwards.
 TTLS_S = (0.3, 1.0, 3.0, 6.0, 12.0)
@@ -80,10 +80,10 @@ TRIES_TO_REST = 20_000  # Events; more without coming to rest is a violation.
 OPENED, ENDED = "opened", "ended"  # What a link carries next to messages: its beginning and its end.
 
 
-# What goes wrong in a run: how likely each action of an agent is, relative to the others. Each run does without some.
+# How likely each action of an agent is, relative to the others. Each run leaves some out.
 FAULTS = {
-    "repeat": 1.0,  # Sends a delegate again that was, or was not, acknowledged.
-    "contradict": 0.3,  # Sends another delegate under the id of one.
+    "repeat": 1.0,  # Sends a delegate again, acknowledged or not.
+    "contradict": 0.3,  # Sends another delegate with a known task_id.
     "cancel": 0.8,
     "progress": 0.5,
     "forge": 1.0,  # Sends a result of another agent's task, or of any attempt.
@@ -103,7 +103,7 @@ FAULTS = {
 
 
 class Plan:
-    """What a seed decides before anything happens."""
+    """The choices of a seed before the run begins."""
 
     def __init__(self, random: random.Random) -> None:
         self.is_journaled = random.random() < 0.7
@@ -147,7 +147,7 @@ class DiskJournal(Journal):
 
     def _lock(self) -> None:
         if self._image is not None:
-            # Copied, because a deserialized database would take up WAL, and then hide what is in that.
+            # Copied, because a deserialized database would switch to WAL, and its image would lack the log.
             with contextlib.closing(sqlite3.connect(":memory:")) as source:
                 source.deserialize(self._image)
                 source.backup(self._connected())
@@ -159,13 +159,13 @@ class DiskJournal(Journal):
 
     @property
     def syncs_each_write(self) -> bool:
-        """What SQLite itself says: 2 is FULL (https://sqlite.org/pragma.html#pragma_synchronous)."""
+        """Whether SQLite itself reports FULL, which is 2 (https://sqlite.org/pragma.html#pragma_synchronous)."""
         return bool(self._connected().execute("PRAGMA synchronous").fetchone()[0] >= 2)
 
     def write_or_fail(self, changes: Changes, clock_offset: float, steps: int) -> None:
-        """Write, but let SQLite be interrupted once, after `steps` steps of its machine, if that is before the commit.
+        """Write, but interrupt SQLite once, after `steps` steps of its machine, if that is before the commit.
 
-        An interrupted COMMIT has taken place all the same, which is so of no error that a disk gives.
+        An interrupted COMMIT takes effect all the same, unlike after any error of a disk.
         """
         database = self._connected()
         interruptions = [1]
@@ -348,6 +348,11 @@ class Life(HubDriver):
     @property
     def is_idle(self) -> bool:
         return not self._is_busy and self._changes is None
+
+    @property
+    def open_tasks(self) -> int:
+        tasks = self.hub.summary()["tasks"]
+        return int(tasks["pending"] + tasks["in_progress"])
 
     # Time.
 
@@ -785,7 +790,7 @@ class ModelAgent:
             self._send_again(task_id)
 
 
-# The whole.
+# The simulation.
 
 
 class Simulation:
@@ -805,10 +810,10 @@ class Simulation:
         self.hub_class = hub_class
         self.journal_class = journal_class
         self.now = 0.0
-        self.skew_s = 1.7e9  # What the wall clock is ahead of virtual time.
+        self.skew_s = 1.7e9  # How far the wall clock is ahead of virtual time.
         self.events = 0
         self.kills = 0
-        self.seen: collections.Counter[str] = collections.Counter()  # What came about, by a word for it.
+        self.seen: collections.Counter[str] = collections.Counter()  # How often each case came about.
         self.traffic = hashlib.blake2b(digest_size=16)
         self.is_calm = False
         self.ledger = Ledger(self.fail, grace_s=self.plan.settings.grace_s, skew_s=self.skew_s)
@@ -864,7 +869,7 @@ class Simulation:
         return self.random.choices(self._actions, cum_weights=self._cumulated)[0]
 
     def _jump(self) -> None:
-        """Set the wall clock, forwards less far in all than ended tasks are kept."""
+        """Set the wall clock; forwards by less in all than ended tasks are kept."""
         jump_s = self.random.choice((0.5, 5.0, 300.0, -0.5, -5.0, -10_000.0))
         if jump_s > 0:
             self._jumped_s += jump_s
@@ -904,7 +909,7 @@ class Simulation:
             self.after(link.down_due - self.now, self._pump_down, link)
 
     def cut(self, link: Link) -> None:
-        """Cut a connection. What is under way may still arrive at the hub in part; what it sends is lost."""
+        """Cut a connection. Some messages on their way to the hub still arrive; those from the hub are lost."""
         if link.is_broken:
             return
         self.note(f"link {link.number} is cut")
@@ -1037,7 +1042,7 @@ class Simulation:
             self.kill("soon after its start")
 
     def _surviving_image(self, journal: DiskJournal, is_power_loss: bool) -> bytes | None:
-        """Return what the disk keeps; taint the tasks and agents that a loss of power may have undone."""
+        """Return the image that the disk keeps; taint the tasks and agents that a loss of power may have undone."""
         image: bytes | None = journal.image()
         if is_power_loss and not journal.syncs_each_write:
             image = self._synced
@@ -1048,7 +1053,7 @@ class Simulation:
         return image
 
     def _strand(self, link: Link) -> None:
-        """End a connection whose hub is dead: what the kernel had may still arrive, in part."""
+        """End a connection whose hub is dead: some of the messages in the kernel still arrive."""
         link.is_attended = False
         link.up.clear()
         while link.down and self.random.random() < 0.3:
@@ -1095,7 +1100,7 @@ class Simulation:
 
     def _is_at_rest(self) -> bool:
         life = self.life
-        if life is None or not life.is_idle or life.hub.tasks.open or any(link.up for link in self.links):
+        if life is None or not life.is_idle or life.open_tasks or any(link.up for link in self.links):
             return False
         return all(
             agent.is_registered and not agent.open and not agent.results and agent.link and not agent.link.down
@@ -1110,9 +1115,9 @@ class Simulation:
             if self._queue[0][0] > until:
                 break
             self.step()
-        hub = self.life.hub if self.life else None
         waiting = {agent.name: [*agent.open, *agent.results] for agent in self.agents if not self._is_done(agent)}
-        self.fail(f"{text}: the hub has {list(hub.tasks.open) if hub else None}, agents wait for {waiting}")
+        open_tasks = self.life.open_tasks if self.life else None
+        self.fail(f"{text}: the hub has {open_tasks} open tasks, agents wait for {waiting}")
 
     def _is_done(self, agent: ModelAgent) -> bool:
         return agent.is_registered and not agent.open and not agent.results
@@ -1155,18 +1160,8 @@ class Simulation:
         self._run_until(lambda: self._queue[0][0] > until, 2 * RETENTION_S, "time does not pass")
         assert self.life is not None
         hub, journal = self.life.hub, self.life.journal
-        kept = (
-            hub.tasks.open,
-            hub.tasks.delivered,
-            hub.tasks.undelivered,
-            hub.directory.agents,
-            hub.directory.gone,
-            hub._queues,
-            hub.directory.pools,
-            hub._connections,
-        )
-        if any(kept) or len(hub.directory.index) or hub.tasks.bytes or hub.tasks.delivered_bytes:
-            self.fail(f"the hub still remembers {[list(one) for one in kept]}, {hub.tasks.bytes} bytes")
+        if left := remembered(hub):
+            self.fail(f"the hub still remembers {left}")
         rows = (0, 0) if journal is None else (journal.rows("tasks"), journal.rows("agents"))
         if rows != (0, 0):
             self.fail(f"the journal still has {rows[0]} tasks and {rows[1]} agents")
@@ -1197,7 +1192,7 @@ def _natural(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for; return 1 if a promise was broken."""
+    """Run the command line; return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Try to break the hub.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--seed", type=_natural, metavar="N", help="replay one history")

@@ -54,6 +54,7 @@ from tests.harness import Client, HubHarness, snapshot
 from tests.ledger import Entry, Ledger, Violation
 
 DISCONNECTED, INTERRUPTED, DRAINING = AgentState.DISCONNECTED, AgentState.INTERRUPTED, AgentState.DRAINING
+DISCONNECTED, INTERRUPTED, DRAINING = AgentState.DISCONNECTED, AgentState.INTERRUPTED, AgentState.DRAINING
 Picked = TypeVar("Picked")
 
 FOREVER_S = 1e6  # Longer than everything else that takes time here.

@@ -276,6 +276,11 @@ class KeepsEndedTasks(DiskJournal):
         super().write(dataclasses.replace(changes, deleted=dict(list(changes.deleted.items())[1:])), clock_offset)
 
 
+class RemembersGoneAgents(Hub):
+    def _forget_gone_agents(self) -> None:
+        pass
+
+
 class DeliversOutcomesTwiceWhileDraining(Hub):
     """A requester that drains gets the outcomes of its tasks twice."""
 
@@ -395,6 +400,7 @@ SABOTAGES: list[tuple[type, str]] = [
     (TrustsTheLastWrite, "never sent"),
     (LivesPastItsDeadline, "after its deadline"),
     (KeepsEndedTasks, "the journal still has"),
+    (RemembersGoneAgents, "the hub still remembers"),
     (DeliversOutcomesTwiceWhileDraining, "was delivered 2 times"),
     (AssignsTheNewestFirst, "which precedes it"),
     (IgnoresPriorities, "which precedes it"),
