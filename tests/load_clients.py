@@ -16,23 +16,17 @@ import json
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from agenthub import Agent, Refused, Task, TaskFailed, TaskTimeout
+from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, HANDSHAKE, PING, TEXT, frame, take_frames
 from tests.support import WAIT_S
 
 FINAL = ("completed", "failed", "timeout")
-TEXT, BINARY, CONTINUATION, CLOSE = 1, 2, 0, 8  # Opcodes, RFC 6455 §5.2.
 FLOOD_MESSAGES = 6000  # In about a second: more than the hub takes of one connection in that time.
 EARLY_S = 0.05  # How much too early a timeout may seem to come: timers and clocks have a resolution.
-UPGRADE = (
-    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
-
-
 TOO_LATE = (
     "task_over",
     "stale_attempt",
@@ -47,33 +41,6 @@ class Lost(ConnectionError):
 
 
 # The wire
-
-
-def frame(opcode: int, payload: bytes, first: int = 0x80) -> bytes:
-    """Return a client's frame. Its mask is zero, which is a mask like any other and costs nothing."""
-    length = len(payload)
-    if length < 126:
-        header = bytes((first | opcode, 0x80 | length))
-    elif length < 65_536:
-        header = bytes((first | opcode, 0xFE)) + length.to_bytes(2, "big")
-    else:
-        header = bytes((first | opcode, 0xFF)) + length.to_bytes(8, "big")
-    return header + b"\0\0\0\0" + payload
-
-
-def take_frames(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
-    """Yield opcode and payload of each whole frame, and take them out of the buffer. A hub masks and splits nothing."""
-    start = 0
-    while len(buffer) >= start + 2:
-        length, at = buffer[start + 1], start + 2
-        if length > 125:
-            wide = 2 if length == 126 else 8
-            length, at = int.from_bytes(buffer[at : at + wide], "big"), at + wide
-        if len(buffer) < at + length:
-            break
-        yield buffer[start] & 0x0F, bytes(buffer[at : at + length])
-        start = at + length
-    del buffer[:start]
 
 
 class Wire(asyncio.Protocol):
@@ -119,7 +86,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        transport.write(UPGRADE)
+        transport.write(HANDSHAKE)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -133,12 +100,12 @@ class Wire(asyncio.Protocol):
             else:
                 self.opened.set_exception(Lost(f"no WebSocket: {bytes(head)!r}"))
                 return
-        for opcode, payload in take_frames(self._buffer):
+        for opcode, payload, _ in take_frames(self._buffer):
             if opcode == TEXT:
                 self._receive(json.loads(payload))
             elif opcode == CLOSE:
                 self._close_code = int.from_bytes(payload[:2], "big")
-                self.transport.write(frame(CLOSE, payload[:2]))
+                self.transport.write(frame(payload[:2], CLOSE))
                 self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -169,7 +136,7 @@ class Wire(asyncio.Protocol):
     def send(self, **message: Any) -> None:
         """Send, unless the connection is gone or going."""
         self.sent_at = time.monotonic()
-        self.write(frame(TEXT, json.dumps(message).encode()))
+        self.write(frame(json.dumps(message).encode()))
 
     def write(self, raw: bytes) -> None:
         """Send bytes as they are, which need not be a frame."""
@@ -863,10 +830,10 @@ async def observer_life(load: LoadClients, rng: random.Random) -> None:
 NO_HANDSHAKES = (
     b"",
     b"GET / HT",
-    UPGRADE[:-2],
-    UPGRADE.replace(b"13", b"12"),
-    UPGRADE.replace(b"127.0.0.1", b"elsewhere.example"),
-    UPGRADE + frame(TEXT, b'{"type": "register"')[:9],
+    HANDSHAKE[:-2],
+    HANDSHAKE.replace(b"13", b"12"),
+    HANDSHAKE.replace(b"127.0.0.1", b"elsewhere.example"),
+    HANDSHAKE + frame(b'{"type": "register"')[:9],
     b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
     b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\n\r\nMARK",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -878,7 +845,7 @@ NO_HANDSHAKES = (
 async def half_open_life(load: LoadClients, rng: random.Random) -> None:
     """Connect without a WebSocket handshake, or send nothing after it; leave, or wait for the hub's close."""
     reader, writer = await asyncio.open_connection("127.0.0.1", load.port)
-    writer.write(rng.choice((*NO_HANDSHAKES, UPGRADE)).replace(b"MARK", load.ledger.payload(0)["marker"].encode()))
+    writer.write(rng.choice((*NO_HANDSHAKES, HANDSHAKE)).replace(b"MARK", load.ledger.payload(0)["marker"].encode()))
     with contextlib.suppress(TimeoutError, ConnectionError):
         async with asyncio.timeout(load.pace.unit_s * rng.choice((0.01, 1, 15))):
             while not load.is_over:
@@ -894,23 +861,23 @@ def garbage(marker: str, rng: random.Random) -> list[bytes]:
     marked = marker.encode()
     big = {"type": "delegate", "id": "1", "task_id": "t", "capability": "c", "input": marker + "x" * 1_100_000}
     return [
-        frame(TEXT, b'{"type": "delegate", ' + marked),
-        frame(TEXT, json.dumps({"type": marker, "id": "1"}).encode()),
-        frame(TEXT, json.dumps({"type": "delegate", "id": "1", "task_id": 7, "input": marker}).encode()),
-        frame(TEXT, json.dumps({"type": "delegate", "id": "1", "task_id": "t", "capability": "c"}).encode()),
-        frame(TEXT, b'{"type": "register", "id": "1", "name": "x", "metadata": ' + b"[" * 100_000),
-        frame(TEXT, b'{"type": "register", "id": "1", "name": "x", "metadata": {"x": NaN}}'),
-        frame(TEXT, b"\xff\xfe" + marked),
-        frame(BINARY, marked),
-        frame(CONTINUATION, marked),
-        frame(TEXT, b'{"type": "regi', first=0),  # The rest never comes.
-        frame(TEXT, json.dumps(big).encode()),
-        frame(3, marked),
-        frame(9, b"p" * 126),
-        frame(TEXT, marked, first=0xF0),
-        bytes((0x81, len(marked))) + marked,  # Not masked.
+        frame(b'{"type": "delegate", ' + marked),
+        frame(json.dumps({"type": marker, "id": "1"}).encode()),
+        frame(json.dumps({"type": "delegate", "id": "1", "task_id": 7, "input": marker}).encode()),
+        frame(json.dumps({"type": "delegate", "id": "1", "task_id": "t", "capability": "c"}).encode()),
+        frame(b'{"type": "register", "id": "1", "name": "x", "metadata": ' + b"[" * 100_000),
+        frame(b'{"type": "register", "id": "1", "name": "x", "metadata": {"x": NaN}}'),
+        frame(b"\xff\xfe" + marked),
+        frame(marked, BINARY),
+        frame(marked, CONTINUATION),
+        frame(b'{"type": "regi', fin=False),  # The rest never comes.
+        frame(json.dumps(big).encode()),
+        frame(marked, 3),
+        frame(b"p" * 126, PING),
+        frame(marked, rsv=7),
+        frame(marked, key=b""),  # Not masked.
         b"\x81\xff" + b"\x7f" * 8,
-        frame(CLOSE, b"\x03"),
+        frame(b"\x03", CLOSE),
         rng.randbytes(rng.randint(1, 3000)),
     ]
 
