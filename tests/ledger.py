@@ -19,11 +19,12 @@ from agenthub import (
     FINAL_STATES,
     AgentMessage,
     Changes,
+    Close,
+    CloseCode,
     Code,
     Delegate,
     Delegated,
     Deregister,
-    Deregistered,
     Discovered,
     Error,
     ErrorInfo,
@@ -44,6 +45,10 @@ FINAL = frozenset(state.value for state in FINAL_STATES)
 
 class Violation(AssertionError):
     """The hub broke a promise."""
+
+
+def raise_violation(text: str) -> NoReturn:
+    raise Violation(text)
 
 
 class Connection:
@@ -113,7 +118,12 @@ class Ledger:
     """The entries of all tasks, and the sessions of all agents. `fail` is called with the first broken promise."""
 
     def __init__(
-        self, fail: Callable[[str], NoReturn], *, grace_s: float, skew_s: float = 0.0, keeps_ended: bool = True
+        self,
+        fail: Callable[[str], NoReturn] = raise_violation,
+        *,
+        grace_s: float,
+        skew_s: float = 0.0,
+        keeps_ended: bool = True,
     ) -> None:
         self.fail = fail
         self.entries: dict[str, Entry] = {}
@@ -185,7 +195,7 @@ class Ledger:
                 self._count_outcome(action)
             elif isinstance(action, StatusReply) and action.task_id is not None:
                 self._note_waiting(action.task_id, action.state, action.attempt)
-            elif isinstance(action, Deregistered):
+            elif isinstance(action, Close) and action.code == CloseCode.DONE:  # It has deregistered.
                 self._resumable.pop(to.session or "", None)
         self._check_deliveries([action for _, action in effects if isinstance(action, Delegated)], at, state_of)
 

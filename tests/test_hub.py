@@ -60,6 +60,7 @@ from agenthub import (
     encode,
 )
 from tests.harness import Client, HubHarness, rank_of, snapshot
+from tests.ledger import Ledger
 
 ROOT = Path(agenthub.__file__).parent
 
@@ -1656,7 +1657,8 @@ def test_gone_agent_that_nothing_needs_is_dropped_at_the_end_of_its_grace_time()
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_left_of_agents_and_tasks_that_have_come_and_gone(seed: int) -> None:
-    world = HubHarness(grace_s=20.0, retention_s=60.0, message_bytes_max=4096)
+    ledger = Ledger(grace_s=20.0, keeps_ended=False)
+    world = HubHarness(ledger=ledger, grace_s=20.0, retention_s=60.0, message_bytes_max=4096)
     chaos(world, random.Random(seed), 1500)
     for program in list(world.clients.values()):
         if program.registration is not None and seed % 2:

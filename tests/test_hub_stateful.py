@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, seed, settings
@@ -51,7 +51,7 @@ from agenthub import (
     TaskState,
 )
 from tests.harness import Client, HubHarness, snapshot
-from tests.ledger import Entry, Ledger, Violation
+from tests.ledger import Entry, Ledger
 
 DISCONNECTED, INTERRUPTED, DRAINING = AgentState.DISCONNECTED, AgentState.INTERRUPTED, AgentState.DRAINING
 DISCONNECTED, INTERRUPTED, DRAINING = AgentState.DISCONNECTED, AgentState.INTERRUPTED, AgentState.DRAINING
@@ -79,7 +79,7 @@ class HubMachine(RuleBasedStateMachine):
     )
     def start(self, joined: list[tuple[list[str], int]], **options: float) -> None:
         self.options = options
-        self.ledger = Ledger(fail, grace_s=options["grace_s"], keeps_ended=options["retention_s"] == FOREVER_S)
+        self.ledger = Ledger(grace_s=options["grace_s"], keeps_ended=options["retention_s"] == FOREVER_S)
         self.harness = HubHarness(**options, ledger=self.ledger)
         self.states: dict[str, TaskState] = {}  # Of all tasks that the hub has accepted, after the last step.
         self.ended_unseen: set[str] = set()  # Tasks that ended while their requester was not online.
@@ -581,10 +581,6 @@ def may_take(agent: AgentRecord, task: TaskRecord) -> bool:
     if task.request.capability is not None and task.request.capability not in agent.capabilities:
         return False
     return task.request.agent_id is not None or task.requester is not agent
-
-
-def fail(text: str) -> NoReturn:
-    raise Violation(text)
 
 
 SEEDS = int(os.environ.get("HUB_SEEDS", "16"))

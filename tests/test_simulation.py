@@ -277,8 +277,9 @@ class KeepsEndedTasks(DiskJournal):
 
 
 class RemembersGoneAgents(Hub):
-    def _forget_gone_agents(self) -> None:
-        pass
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.directory.forget_unneeded = lambda: None  # type: ignore[method-assign]
 
 
 class DeliversOutcomesTwiceWhileDraining(Hub):
