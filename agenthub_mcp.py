@@ -957,6 +957,38 @@ def name_of(client: mcp.Client, words: list[str]) -> str:
     return (client.server_info.name if client.server_info is not None else "")[:128] or Path(words[0]).name
 
 
+class AgentSeries:
+    """Makes agents for many capabilities: another one when the latest may not have one more."""
+
+    def __init__(self, name: str, max_tasks: int, url: str | None) -> None:
+        self.agents: list[agenthub.Agent] = []
+        self._name = name
+        self._max_tasks = max_tasks
+        self._url = url
+        self._bytes = self._schema_bytes = self._capabilities = 0  # What the latest may still have.
+
+    def agent_for(self, offered: agenthub.Capability) -> agenthub.Agent:
+        """Return the agent to offer a capability. Raises ValueError or InvalidMessage if none may have it."""
+        raw = agenthub.encode(agenthub.Register(name="tools", capabilities=[offered]))
+        agenthub.decoder_from_agent()(raw)
+        schema_bytes = agenthub.schemas_bytes([offered])
+        if schema_bytes > agenthub.SCHEMAS_BYTES_MAX:
+            raise ValueError(f"its schemas are larger than {agenthub.SCHEMAS_BYTES_MAX} bytes together")
+        if self._bytes < len(raw) or self._schema_bytes < schema_bytes or self._capabilities == 0:
+            self._add_agent()
+        self._bytes -= len(raw)
+        self._schema_bytes -= schema_bytes
+        self._capabilities -= 1
+        return self.agents[-1]
+
+    def _add_agent(self) -> None:
+        number = f"-{len(self.agents) + 1}" if self.agents else ""
+        name, about = f"{self._name[:120]}{number}", f"The tools of the MCP server {self._name}"
+        self.agents.append(agenthub.Agent(name, description=about, url=self._url, max_tasks=self._max_tasks))
+        self._bytes, self._schema_bytes = REGISTER_BYTES_MAX, agenthub.SCHEMAS_BYTES_MAX
+        self._capabilities = CAPABILITIES_MAX
+
+
 def tool_agents(
     client: mcp.Client,
     tools: Iterable[mcp_types.Tool],
@@ -972,41 +1004,27 @@ def tool_agents(
     A tool that exceeds a limit of the protocol is left out, with a warning. `ended` is set when the server has exited.
     Raises CommandFailed if no tool is left.
     """
-    agents: list[agenthub.Agent] = []
-    taken: set[str] = set()
-    bytes_left = schema_bytes_left = capabilities_left = 0
     try:
         agenthub.check_text("name", name[:120], agenthub.VISIBLE_PATTERN)
     except ValueError:
         name = agenthub.slugify(name, 120) or "tools"
+    series = AgentSeries(name, max_tasks, url)
+    taken: set[str] = set()
     for tool in tools:
         description = (tool.description or "")[:4096]
         offered = agenthub.Capability(f"{prefix}{tool.name}", description, tool.input_schema, tool.output_schema)
         try:
             if offered.name in taken:
                 raise ValueError("another one has that name")
-            raw = agenthub.encode(agenthub.Register(name="tools", capabilities=[offered]))
-            agenthub.decoder_from_agent()(raw)
-            schema_bytes = agenthub.schemas_bytes([offered])
-            if schema_bytes > agenthub.SCHEMAS_BYTES_MAX:
-                raise ValueError(f"its schemas are larger than {agenthub.SCHEMAS_BYTES_MAX} bytes together")
+            agent = series.agent_for(offered)
         except (ValueError, agenthub.InvalidMessage) as error:
             log.warning("the tool %s is left out: %s", shorten(tool.name, NAME_CHARS_MAX), escape(str(error)))
             continue
         taken.add(offered.name)
-        if bytes_left < len(raw) or schema_bytes_left < schema_bytes or capabilities_left == 0:
-            number = f"-{len(agents) + 1}" if agents else ""
-            about = f"The tools of the MCP server {name}"
-            agents.append(agenthub.Agent(f"{name[:120]}{number}", description=about, url=url, max_tasks=max_tasks))
-            bytes_left, schema_bytes_left = REGISTER_BYTES_MAX, agenthub.SCHEMAS_BYTES_MAX
-            capabilities_left = CAPABILITIES_MAX
-        bytes_left -= len(raw)
-        schema_bytes_left -= schema_bytes
-        capabilities_left -= 1
-        add_tool(agents[-1], client, tool.name, offered, ended)
-    if not agents:
+        add_tool(agent, client, tool.name, offered, ended)
+    if not series.agents:
         raise agenthub.CommandFailed("it has no tools that the hub accepts")
-    return agents
+    return series.agents
 
 
 def add_tool(
