@@ -7540,34 +7540,35 @@ class TaskHandle:
         Raises TaskFailed (with the hub's `code`; `hub_lost` if the hub no longer knows the task), TaskTimeout if it did
         not end within its ttl, Disconnected if the agent was stopped, TimeoutError after `timeout_s`.
         """
-        async with contextlib.nullcontext() if timeout_s is None else asyncio.timeout(timeout_s):
-            while self._outcome is None:
-                await self._news.wait()
-        end = self._outcome
-        if isinstance(end, AgentHubError):
-            raise end
-        if end.success:
-            return end.output
-        error = end.error or ErrorInfo(Code.FAILED)
-        if end.state == TaskState.TIMEOUT:
+        if timeout_s is None:
+            outcome = await self._wait()
+        else:
+            async with asyncio.timeout(timeout_s):
+                outcome = await self._wait()
+        if isinstance(outcome, AgentHubError):
+            raise outcome
+        if outcome.success:
+            return outcome.output
+        error = outcome.error or ErrorInfo(Code.FAILED)
+        if outcome.state == TaskState.TIMEOUT:
             raise TaskTimeout(error.message, task_id=self.task_id)
         raise TaskFailed(error.message, code=error.code, task_id=self.task_id)
 
     @property
     def outcome(self) -> TaskOutcome | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
-        end = self._outcome
-        if end is None or isinstance(end, TaskOutcome):
-            return end
-        if isinstance(end, Disconnected):
+        outcome = self._outcome
+        if outcome is None or isinstance(outcome, TaskOutcome):
+            return outcome
+        if isinstance(outcome, Disconnected):
             return None
         return TaskOutcome(  # The hub has forgotten it, could not be asked, or did not accept it again.
             task_id=self.task_id,
             sender=None,
             success=False,
-            state=TaskState.TIMEOUT if isinstance(end, TaskTimeout) else TaskState.FAILED,
+            state=TaskState.TIMEOUT if isinstance(outcome, TaskTimeout) else TaskState.FAILED,
             output=None,
-            error=ErrorInfo(end.code, end.message),
+            error=ErrorInfo(outcome.code, outcome.message),
             attempt=0,
         )
 
@@ -7607,6 +7608,11 @@ class TaskHandle:
 
     def __aiter__(self) -> AsyncIterator[Progress]:
         return self._follow()
+
+    async def _wait(self) -> TaskOutcome | AgentHubError:
+        while self._outcome is None:
+            await self._news.wait()
+        return self._outcome
 
     async def _follow(self) -> AsyncIterator[Progress]:
         while True:
