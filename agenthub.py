@@ -2325,11 +2325,10 @@ class Directory:
             return
         agent = self.agents.get(message.agent_id)
         if agent is None or agent.state not in TARGET_STATES:
-            text = f'agent {quoted(message.agent_id)} is not online; choose one with discover, or set "wait"'
+            text = 'no online agent has that agent_id; discover one, or set "wait"'
             raise Refused(text, code=Code.UNKNOWN_AGENT)
         if message.capability is not None and message.capability not in agent.capabilities:
-            text = f"agent {quoted(message.agent_id)} does not offer {quoted(message.capability)}"
-            raise Refused(text, code=Code.NO_AGENT)
+            raise Refused(f"that agent does not offer {quoted(message.capability)}", code=Code.NO_AGENT)
 
     def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
         """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
@@ -3348,7 +3347,10 @@ def schemas_bytes(offered: Iterable[Capability]) -> int:
 
 
 def quoted(name: str) -> str:
-    """Return a name in quotes for an error text, shortened because a reply has a limit too."""
+    """Return the name of a capability in quotes, for an error text; shortened, because a reply has a limit too.
+
+    Nothing else that came in is quoted in an error: it might be a secret in the wrong field.
+    """
     return f'"{name}"' if len(name) <= 48 else f'"{name[:47]}…"'
 
 

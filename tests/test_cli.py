@@ -862,7 +862,7 @@ def test_call_of_one_agent(url: str, capsys: pytest.CaptureFixture[str]) -> None
     assert agenthub_main("call", "echo", "1", "--agent", agent["agent_id"]) == 0
     assert capsys.readouterr().out == "1\n"
     assert agenthub_main("call", "echo", "1", "--agent", "nobody") == 1
-    assert complaint_of(capsys) == 'agenthub: agent "nobody" is not online; choose one with discover, or set "wait"\n'
+    assert complaint_of(capsys) == 'agenthub: no online agent has that agent_id; discover one, or set "wait"\n'
 
 
 def test_call_of_what_nobody_can_do_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:

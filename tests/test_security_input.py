@@ -558,7 +558,6 @@ ECHOES = [
     f'{{"type": "register", "name": "n", "agent_id": "{MARK} "}}',
     f'{{"type": "delegate", "task_id": "t", "input": {{"{MARK}": NaN}}}}',
     f'{{"type": "delegate", "task_id": "t", "ttl": "{MARK}"}}',
-    f'{{"type": "delegate", "task_id": "t", "capability": "{MARK}"}}',
     f'{{"type": "delegate", "task_id": "t", "agent_id": "{MARK}"}}',
     f'{{"type": "delegate", "task_id": "t", "agent_id": "a", "parent_id": "{MARK}"}}',
     f'{{"type": "result", "task_id": "t", "success": false, "error": {{"code": "{MARK}\\n"}}}}',
@@ -577,6 +576,20 @@ async def test_error_never_says_what_it_was_given(scene: Scene) -> None:
             assert MARK not in json.dumps(reply), text
             codes.append(reply["code"])
     await scene.nobody_noticed(refused={code: codes.count(code) for code in codes}, closed={"1000": 1})
+
+
+async def test_error_names_a_capability_that_nobody_offers_and_only_the_start_of_a_long_one(scene: Scene) -> None:
+    """The only thing that an error repeats: a name without control characters, and at most 48 characters of it."""
+    texts = []
+    async with raw_client(scene.server.url) as client:
+        await client.register("odd")
+        for name in (MARK, MARK + "\U0001f600" * (128 - len(MARK)), f"{MARK}\x1b[31m", f"{MARK}\u202e"):
+            reply = await client.request(type="delegate", task_id="t", capability=name)
+            texts.append(reply["message"] if reply["code"] == "no_agent" else reply["code"])
+    shortened = MARK + "\U0001f600" * (47 - len(MARK)) + "\u2026"
+    offers = 'no online agent offers "{}"; start one, or set "wait"'
+    assert texts == [offers.format(MARK), offers.format(shortened), "invalid_message", "invalid_message"]
+    await scene.nobody_noticed(refused={"no_agent": 2, "invalid_message": 2}, closed={"1000": 1})
 
 
 # 12. Numbers, and the wall clock.
