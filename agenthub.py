@@ -1656,8 +1656,9 @@ class LazyHeap(Generic[Item]):
 # whatever is iterated is a dict or a list, never a set.
 #
 # A message is handled in one order: check everything that may refuse it (Refused, and nothing has
-# changed), change the state, reply with the new state, then do what follows from it. Whoever adds
-# a message writes an `_on_…` method of that shape, and an entry in `_RECEIVERS`.
+# changed), change the state, reply with the new state, then do what follows from it. To add a
+# message, write an `_on_…` method of that shape, and an entry in `_RECEIVERS`; to add a state, a
+# row of its table; to add a limit, a field of HubSettings and a check that raises Refused.
 #
 # The life of a task is TRANSITIONS. What the table does not show:
 # - A pending task waits in the queue of its target (an agent_id, a capability, or both). It is in
@@ -1758,13 +1759,13 @@ class HubSettings:
 
 
 class Close(NamedTuple):
-    """Close a connection, after what was sent before."""
+    """Close a connection after all that was sent on it before."""
 
     code: int
     reason: str
 
 
-# An effect is a connection and what to do with it: send a message, or close it. One message object may go to many.
+# An effect is a link, and the message to send on it or its Close. One message object may go to many links.
 Effect = tuple[Any, HubOutput | Close]
 
 
@@ -1816,7 +1817,7 @@ class TaskRecord:
         return TaskAck(reply_to=reply_to, task_id=self.task_id, state=self.state, attempt=self.attempt)
 
     def delivery(self, worker: AgentRecord, now: float) -> Delegated:
-        """Return what its worker gets, with the time to live that is left."""
+        """Return the message that hands it to a worker, with the time to live that is left."""
         request = self.request
         return Delegated(
             task_id=request.task_id,
@@ -1832,7 +1833,7 @@ class TaskRecord:
         )
 
     def progress_report(self) -> StatusReply:
-        """Return what its requester gets when its assignee reports progress."""
+        """Return the message that passes its progress on to its requester."""
         return StatusReply(
             task_id=self.task_id,
             state=self.state,
@@ -1874,7 +1875,7 @@ class TaskRecord:
         }
 
     def row(self) -> TaskRow:
-        """Return what a journal keeps of it: all but its progress."""
+        """Return its row for a journal: everything but its progress."""
         return TaskRow(
             sequence=self.sequence,
             requester=self.requester.agent_id,
@@ -1944,7 +1945,7 @@ class AgentRecord:
         )
 
     def row(self) -> AgentRow:
-        """Return what a journal keeps of it."""
+        """Return its row for a journal."""
         register = Register(
             name=self.name,
             description=self.description,
@@ -1968,7 +1969,7 @@ class Connection:
 
 
 class AgentRow(NamedTuple):
-    """What a journal keeps of an agent: its registration, without the secret.
+    """An agent as a journal keeps it: its registration, and only the hash of its secret.
 
     `there` is false once it is gone, `departed` is true if that is because it deregistered. Other states do not
     outlive the hub: to the next one, every agent that is not gone is disconnected.
@@ -1982,7 +1983,7 @@ class AgentRow(NamedTuple):
 
 
 class TaskRow(NamedTuple):
-    """What a journal keeps of a task. Times are in seconds of the hub's clock; `end` is there if it has ended."""
+    """A task as a journal keeps it. Times are in seconds of the hub's clock; `end` is None unless it has ended."""
 
     sequence: int
     requester: str
@@ -2227,12 +2228,12 @@ def trigrams(text: str) -> dict[str, None]:
 
 
 class Directory:
-    """The agents that the hub knows, and what finds one of them: for a task, and for `discover`.
+    """The agents that the hub knows, with the indexes that find one for a task and for `discover`.
 
     An agent that is online or disconnected is a member of the pool of each of its capabilities and is in the index of
     `discover`; one that is draining, interrupted or gone is in neither. A pool lists those of its members that can take
     a task under their load. `transition` and `describe` keep that true, and `update_load` does after each change of
-    what an agent is running.
+    an agent's `running`.
     """
 
     def __init__(self, *, is_journaled: bool) -> None:
@@ -2262,7 +2263,7 @@ class Directory:
             self.gone.pop(agent.agent_id, None)
 
     def describe(self, agent: AgentRecord, message: Register, running_max: int) -> None:
-        """Make an agent what its registration says it is."""
+        """Apply a registration to its agent, and list the agent under its capabilities."""
         self._leave_pools(agent)
         offered = [Capability(one) if isinstance(one, str) else one for one in message.capabilities]
         agent.name, agent.description = message.name, message.description
@@ -2294,7 +2295,7 @@ class Directory:
         self.mark(agent, is_kept=False)
 
     def update_load(self, agent: AgentRecord) -> None:
-        """List an agent in its pools under what it has to do now."""
+        """List an agent in its pools under its present load."""
         old, new = agent.load, len(agent.running) if agent.is_available else None
         if new != old:
             for pool in agent.pools:
@@ -2302,7 +2303,10 @@ class Directory:
             agent.load = new
 
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
-        """Return an agent that can take a task now: one to avoid only if there is no other, never its requester."""
+        """Return an agent that can take a task now: the one to avoid only as a last choice.
+
+        A task by capability never goes to its own requester; one that names an agent may.
+        """
         agent_id, capability = task.target
         if agent_id is None:
             pool = self.pools.get(capability or "")
@@ -2315,7 +2319,7 @@ class Directory:
         return agent if capability is None or capability in agent.capabilities else None
 
     def check_target(self, requester: AgentRecord, message: Delegate) -> None:
-        """Refuse a task for which there is no agent, online or in its grace period."""
+        """Refuse a task that no agent offers which is online or in its grace period."""
         if message.agent_id is None:
             pool = self.pools.get(message.capability or "")
             others = len(pool.members) - (requester.agent_id in pool.members) if pool is not None else 0
@@ -2372,7 +2376,7 @@ class Directory:
 
 
 class TaskTable:
-    """The records of all tasks, each in one of three dictionaries, with what they add up to.
+    """The records of all tasks, each in one of three dictionaries, with their counts and sizes.
 
     `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
     outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
@@ -2599,7 +2603,7 @@ class Hub:
         message_bytes: int = 0,
         refusal: Refused | None = None,
     ) -> Step:
-        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read.
+        """Handle a message of `message_bytes` bytes, or the error of one that could not be decoded.
 
         With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
         """
@@ -2620,7 +2624,7 @@ class Hub:
         return self._take_step()
 
     def failed(self, link: Hashable, reply_to: str | None) -> Step:
-        """Answer a message whose handling has raised an unexpected exception; what it did before that stays done."""
+        """Answer a message whose handling raised an unexpected exception; its effects until then are kept."""
         text = "the hub failed while it handled this message; its log has the traceback"
         self._effects.append((link, Error(reply_to=reply_to, code=Code.INTERNAL, message=text)))
         return self._take_step()
@@ -2634,7 +2638,7 @@ class Hub:
         return self._take_step()
 
     def tick(self, now: float) -> Step:
-        """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
+        """Handle what is due: at most TICK_BATCH deadlines, after which next_deadline() may be past again."""
         self._advance(now)
         for _ in range(TICK_BATCH):
             due = self._deadlines.first()
@@ -2691,7 +2695,7 @@ class Hub:
             "journal": ("full" if self.is_full else "ok") if self._is_journaled else "none",
         }
 
-    # Steps, and what survives a restart.
+    # Steps, and restarts.
 
     def _take_step(self) -> Step:
         """Return the effects and changes since the last step."""
@@ -2709,7 +2713,7 @@ class Hub:
         return changes
 
     def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
-        """Continue from what a journal has kept, before anything else happens. Each agent gets a new grace period.
+        """Continue from the rows of a journal, before any other call. Each agent gets a new grace period.
 
         Outcomes of tasks that ended after `redeliver_after` are delivered again: the last ones may have been lost with
         the hub.
@@ -2978,13 +2982,13 @@ class Hub:
         return task.ack()
 
     def _task_report(self, task: TaskRecord, viewer: AgentRecord | None, reply_to: str | None) -> StatusReply:
-        """Return what the viewer may know of a task, as much as fits into one message: the output always does."""
-        whole = StatusReply(reply_to=reply_to, **task.info_fields(self._now), seq=task.seq or None)
+        """Return what the viewer may see of a task, as much as fits into one message: its output always does."""
+        full = StatusReply(reply_to=reply_to, **task.info_fields(self._now), seq=task.seq or None)
         if viewer is None or viewer not in (task.requester, task.assignee):
-            return whole
-        whole.input, whole.detail, whole.output, whole.error = task.request.input, task.detail, task.output, task.error
-        lean = dataclasses.replace(whole, input=None, detail=None)
-        for report in (whole, lean):
+            return full
+        full.input, full.detail, full.output, full.error = task.request.input, task.detail, task.output, task.error
+        lean = dataclasses.replace(full, input=None, detail=None)
+        for report in (full, lean):
             if task.bytes <= self._small_bytes_max or len(encode(report)) <= self.settings.message_bytes_max:
                 return report
         return StatusReply(
@@ -3083,7 +3087,7 @@ class Hub:
             tasks.make_room(needed)
 
     def _place(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> AgentRecord | None:
-        """Assign a pending task to a free agent, one to avoid only if there is no other, or let it wait.
+        """Assign a pending task to a free agent, the one to avoid only as a last choice, or let it wait.
 
         Return the agent, to which the task is still to be handed out. A task whose deadline has come, and that `tick`
         is about to end, is given to nobody.
@@ -3267,7 +3271,7 @@ class Hub:
     # What the others share.
 
     def _acknowledge(self, connection: Connection, message: Delegate | Result, task: TaskRecord) -> None:
-        """Answer a message with the state that it has led to, before what follows from that."""
+        """Reply to a message with the new state of its task, before the effects that follow from that."""
         if message.id is not None:
             self._send(connection, task.ack(message.id))
 
@@ -3323,7 +3327,7 @@ class Hub:
 
 
 def hash_of(secret: str) -> str:
-    """Return the SHA-256 of a secret, in hex: what is kept of it, and compared. Any text has one."""
+    """Return the SHA-256 of a secret, in hex, which is kept and compared instead of it. Any text has one."""
     return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
 
 
@@ -3366,7 +3370,7 @@ def error_info(error: str | ErrorInfo | None) -> ErrorInfo:
 
 
 def same_content(one: Delegate, other: Delegate) -> bool:
-    """Tell whether two delegates ask for the same: all fields but the id, as JSON (1 is neither 1.0 nor true)."""
+    """Return whether two delegates are the same task: all fields but the id, as JSON (1 is neither 1.0 nor true)."""
 
     def content(message: Delegate) -> str:
         fields = {name: getattr(message, name) for name in Delegate.__slots__ if name != "id"}
@@ -5914,7 +5918,7 @@ class GroupCommit:
                 link.pause_reading(PauseReason.JOURNAL)
 
     async def close(self, within_s: float) -> None:
-        """Write what is left, for at most `within_s` seconds, and close the journal."""
+        """Write the changes that are left, for at most `within_s` seconds, and close the journal."""
         await self.flush(within_s)
         if not self._idle.is_set():
             log_hub.error("the journal could not be written; the changes that it lacks were not acknowledged either")

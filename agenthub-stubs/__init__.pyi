@@ -605,7 +605,7 @@ class HubSettings:
         """How long a connection may be silent before it is closed."""
 
 class Close(NamedTuple):
-    """Close a connection, after what was sent before."""
+    """Close a connection after all that was sent on it before."""
 
     code: int
     reason: str
@@ -651,14 +651,14 @@ class TaskRecord:
         """Whether it waits for the agent it names when that one is lost before it could start."""
     def ack(self, reply_to: str | None = None) -> TaskAck: ...
     def delivery(self, worker: AgentRecord, now: float) -> Delegated:
-        """Return what its worker gets, with the time to live that is left."""
+        """Return the message that hands it to a worker, with the time to live that is left."""
     def progress_report(self) -> StatusReply:
-        """Return what its requester gets when its assignee reports progress."""
+        """Return the message that passes its progress on to its requester."""
     def outcome(self) -> TaskOutcome: ...
     def info_fields(self, now: float) -> dict[str, Any]:
         """Return the fields that TaskInfo and StatusReply share."""
     def row(self) -> TaskRow:
-        """Return what a journal keeps of it: all but its progress."""
+        """Return its row for a journal: everything but its progress."""
 
 @dataclass(slots=True, eq=False, repr=False)
 class AgentRecord:
@@ -695,7 +695,7 @@ class AgentRecord:
     @property
     def info(self) -> AgentInfo: ...
     def row(self) -> AgentRow:
-        """Return what a journal keeps of it."""
+        """Return its row for a journal."""
 
 @dataclass(slots=True, eq=False, repr=False)
 class Connection:
@@ -708,7 +708,7 @@ class Connection:
     wrong_secrets: int = ...
 
 class AgentRow(NamedTuple):
-    """What a journal keeps of an agent: its registration, without the secret.
+    """An agent as a journal keeps it: its registration, and only the hash of its secret.
 
     `there` is false once it is gone, `departed` is true if that is because it deregistered. Other states do not
     outlive the hub: to the next one, every agent that is not gone is disconnected.
@@ -721,7 +721,7 @@ class AgentRow(NamedTuple):
     departed: bool = ...
 
 class TaskRow(NamedTuple):
-    """What a journal keeps of a task. Times are in seconds of the hub's clock; `end` is there if it has ended."""
+    """A task as a journal keeps it. Times are in seconds of the hub's clock; `end` is None unless it has ended."""
 
     sequence: int
     requester: str
@@ -813,12 +813,12 @@ class CapabilityIndex:
         """Return the rank of each agent that matches a keyword in lower case: 0 is best, 3 a word of a description."""
 
 class Directory:
-    """The agents that the hub knows, and what finds one of them: for a task, and for `discover`.
+    """The agents that the hub knows, with the indexes that find one for a task and for `discover`.
 
     An agent that is online or disconnected is a member of the pool of each of its capabilities and is in the index of
     `discover`; one that is draining, interrupted or gone is in neither. A pool lists those of its members that can take
     a task under their load. `transition` and `describe` keep that true, and `update_load` does after each change of
-    what an agent is running.
+    an agent's `running`.
     """
 
     agents: dict[str, AgentRecord]
@@ -832,25 +832,28 @@ class Directory:
     def transition(self, agent: AgentRecord, event: AgentEvent) -> None:
         """Take one step of the table. Nothing else assigns an agent's state; pools and index follow it here."""
     def describe(self, agent: AgentRecord, message: Register, running_max: int) -> None:
-        """Make an agent what its registration says it is."""
+        """Apply a registration to its agent, and list the agent under its capabilities."""
     def restore(self, row: AgentRow, running_max: int) -> AgentRecord:
         """Add an agent that a journal has kept."""
     def forget_unneeded(self) -> None:
         """Drop those that are gone and that nothing needs any more."""
     def forget(self, agent: AgentRecord) -> None: ...
     def update_load(self, agent: AgentRecord) -> None:
-        """List an agent in its pools under what it has to do now."""
+        """List an agent in its pools under its present load."""
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
-        """Return an agent that can take a task now: one to avoid only if there is no other, never its requester."""
+        """Return an agent that can take a task now: the one to avoid only as a last choice.
+
+        A task by capability never goes to its own requester; one that names an agent may.
+        """
     def check_target(self, requester: AgentRecord, message: Delegate) -> None:
-        """Refuse a task for which there is no agent, online or in its grace period."""
+        """Refuse a task that no agent offers which is online or in its grace period."""
     def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
         """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
         were looked at.
         """
 
 class TaskTable:
-    """The records of all tasks, each in one of three dictionaries, with what they add up to.
+    """The records of all tasks, each in one of three dictionaries, with their counts and sizes.
 
     `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
     outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
@@ -933,16 +936,16 @@ class Hub:
         message_bytes: int = 0,
         refusal: Refused | None = None,
     ) -> Step:
-        """Handle what came in: a message of `message_bytes` bytes, or the error of one that could not be read.
+        """Handle a message of `message_bytes` bytes, or the error of one that could not be decoded.
 
         With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
         """
     def failed(self, link: Hashable, reply_to: str | None) -> Step:
-        """Answer a message whose handling has raised an unexpected exception; what it did before that stays done."""
+        """Answer a message whose handling raised an unexpected exception; its effects until then are kept."""
     def disconnected(self, link: Hashable, now: float, code: int = 1006) -> Step:
         """Remove a lost connection. Its agent's session is kept for the grace period."""
     def tick(self, now: float) -> Step:
-        """Do what has come due: at most TICK_BATCH deadlines, so that next_deadline() may be past again."""
+        """Handle what is due: at most TICK_BATCH deadlines, after which next_deadline() may be past again."""
     def redeliver(self, task_id: str, now: float) -> Step:
         """Redeliver an outcome that was not sent because the requester disconnected."""
     def next_deadline(self) -> float:
@@ -955,7 +958,7 @@ class Hub:
     def summary(self) -> dict[str, Any]:
         """Return what `status` reports of the hub itself."""
     def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
-        """Continue from what a journal has kept, before anything else happens. Each agent gets a new grace period.
+        """Continue from the rows of a journal, before any other call. Each agent gets a new grace period.
 
         Outcomes of tasks that ended after `redeliver_after` are delivered again: the last ones may have been lost with
         the hub.
@@ -1459,7 +1462,7 @@ class GroupCommit:
     def charge(self, link: Link, cost: int) -> None:
         """Charge a link for a message. If it has cost much during one write, it is not read until that is done."""
     async def close(self, within_s: float) -> None:
-        """Write what is left, for at most `within_s` seconds, and close the journal."""
+        """Write the changes that are left, for at most `within_s` seconds, and close the journal."""
     async def flush(self, within_s: float) -> None:
         """Return when nothing is held any more, or after `within_s` seconds."""
     @property
