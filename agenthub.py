@@ -1155,7 +1155,8 @@ def codec() -> PydanticCodec | BuiltinCodec:
 def parse_json(raw: bytes) -> Any:
     """Return the JSON in some bytes; raise ValidationError if they hold none.
 
-    Stricter than `json.loads`, as Pydantic is: no NaN, no half of a surrogate pair, no number of thousands of digits.
+    Stricter than `json.loads`, as Pydantic is: no half of a surrogate pair, no number of thousands of digits. Like it,
+    this reads NaN and the infinities, so that the reason of a rejection can name their field.
     """
     try:
         if b"\\" in raw and SURROGATE.search(SURROGATE_PAIR.sub(b"", raw.replace(b"\\\\", b"  "))):
@@ -1175,8 +1176,13 @@ def has_long_number(raw: bytes) -> bool:
     )
 
 
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number in JSON")
+def refuse_constants(raw: bytes) -> None:
+    """Raise ValidationError if some JSON holds NaN or an infinity, also in a field that no message has."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValidationError(f"Invalid JSON: {constant} is not a number in JSON")
+
+    json.loads(raw, parse_constant=refuse)
 
 
 def _parse_number(convert: Callable[[str], float], text: str) -> float:
@@ -1185,11 +1191,9 @@ def _parse_number(convert: Callable[[str], float], text: str) -> float:
     return convert(text)
 
 
-parse_numbers = json.JSONDecoder(parse_constant=_refuse_constant).decode
+parse_numbers = json.JSONDecoder().decode
 parse_long_numbers = json.JSONDecoder(
-    parse_int=functools.partial(_parse_number, int),
-    parse_float=functools.partial(_parse_number, float),
-    parse_constant=_refuse_constant,
+    parse_int=functools.partial(_parse_number, int), parse_float=functools.partial(_parse_number, float)
 ).decode
 
 
@@ -1202,12 +1206,13 @@ def decoder(union: Any, id_field: str, depth_max: int) -> Callable[[bytes], Any]
         try:
             message = parse(raw)
             # Looking for one byte is much faster, and settles most cases.
-            if (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw):
-                parse_json(raw)
+            has_constant = (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw)
             is_deep = nests_deeper_than(raw, depth_max)
             name = payloads[type(message)]
             if name is not None and type(payload := getattr(message, name)) not in SCALARS:
-                check_payload(name, payload, raw, is_deep)
+                check_payload(name, payload, raw, is_deep or has_constant)
+            if has_constant:
+                refuse_constants(raw)
             if is_deep:
                 raise ValidationError(f"a field is nested more than {DEPTH_MAX} deep", "message")
             return message
@@ -1276,12 +1281,13 @@ NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
 
 
-def check_payload(name: str, value: Any, raw: bytes, is_deep: bool) -> None:
+def check_payload(name: str, value: Any, raw: bytes, is_suspect: bool) -> None:
     """Raise ValidationError if the payload in field `name` of the message `raw` is not JSON that every language reads.
 
-    Walking through a few values, or through a few long strings, is faster than looking at their bytes.
+    `is_suspect` tells that its depth, or a number that is not finite, may be wrong. Walking through a few values, or
+    through a few long strings, is faster than looking at their bytes.
     """
-    if is_deep or raw.count(b",", 0, 1024) < 25 or may_hold_large_number(raw):
+    if is_suspect or raw.count(b",", 0, 1024) < 25 or may_hold_large_number(raw):
         try:
             check_json(value)
         except ValidationError as error:

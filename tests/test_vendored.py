@@ -69,7 +69,7 @@ def call(url: str, capability: str) -> subprocess.CompletedProcess[str]:
             cwd=ROOT,
             timeout=WAIT_S,
         )
-        if "no agent with that capability" not in done.stderr or time.monotonic() > last:
+        if "no online agent offers" not in done.stderr or time.monotonic() > last:
             return done
 
 
