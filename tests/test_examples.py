@@ -117,6 +117,7 @@ def test_requester_may_come_before_the_agent() -> None:
         assert caller.communicate(timeout=WAIT_S) == (printed, "")
 
 
+@pytest.mark.long
 def test_class_style_within_the_hub() -> None:
     options = arguments("03_class_style.py", "python -m agenthub hub")[3:]
     with hub_process(*options, stderr=subprocess.PIPE) as (url, hub):
@@ -294,6 +295,7 @@ async def test_what_the_page_says_can_be_asked_is_done(
     assert names == set(re.findall(r"`((?:\w+_)?(?:agents|status|tasks?|message|result))`", CLAUDE_PAGE))
 
 
+@pytest.mark.long
 async def test_tools_of_an_mcp_server_are_put_on_the_hub(claude_hub: tuple[str, subprocess.Popen[str]]) -> None:
     mcp = pytest.importorskip("mcp")
     url, hub = claude_hub

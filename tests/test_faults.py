@@ -25,7 +25,7 @@ from tests.support import WAIT_S, RawClient, raw_client, running
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL, SIGSTOP and SIGCONT")
 
 RETRIES_MAX = 100
-RUNS = [(3, 800), pytest.param(20, 5000, marks=pytest.mark.long)]  # Kills and tasks of a run.
+RUNS = [(3, 400), pytest.param(20, 5000, marks=pytest.mark.long)]  # Kills and tasks of a run.
 UNLUCKY = 13  # Tasks whose number ends with it fail, as they should.
 RUN_S = 4 * WAIT_S  # The limit of a whole run.
 HASTE = {"BACKOFF_FIRST_S": 0.02, "BACKOFF_MAX_S": 0.1}  # Reconnecting would otherwise take most of the time.
@@ -774,7 +774,7 @@ agenthub.Worker.reconcile, agenthub.Worker._on_reply = send_all, write_down
 """
 
 
-@pytest.mark.parametrize("is_stubborn", [False, True], ids=["polite", "stubborn"])
+@pytest.mark.parametrize("is_stubborn", [pytest.param(False, marks=pytest.mark.long), True], ids=["polite", "stubborn"])
 async def test_agent_that_was_stopped_for_too_long_changes_nothing_and_works_again(
     tmp_path: Path, port: int, is_stubborn: bool
 ) -> None:

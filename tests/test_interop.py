@@ -106,7 +106,9 @@ async def started(*command: str, **streams: Any) -> AsyncIterator[asyncio.subpro
         await asyncio.wait_for(process.wait(), WAIT_S)
 
 
-@pytest.fixture(autouse=True, params=[None, "1"], ids=["as installed", "built in"])
+@pytest.fixture(
+    autouse=True, params=[None, pytest.param("1", marks=pytest.mark.long)], ids=["as installed", "built in"]
+)
 def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let our end use `websockets` if installed, or the built-in implementation."""
     if request.param is None:

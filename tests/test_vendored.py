@@ -80,7 +80,7 @@ def call(url: str, capability: str) -> subprocess.CompletedProcess[str]:
         (["-m", "package.vendor.agenthub"], "package.vendor.agenthub"),
         pytest.param(["-m", "renamed_hub"], "renamed_hub", marks=pytest.mark.long),
         (["renamed_hub.py"], "renamed_hub"),
-        (["-m", "agenthub"], "agenthub"),
+        pytest.param(["-m", "agenthub"], "agenthub", marks=pytest.mark.long),
         pytest.param([str(ROOT / "agenthub.py")], "agenthub", marks=pytest.mark.long),
     ],
     ids=["vendored", "renamed", "renamed script", "installed", "script"],
@@ -126,7 +126,7 @@ def test_copy_without_the_bridge_says_that_it_is_a_file_of_its_own(start: list[s
         pytest.param(["-m", "agenthub", "bridge"], marks=pytest.mark.long),
         pytest.param(["-m", "agenthub_mcp"], marks=pytest.mark.long),
         pytest.param(["agenthub.py", "bridge"], marks=pytest.mark.long),
-        ["agenthub_mcp.py"],
+        pytest.param(["agenthub_mcp.py"], marks=pytest.mark.long),
     ],
     ids=" ".join,
 )
