@@ -1278,7 +1278,6 @@ def type_of(message: type) -> str:
 
 STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one level deeper, or back.
 NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
-NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
 
 
 def check_payload(name: str, value: Any, raw: bytes, is_suspect: bool) -> None:
@@ -1287,7 +1286,7 @@ def check_payload(name: str, value: Any, raw: bytes, is_suspect: bool) -> None:
     `is_suspect` tells that its depth, or a number that is not finite, may be wrong. Walking through a few values, or
     through a few long strings, is faster than looking at their bytes.
     """
-    if is_suspect or raw.count(b",", 0, 1024) < 25 or may_hold_large_number(raw):
+    if is_suspect or len(raw) < 512 or raw.count(b",", 0, 1024) < 25 or may_hold_large_number(raw):
         try:
             check_json(value)
         except ValidationError as error:
@@ -1305,7 +1304,7 @@ def may_hold_large_number(raw: bytes) -> bool:
 
 def nests_deeper_than(raw: bytes, depth: int) -> bool:
     """Return whether some JSON nests deeper than `depth`. Counting the opening brackets settles most cases."""
-    if len(raw) <= 2 * depth or len(raw.translate(None, NOT_OPENING)) <= depth:
+    if raw.count(b"[") + raw.count(b"{") <= depth:
         return False
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -4778,10 +4777,10 @@ class WebSocketProtocol:
         if end > size and not self._is_too_long(first & 15, length):
             return self._wait()
         is_text = first == WHOLE_TEXT and self._fragments is None and (second > 127) == self.is_server
-        if not (is_text and length < CPU_COUNTED_BYTES) and not self._is_announced:
-            self._is_announced = True
-            return COSTLY
-        self._is_announced = False
+        if not is_text or length >= CPU_COUNTED_BYTES:
+            self._is_announced = not self._is_announced
+            if self._is_announced:
+                return COSTLY
         if not is_text or length > self._message_bytes_max:
             return self._read_frame(begin, end)
         self.position = end
