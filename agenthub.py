@@ -710,7 +710,7 @@ class Heartbeat:
     id: RequestId | None = None
 
 
-# What the hub sends. A reply carries the `id` of its request as `reply_to`.
+# Sent by the hub. A reply carries the `id` of its request as `reply_to`.
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1725,7 +1725,7 @@ WARNING_CLOSE_CODES = CLOSE_CODES - {CloseCode.DONE, CloseCode.GOING_AWAY, Close
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSettings:
-    """What a deployer may tune. Raises ValueError for a value out of range."""
+    """The settings that a deployer may tune. Raises ValueError for a value out of range."""
 
     heartbeat_s: float = 30.0  # Agents send at least this often; after three intervals of silence they are closed.
     grace_s: float = 60.0  # How long an agent's session is kept after its connection was lost.
@@ -1776,7 +1776,7 @@ Effect = tuple[Any, HubOutput | Close]
 
 @dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
-    """What the hub knows of one task. Only `TaskTable.transition` assigns `state`."""
+    """The hub's record of one task. Only `TaskTable.transition` assigns `state`."""
 
     task_id: str
     request: Delegate
@@ -1900,7 +1900,7 @@ class TaskRecord:
 
 @dataclass(slots=True, eq=False, repr=False)
 class AgentRecord:
-    """What the hub knows of one agent. Only `Directory.transition` assigns `state`.
+    """The hub's record of one agent. Only `Directory.transition` assigns `state`.
 
     After its grace period, or after it has deregistered, its record is kept only as long as it `is_needed`.
     """
@@ -2007,7 +2007,7 @@ class TaskRow(NamedTuple):
 
 @dataclass(slots=True)
 class Changes:
-    """What a journal writes at once: the latest row of each task and agent that changed."""
+    """The rows that a journal writes at once: the latest row of each task and agent that changed."""
 
     inserted: dict[int, TaskRow] = field(default_factory=dict)  # By sequence, as the next two.
     updated: dict[int, TaskRow] = field(default_factory=dict)
@@ -2029,7 +2029,7 @@ class Changes:
 
 
 class Step(NamedTuple):
-    """What follows from one fact: changes to be written first (None: nothing changed), then effects, in their order."""
+    """The consequences of one fact: changes to be written first (None: none), then effects, in their order."""
 
     effects: list[Effect]
     changes: Changes | None = None
@@ -3797,7 +3797,7 @@ WIRE_LOGGER.setLevel(logging.WARNING)
 
 
 class LinkOwner(Protocol):
-    """What a link calls. `closed` comes once, and nothing after it."""
+    """The callbacks of a link's owner. `closed` is called once, and nothing after it."""
 
     def opened(self, link: Link) -> None: ...
 
@@ -3962,7 +3962,7 @@ class MemoryLink(Link):
 
 
 class TokenBucket:
-    """A rate limit: `rate` tokens a second, of which BURST_S seconds' worth can be saved up.
+    """A rate limit: `rate` tokens a second. BURST_S seconds' worth of them can be saved up.
 
     It may be overdrawn, by at most PAUSE_MAX_S seconds' worth. Pure arithmetic: the time is given.
     """
@@ -4571,9 +4571,9 @@ def is_utf8(raw: bytes) -> bool:
 #
 # RFC 6455 without its socket. Bytes that came in go to `receive_data`, `next_event` returns what
 # they say, and `data_to_send` returns the bytes to write: the shape of h11 and of `websockets`.
-# Two implementations stand behind it, `websockets` and one built in for where that is not
-# installed. What both need is here: the buffer, the one reader of a frame's header, whole text
-# messages, fragments. An implementation reads the handshake and all other frames.
+# It has two implementations: `websockets`, and a built-in one where that is not installed. Both
+# share the buffer, the one reader of a frame's header, whole text messages and fragments. An
+# implementation reads the handshake and all other frames.
 # There are no extensions and no subprotocols.
 
 HEAD_BYTES_MAX = 65_536  # Of a request or response, including its line ends.
@@ -4699,7 +4699,7 @@ Event = Request | Response | bytes | Message | Frame | CloseFrame | Violation | 
 
 @dataclass(slots=True)
 class Fragments:
-    """What has come in of a message in fragments."""
+    """The fragments of a message so far."""
 
     is_text: bool
     raw: bytearray = field(default_factory=bytearray)
@@ -4924,7 +4924,7 @@ class WebSocketProtocol:
 
 
 class BuiltinProtocol(WebSocketProtocol):
-    """What both roles share of the implementation that is built in: frames, and the end of a connection."""
+    """The built-in implementation's part that both roles share: frames, and the end of a connection."""
 
     IS_SERVER: bool
 
@@ -5408,12 +5408,12 @@ class Timers:
 #
 # Effects are held until their changes are on disk: nobody hears of what a crash could undo, so what
 # was not acknowledged has not happened. Effects without changes wait too while others are held:
-# they may tell of these, and order is kept. Only heartbeats and `overloaded` overtake. At most
+# they may depend on these, and order is kept. Only heartbeats and `overloaded` overtake. At most
 # HELD_MAX effects are held, and of one connection those of messages that cost COST_PER_WRITE_MAX;
 # then its messages are not read until the write is done.
 #
-# If a write fails (a full disk, most likely), the same changes are tried again until they are
-# written. Meanwhile the hub accepts no new task, the reserve file is given up so that open tasks
+# If a write fails (a full disk, most likely), the same changes are written again until it
+# succeeds. Meanwhile the hub accepts no new task, the reserve file is given up so that open tasks
 # can end, and agents stay connected. DISK_CHECK_S later, and from then on, the reserve is tried.
 #
 # A message to a slow consumer waits as an object in the link, not encoded, as long as its payload
@@ -5442,7 +5442,7 @@ class Timers:
 # A wrong token counts against its address: after FAILURES_FREE of them, answers to that address are
 # delayed, for right and wrong tokens alike, so that guessing is slow and a delay tells nothing.
 #
-# What one connection uses is limited: file descriptors, of which some are reserved for the journals
+# Each resource of a connection is limited: file descriptors, some reserved for the journals
 # (HubServer); the memory of an incoming message (message_bytes_max) and of what waits for a slow
 # consumer (backlog_bytes_max, ServerLink); CPU time (messages_per_s_max, ServerLink, to which the
 # hub adds the cost of each message); its share of a journal write (COST_PER_WRITE_MAX, GroupCommit).
@@ -6551,7 +6551,7 @@ def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozense
 # nothing), a cancellation (the task has one outcome), a question. A broadcast is not, so it fails
 # with Disconnected. After each registration both sides compare what they hold. The hub lists the
 # tasks that it assigns to this agent: handlers of others are cancelled, results of others dropped,
-# results of these resent, and a task of which the agent knows nothing fails with `agent_lost`. Each
+# results of these resent, and a task that the agent does not know fails with `agent_lost`. Each
 # TaskHandle asks for its task's state: a hub that restarted without a journal does not know it, and
 # the handle submits it again if it has a retry left, which this uses up.
 #
@@ -7355,8 +7355,8 @@ class Worker:
     def reconcile(self, tasks: list[TaskRef]) -> bool:
         """Keep only what the hub assigns to this agent too, after a registration.
 
-        Cancel the other handlers, resend the results that the hub still waits for, and fail the tasks of which nothing
-        is known here. Return whether these are tasks that this agent can hold.
+        Cancel the other handlers, resend the results that the hub still waits for, and fail the tasks that are
+        not known here. Return whether these are tasks that this agent can hold.
         """
         if len(tasks) > self._held_max:
             self._log_too_many()
@@ -8069,7 +8069,7 @@ class Agent:
 
 
 class LocalHubLike(Protocol):
-    """What an agent needs of a hub in its own process."""
+    """The part of a hub in its own process that an agent uses."""
 
     def connect(self, owner: LinkOwner) -> Awaitable[Link]: ...
 

@@ -581,7 +581,7 @@ class LazyHeap(Generic[Item]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSettings:
-    """What a deployer may tune. Raises ValueError for a value out of range."""
+    """The settings that a deployer may tune. Raises ValueError for a value out of range."""
 
     heartbeat_s: float = ...
     grace_s: float = ...
@@ -614,7 +614,7 @@ Effect = tuple[Any, HubOutput | Close]
 
 @dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
-    """What the hub knows of one task. Only `TaskTable.transition` assigns `state`."""
+    """The hub's record of one task. Only `TaskTable.transition` assigns `state`."""
 
     task_id: str
     request: Delegate
@@ -662,7 +662,7 @@ class TaskRecord:
 
 @dataclass(slots=True, eq=False, repr=False)
 class AgentRecord:
-    """What the hub knows of one agent. Only `Directory.transition` assigns `state`.
+    """The hub's record of one agent. Only `Directory.transition` assigns `state`.
 
     After its grace period, or after it has deregistered, its record is kept only as long as it `is_needed`.
     """
@@ -739,7 +739,7 @@ class TaskRow(NamedTuple):
 
 @dataclass(slots=True)
 class Changes:
-    """What a journal writes at once: the latest row of each task and agent that changed."""
+    """The rows that a journal writes at once: the latest row of each task and agent that changed."""
 
     inserted: dict[int, TaskRow] = field(default_factory=dict)
     updated: dict[int, TaskRow] = field(default_factory=dict)
@@ -749,7 +749,7 @@ class Changes:
         """Add later changes, whose rows supersede the earlier ones. Costs no more than `later` is long."""
 
 class Step(NamedTuple):
-    """What follows from one fact: changes to be written first (None: nothing changed), then effects, in their order."""
+    """The consequences of one fact: changes to be written first (None: none), then effects, in their order."""
 
     effects: list[Effect]
     changes: Changes | None = ...
@@ -998,7 +998,7 @@ class Journal:
 Output = TypeVar("Output")
 
 class LinkOwner(Protocol):
-    """What a link calls. `closed` comes once, and nothing after it."""
+    """The callbacks of a link's owner. `closed` is called once, and nothing after it."""
     def opened(self, link: Link) -> None: ...
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
         """Handle a message, or the InvalidMessage that says what is wrong with it."""
@@ -1063,7 +1063,7 @@ class MemoryLink(Link):
     def abort(self) -> None: ...
 
 class TokenBucket:
-    """A rate limit: `rate` tokens a second, of which BURST_S seconds' worth can be saved up.
+    """A rate limit: `rate` tokens a second. BURST_S seconds' worth of them can be saved up.
 
     It may be overdrawn, by at most PAUSE_MAX_S seconds' worth. Pure arithmetic: the time is given.
     """
@@ -1235,7 +1235,7 @@ Event = Request | Response | bytes | Message | Frame | CloseFrame | Violation | 
 
 @dataclass(slots=True)
 class Fragments:
-    """What has come in of a message in fragments."""
+    """The fragments of a message so far."""
 
     is_text: bool
     raw: bytearray = field(default_factory=bytearray)
@@ -1293,7 +1293,7 @@ class WebSocketProtocol:
     def send_request(self, request: Any) -> None: ...
 
 class BuiltinProtocol(WebSocketProtocol):
-    """What both roles share of the implementation that is built in: frames, and the end of a connection."""
+    """The built-in implementation's part that both roles share: frames, and the end of a connection."""
 
     IS_SERVER: bool
     def __init__(self, message_bytes_max: int) -> None: ...
@@ -1797,8 +1797,8 @@ class Worker:
     def reconcile(self, tasks: list[TaskRef]) -> bool:
         """Keep only what the hub assigns to this agent too, after a registration.
 
-        Cancel the other handlers, resend the results that the hub still waits for, and fail the tasks of which nothing
-        is known here. Return whether these are tasks that this agent can hold.
+        Cancel the other handlers, resend the results that the hub still waits for, and fail the tasks that are
+        not known here. Return whether these are tasks that this agent can hold.
         """
     def receive(self, message: Delegated) -> None:
         """Start the handler of a task; not a second time for the same attempt."""
@@ -1957,7 +1957,7 @@ class Agent:
         """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
 
 class LocalHubLike(Protocol):
-    """What an agent needs of a hub in its own process."""
+    """The part of a hub in its own process that an agent uses."""
     def connect(self, owner: LinkOwner) -> Awaitable[Link]: ...
 
 async def serve(*agents: Agent, drain_s: float = ...) -> None:

@@ -1567,6 +1567,15 @@ async def test_stop_twice_and_before_the_start_does_no_harm(hub: LocalHub) -> No
     assert online(hub) == 0
 
 
+async def test_serving_ends_when_the_agent_is_stopped_elsewhere(hub: LocalHub) -> None:
+    me = Agent("me", **at(hub))
+    serving = asyncio.create_task(me.serve(asyncio.Event()))
+    await eventually(lambda: online(hub))
+    await soon(me.stop())
+    assert await soon(serving) is None
+    assert online(hub) == 0
+
+
 def test_agent_is_used_on_two_loops() -> None:
     agent = Agent("worker", max_tasks=2)
     agent.capability(nothing)

@@ -1183,7 +1183,7 @@ def handshakes(draw: st.DrawFn, role: Role) -> bytes:
 
 def check_events(events: list[Any], limit: int) -> None:
     """Assert that events are a handshake and then frames as they may follow each other."""
-    amid: int | None = None
+    partial_bytes: int | None = None
     for index, event in enumerate(events):
         if isinstance(event, CloseFrame):
             assert index == len(events) - 1
@@ -1199,12 +1199,12 @@ def check_events(events: list[Any], limit: int) -> None:
             assert event.opcode != CLOSE
         elif event.fin:  # A message, which is as long as the fragments were that came before it, or longer.
             assert event.opcode in (TEXT, BINARY)
-            assert (amid or 0) <= len(event.data) <= limit
-            amid = None
+            assert (partial_bytes or 0) <= len(event.data) <= limit
+            partial_bytes = None
         else:
-            assert (event.opcode == CONTINUATION) == (amid is not None)
-            amid = (amid or 0) + len(event.data)
-            assert amid <= limit
+            assert (event.opcode == CONTINUATION) == (partial_bytes is not None)
+            partial_bytes = (partial_bytes or 0) + len(event.data)
+            assert partial_bytes <= limit
 
 
 def check_said(role: Role, end: End) -> None:
@@ -1292,7 +1292,7 @@ def check_alike(role: Role, raw: bytes) -> None:
     pongs = [[one for one in end.said if one.opcode != CLOSE] for end in (theirs, ours)]
     assert pongs[0] == pongs[1]
     if ours.events and isinstance(ours.events[-1], CloseFrame) and is_amid_a_message(ours.events):
-        # A close amid a fragmented message is an error there, and echoed here: RFC 6455 §5.5.1 does not forbid it.
+        # A close within a fragmented message is an error there, and echoed here: RFC 6455 §5.5.1 does not forbid it.
         assert codes[0] == 1002
         assert theirs.events == ours.events[:-1]
         return

@@ -303,7 +303,7 @@ def test_coming_back_ends_the_grace_time() -> None:
     back = worker.come_back("greet")
     world.pass_time(100)
     assert state_of(requester, "t") == "in_progress"
-    back.lose_connection()  # And a new loss starts it anew.
+    back.lose_connection()  # And a new loss starts it again.
     world.pass_time(59)
     assert state_of(requester, "t") == "in_progress"
 
