@@ -152,6 +152,15 @@ def _no_token_comes_from_or_stays_in_the_environment(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name)
 
 
+def never_forget_failures(
+    monkeypatch: pytest.MonkeyPatch, *, free: int, delay_s: float = agenthub.FAILURE_DELAY_FIRST_S
+) -> None:
+    """Delay an address's answers after `free` wrong tokens, the first one by `delay_s`, and forget none of them."""
+    monkeypatch.setattr(agenthub, "FAILURES_FREE", free)
+    monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
+    monkeypatch.setattr(agenthub, "FAILURE_DELAY_FIRST_S", delay_s)
+
+
 def bearer(token: str | None) -> dict[str, Any]:
     return {} if token is None else {"additional_headers": {"Authorization": f"Bearer {token}"}}
 
@@ -441,8 +450,7 @@ async def test_page_of_health_is_no_place_to_guess_tokens_at(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with hub_in_use() as hub:
-        monkeypatch.setattr(agenthub, "FAILURES_FREE", 3)
-        monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
+        never_forget_failures(monkeypatch, free=3)
         for _ in range(10):
             assert await health(hub.url, WRONG) == {"status": "ok"}
         assert await health(hub.url, TOKEN) == {"status": "ok"}  # Throttled without an answer about the token.
@@ -478,9 +486,7 @@ async def test_valid_bearer_token_from_an_address_that_failed_too_often_is_admit
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with hub_in_use() as hub:
-        monkeypatch.setattr(agenthub, "FAILURES_FREE", 1)
-        monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
-        monkeypatch.setattr(agenthub, "FAILURE_DELAY_FIRST_S", 0.2)
+        never_forget_failures(monkeypatch, free=1, delay_s=0.2)
         async with raw_client(hub.url) as client:
             assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
         began = time.monotonic()
@@ -659,9 +665,7 @@ async def test_answer_to_an_address_that_failed_too_often_is_held_back_and_other
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with hub_in_use() as hub:
-        monkeypatch.setattr(agenthub, "FAILURES_FREE", 1)
-        monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
-        monkeypatch.setattr(agenthub, "FAILURE_DELAY_FIRST_S", 3600.0)
+        never_forget_failures(monkeypatch, free=1, delay_s=3600.0)
         monkeypatch.setattr(agenthub, "FAILURE_DELAY_MAX_S", 3600.0)
         monkeypatch.setattr(agenthub, "CLOSING_S", 0.1)  # Paused links never see the reply to a close.
         async with raw_client(hub.url) as client, raw_client(hub.url) as later:
@@ -684,9 +688,7 @@ async def test_answer_that_was_held_back_comes_and_what_was_said_meanwhile_is_an
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with hub_in_use() as hub:
-        monkeypatch.setattr(agenthub, "FAILURES_FREE", 1)
-        monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", math.inf)
-        monkeypatch.setattr(agenthub, "FAILURE_DELAY_FIRST_S", 0.02)
+        never_forget_failures(monkeypatch, free=1, delay_s=0.02)
         async with raw_client(hub.url) as client:
             await client.send(type="status", id="1", token=WRONG)
             await client.send(type="status", id="2", token=WRONG)
