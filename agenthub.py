@@ -3390,7 +3390,7 @@ def same_content(one: Delegate, other: Delegate) -> bool:
 # What must survive the hub's process, in one SQLite file (https://sqlite.org/wal.html). The journal
 # decides nothing: it stores rows as the hub gives them, and returns them at the next start.
 #
-# What is written. One row per agent: its registration, the hash of its resume secret, its state. One
+# Contents. One row per agent: its registration, the hash of its resume secret, its state. One
 # row per task: some columns are written when it is accepted and never change, the others are updated
 # with its state; the row is deleted when its record is purged. Progress reports, broadcasts and
 # heartbeats are not written.
@@ -3759,7 +3759,7 @@ def fixed_columns(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
 # slow down the guessing of tokens.
 #
 # Backpressure on what goes out: at half of `backlog_bytes_max` unread the peer is a slow consumer;
-# what is sent from then on is postponed. Beyond the limit it is closed with 4002, and when it reads
+# messages to it are postponed from then on. Beyond the limit it is closed with 4002, and when it reads
 # nothing at all for STALLED_S it is cut: an answer to a close would wait behind those very bytes.
 # An agent sends when `writable` is set, or waits for it.
 # ============================================================================================
@@ -6535,7 +6535,7 @@ def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozense
 # worker already reconciled. A session is lost when its link closes or when the hub was silent for
 # three heartbeat intervals. Backoff is random up to a limit that doubles; `connected()` cuts it short.
 #
-# What is kept across sessions, and until when:
+# Kept across sessions, and until when:
 #
 #   what                           by              until
 #   agent_id and its secret        Agent           the hub assigns others: it has forgotten these, or the agent had left
@@ -6545,7 +6545,7 @@ def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozense
 #   a request that waits           its caller      the reply, within REQUEST_S of each session
 #   progress and broadcasts        nobody          sent or dropped: they may be missed
 #
-# What is resent, and why that is safe. A message without a reply may or may not have been read, so
+# Resending, and why it is safe. A message without a reply may or may not have been read, so
 # only messages that are safe to repeat are: a delegation (the hub knows its task_id and
 # acknowledges it again), a result (it names its attempt: a second one is rejected and changes
 # nothing), a cancellation (the task has one outcome), a question. A broadcast is not, so it fails

@@ -2,7 +2,7 @@
 
 Every driver of a hub enters two things: what the hub `decided` on one message or at one tick, at once; and each message
 when it is `sent`, which with a journal is later, once the changes are on disk. The hub's promises are about what it
-sent. What it decided tells who is to run what: the order of the queues, the limits of the workers.
+sent. Its decisions show which agent runs which task: the order of the queues, the limits of the workers.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Ledger:
         elif isinstance(message, Deregister):
             connection.released.update(self.entries)
 
-    # What the hub decided.
+    # The hub's decisions.
 
     def decided(
         self,
