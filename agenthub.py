@@ -3765,9 +3765,12 @@ def fixed_columns(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
 # ============================================================================================
 
 BACKLOG_BYTES_MAX = 8 * 1_048_576  # Sent to a peer and not read by it.
-CLIENT_MESSAGE_BYTES_MAX = 64 * 1_048_576  # The largest message that an agent accepts from its hub.
+CLIENT_MESSAGE_BYTES_MAX = 256 * 1_048_576  # The largest message that an agent accepts, whatever its hub allows.
 UNAUTHENTICATED_BYTES_MAX = 131_072  # The largest message of a connection that has not authenticated.
 PRIVATE_CHARACTERS_MAX = 1_048_576  # In a file with a token, or an access file.
+REJECTION_BYTES_MAX = 2048  # Of the body of a response that rejects a handshake: its first line is shown.
+REJECTION_CHARACTERS_MAX = 500  # Of such a line, and of a Location.
+BLANKS = "\ufeff \t\r\n"  # Around a token or a URL, from editors, secrets and files of variables; BOM included.
 
 HANDSHAKE_S = 10.0  # From the connection to the end of the handshake.
 STALLED_S = 10.0  # For a peer to read any of the bytes that wait for it.
@@ -4420,8 +4423,20 @@ async def connect_websocket(
     except OSError as error:
         raise Disconnected(f"no hub at {url}: {error.strerror or error}") from error
     except websockets_used().refused as error:
-        raise Disconnected(f"no hub at {url}: {error}") from error
+        raise Disconnected(f"no hub at {url}: {rejection_text(error)}") from error
     return link
+
+
+def rejection_text(error: Exception) -> str:
+    """Return why a handshake failed: with the first line that the response says, and where it redirects to."""
+    response, texts = getattr(error, "response", None), [str(error)]
+    if response is not None:
+        body = (response.body or b"")[:REJECTION_BYTES_MAX].decode(errors="replace")
+        if body.lstrip().startswith("<"):
+            body = re.sub("<[^>]*>", "", body)
+        texts += [line.strip() for line in body.splitlines() if line.strip()][:1]
+        texts += [f"it redirects to {location}" for location in response.headers.get_all("Location")[:1]]
+    return "; ".join(escape_unprintable(text[:REJECTION_CHARACTERS_MAX]) for text in texts)
 
 
 def run_loop(main: typing.Coroutine[Any, Any, Output], loop: str = "auto") -> Output:
@@ -4454,29 +4469,35 @@ def bearer_token() -> str | None:
     """
     if token := os.environ.get("AGENTHUB_TOKEN"):
         return check_token("AGENTHUB_TOKEN", token)
-    if path := os.environ.get("AGENTHUB_TOKEN_FILE"):
+    if path := os.environ.get("AGENTHUB_TOKEN_FILE", "").strip(BLANKS):
         return token_in(path)
     return None
 
 
 def token_in(path: str) -> str:
     """Return the token in a file; raise ValueError if other users can read the file, or it holds no token."""
-    return check_token(path, read_private(path, stat.S_IRWXG | stat.S_IRWXO, "read").strip())
+    return check_token(path, read_private(path, stat.S_IRWXG | stat.S_IRWXO, "read"))
 
 
 def check_token(where: str, token: str) -> str:
-    """Return the token; raise ValueError, without showing it, if a header cannot carry it."""
+    """Return the token without BLANKS; raise ValueError, without showing it, if a header cannot carry it."""
+    token = token.strip(BLANKS)
     if not re.fullmatch("[!-~]+", token):
         raise ValueError(f"{where}: {'must be printable ASCII without spaces' if token else 'is an empty token'}")
     return token
 
 
 def read_private(path: str | os.PathLike[str], forbidden: int, deed: str) -> str:
-    """Return the text in a file; raise ValueError if it cannot be read, or its mode has a `forbidden` bit."""
+    """Return the text in a file; raise ValueError if it cannot be read, or its mode has a `forbidden` bit.
+
+    On a read-only mount the mode is not the owner's to change, nor is that of another user's file, which others may
+    then read but not write to: containers get their secrets in these ways.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            if os.name == "posix" and os.fstat(file.fileno()).st_mode & forbidden:
-                raise ValueError(f"{path}: others may {deed} it; chmod 600 helps")
+        with open(path, encoding="utf-8-sig") as file:
+            if os.name == "posix" and is_exposed(file.fileno(), forbidden):
+                hint = "chmod 600 helps; in a container, mount it read-only"
+                raise ValueError(f"{path}: others may {deed} it; {hint}")
             text = file.read(PRIVATE_CHARACTERS_MAX + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
@@ -4485,6 +4506,14 @@ def read_private(path: str | os.PathLike[str], forbidden: int, deed: str) -> str
     if len(text) > PRIVATE_CHARACTERS_MAX:
         raise ValueError(f"{path}: is larger than {PRIVATE_CHARACTERS_MAX} characters")
     return text
+
+
+def is_exposed(descriptor: int, forbidden: int) -> bool:
+    """Return whether the mode of an open file has a `forbidden` bit that its user is to remove."""
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid():
+        forbidden &= stat.S_IWGRP | stat.S_IWOTH
+    return bool(status.st_mode & forbidden) and not os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
 
 
 def client_tls(ca_file: str | None) -> ssl.SSLContext:
@@ -4498,7 +4527,9 @@ def client_tls(ca_file: str | None) -> ssl.SSLContext:
 
 
 def check_url(url: str) -> str:
-    """Return the URL; raise ValueError if it is not a hub's."""
+    """Return the URL, its scheme in lower case and without BLANKS; raise ValueError if it is not a hub's."""
+    scheme, colon, rest = url.strip(BLANKS).partition(":")
+    url = scheme.lower() + colon + rest
     if "@" in url:  # It is not shown, because it may contain a password.
         raise ValueError("a hub's URL holds no user or password; the token goes into AGENTHUB_TOKEN")
     if not re.fullmatch(r"wss?://[^\s/?#]+(/[^\s#]*)?", url):
@@ -4524,7 +4555,7 @@ def split_url(url: str) -> HubUrl:
     """Return the parts of a hub's URL, in ASCII; raise ValueError if it is not one."""
     from urllib.parse import quote, urlsplit
 
-    check_url(url)
+    url = check_url(url)
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -4590,11 +4621,15 @@ HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
 class HandshakeFailed(Exception):
-    """The other end does not speak WebSocket. `status` is the HTTP status that a server answers with."""
+    """The other end does not speak WebSocket.
 
-    def __init__(self, text: str, status: int = 400) -> None:
+    `status` is the HTTP status that a server answers with, `response` that with which it has rejected a client.
+    """
+
+    def __init__(self, text: str, status: int = 400, response: Response | None = None) -> None:
         super().__init__(text)
         self.status = status
+        self.response = response
 
 
 class FrameError(Exception):
@@ -4647,11 +4682,12 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """The handshake of a server that opened the WebSocket."""
+    """The answer of a server to a handshake; with 101 it opened the WebSocket, else `body` may say why not."""
 
     status_code: int
     phrase: str
     headers: Headers
+    body: bytes = b""
 
 
 class Message(NamedTuple):
@@ -4993,15 +5029,15 @@ class BuiltinProtocol(WebSocketProtocol):
         if not line.endswith(b"\r\n"):  # A reader that takes this for a line may disagree where the headers end.
             raise HandshakeFailed("a line must end with CR and LF")
 
-    def _parse_head(self, lines: list[bytes]) -> Event:
+    def _parse_head(self, lines: list[bytes]) -> Event | None:
         first, *rest = lines or [b""]
         words = first.decode("latin-1").split(" ", 2)
         if len(words) != 3 or not (first.isascii() or not self.IS_SERVER) or not HEADER_VALUE.fullmatch(first):
             raise HandshakeFailed("the first line is not valid HTTP")
         return self._on_head(words, Headers(*map(parse_header, rest)))
 
-    def _on_head(self, words: list[str], headers: Headers) -> Event:
-        """Return the event for the three words of the first line and the headers."""
+    def _on_head(self, words: list[str], headers: Headers) -> Event | None:
+        """Return the event for the three words of the first line and the headers; None if a body is to follow."""
         raise NotImplementedError
 
     def _refuse(self, error: HandshakeFailed) -> None:
@@ -5116,6 +5152,13 @@ class BuiltinClient(BuiltinProtocol):
         super().__init__(message_bytes_max)
         self._url = split_url(url)
         self._key = base64.b64encode(os.urandom(16)).decode()
+        self._rejection: Response | None = None  # Its body is being read.
+
+    def receive_eof(self) -> None:
+        self._has_eof = True
+        if self._rejection is not None and self.handshake_exc is None:
+            self._read_rejection(self._rejection)
+        super().receive_eof()
 
     def connect(self) -> Request:
         headers = Headers(
@@ -5131,12 +5174,13 @@ class BuiltinClient(BuiltinProtocol):
     def send_request(self, request: Request) -> None:
         self._write(request.headers.encode(f"{request.method} {request.path} {request.version}"))
 
-    def _on_head(self, words: list[str], headers: Headers) -> Event:
+    def _on_head(self, words: list[str], headers: Headers) -> Event | None:
         version, status, phrase = words
         if version != "HTTP/1.1" or not re.fullmatch("[1-5][0-9][0-9]", status):
             raise HandshakeFailed("did not receive a valid HTTP response")
         if status != "101":
-            raise HandshakeFailed(f"server rejected WebSocket connection: HTTP {status}")
+            self._rejection = Response(int(status), phrase, headers)
+            return self._read_rejection(self._rejection)
         if not headers.is_upgrade():
             raise HandshakeFailed("the response does not upgrade to a WebSocket")
         if headers.only("Sec-WebSocket-Accept") != accept_key(self._key):
@@ -5145,6 +5189,28 @@ class BuiltinClient(BuiltinProtocol):
             raise HandshakeFailed("the response has extensions or subprotocols that were not requested")
         self._set_open()
         return Response(101, phrase, headers)
+
+    def _read_head(self) -> Event | None:
+        return super()._read_head() if self._rejection is None else self._read_rejection(self._rejection)
+
+    def _read_rejection(self, response: Response) -> Event | None:
+        """End with the response when its body is there, or as much of it as is read (RFC 9112 §6.3)."""
+        body = bytes(self._buffer[self.position : self.position + REJECTION_BYTES_MAX])
+        length = (response.headers.get_all("Content-Length") or [""])[0]
+        is_chunked = response.headers.words("Transfer-Encoding")[-1:] == ["chunked"]
+        bytes_max = REJECTION_BYTES_MAX
+        if response.status_code < 200 or response.status_code in (204, 304):
+            bytes_max = 0
+        elif re.fullmatch("[0-9]{1,9}", length) and not is_chunked:
+            bytes_max = min(int(length), bytes_max)
+        if not (len(body) >= bytes_max or self._has_eof or (is_chunked and body.endswith(b"0\r\n\r\n"))):
+            return None
+        if is_chunked:
+            body = body.partition(b"\r\n")[2]  # The size of the first chunk.
+        text = f"server rejected WebSocket connection: HTTP {response.status_code}"
+        self.handshake_exc = HandshakeFailed(text, response=response._replace(body=body[:bytes_max]))
+        self._end()
+        return Violation(self.handshake_exc.status, text)
 
 
 def parse_header(line: bytes) -> tuple[str, str]:
@@ -5208,7 +5274,8 @@ class PackageProtocol(WebSocketProtocol):
 
     def receive_eof(self) -> None:
         if not (self.is_open or self._is_discarding):
-            self._inner.receive_data(bytes(self._buffer))  # The beginning of a line: the end makes it an error.
+            # The beginning of a line: the end makes it an error.
+            self._inner.receive_data(bytes(self._buffer[self.position :]))
         self._inner.receive_eof()
         self.handshake_exc = self._inner.handshake_exc
         self._collect()
@@ -6260,6 +6327,8 @@ class HubServer(LocalHub):
         self._allow_origins = frozenset(map(check_origin, allow_origins))
         self._allow_hosts = frozenset(name.lower() for name in allow_hosts)
         self._backlog_bytes_max = backlog_bytes_max
+        if bytes_max > MESSAGE_BYTES_MAX:  # Otherwise one large message could make any peer a slow consumer.
+            self._backlog_bytes_max = max(backlog_bytes_max, 2 * bytes_max)
         self._per_address_max = connections_per_address_max
         self._messages_per_s_max = messages_per_s_max
         self._namespaces: dict[str, LocalHub] = {NAMESPACE_DEFAULT: self}
@@ -6612,6 +6681,9 @@ class Session:
         self.agent_id = registered.agent_id
         self.heartbeat_s = min(max(HEARTBEAT_MIN_S, registered.heartbeat_s), HEARTBEAT_MAX_S)
         self.message_bytes_max = registered.max_bytes
+        if registered.max_bytes > CLIENT_MESSAGE_BYTES_MAX:
+            limits = (registered.max_bytes, CLIENT_MESSAGE_BYTES_MAX)
+            log_agent.warning("the hub allows messages of %d bytes; this agent accepts at most %d", *limits)
 
     def encode(self, message: AgentMessage) -> bytes:
         """Return a message as it goes over the wire; from any thread.

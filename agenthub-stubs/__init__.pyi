@@ -1155,10 +1155,14 @@ class HubUrl(NamedTuple):
     def host_header(self) -> str: ...
 
 class HandshakeFailed(Exception):
-    """The other end does not speak WebSocket. `status` is the HTTP status that a server answers with."""
+    """The other end does not speak WebSocket.
+
+    `status` is the HTTP status that a server answers with, `response` that with which it has rejected a client.
+    """
 
     status: Incomplete
-    def __init__(self, text: str, status: int = 400) -> None: ...
+    response: Incomplete
+    def __init__(self, text: str, status: int = 400, response: Response | None = None) -> None: ...
 
 class FrameError(Exception):
     """The other end broke the rules. `code` is the close code that says so."""
@@ -1191,11 +1195,12 @@ class Request(NamedTuple):
     version: str = ...
 
 class Response(NamedTuple):
-    """The handshake of a server that opened the WebSocket."""
+    """The answer of a server to a handshake; with 101 it opened the WebSocket, else `body` may say why not."""
 
     status_code: int
     phrase: str
     headers: Headers
+    body: bytes = ...
 
 class Message(NamedTuple):
     """A binary message, or one that came in fragments. A text message in one frame, as nearly all are, is `bytes`."""
@@ -1319,6 +1324,7 @@ class BuiltinClient(BuiltinProtocol):
 
     IS_SERVER: bool
     def __init__(self, url: str, message_bytes_max: int) -> None: ...
+    def receive_eof(self) -> None: ...
     def connect(self) -> Request: ...
     def send_request(self, request: Request) -> None: ...
 

@@ -2415,7 +2415,7 @@ def test_what_the_last_try_met_is_forgotten_at_the_next_start(caplog: pytest.Log
     asyncio.run(second())
 
 
-@pytest.mark.parametrize("token", [" ", "two words", "line\n", "a\r\nb", "\u00e9", "\x7f"])
+@pytest.mark.parametrize("token", [" ", "two words", "a\r\nb", "\u00e9", "\x7f"])
 async def test_token_that_cannot_be_sent_is_a_value_error(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENTHUB_TOKEN", token)
     async with HubServer(port=0) as hub:
@@ -2990,6 +2990,32 @@ async def requester_of_one_who_waits() -> AsyncIterator[tuple[Agent, asyncio.Eve
             return "done"
 
         yield requester, go_on
+
+
+async def test_large_messages_that_the_hub_allows_come_through_on_the_first_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = "x" * 20_000_000
+    async with (
+        HubServer(HubSettings(message_bytes_max=30_000_000), port=0) as hub,
+        Agent("echo", url=hub.url) as worker,
+        Agent("me", url=hub.url) as me,
+    ):
+
+        @worker.capability
+        async def echo(text: str) -> str:
+            return text
+
+        assert await me.delegate("echo", {"text": text}, wait=True) == text
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_agent_says_that_it_accepts_less_than_the_hub_allows(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "CLIENT_MESSAGE_BYTES_MAX", 1_000_000)
+    async with HubServer(HubSettings(message_bytes_max=1_000_001), port=0) as hub, Agent("me", url=hub.url):
+        assert "the hub allows messages of 1000001 bytes; this agent accepts at most 1000000" in caplog.text
 
 
 async def test_many_tasks_are_one_timer() -> None:

@@ -399,7 +399,7 @@ def test_response_that_opens_is_taken(raw: bytes) -> None:
 
 REFUSED_RESPONSES: dict[str, tuple[bytes, str]] = {
     "forbidden": (head(["HTTP/1.1 403 Forbidden", "Content-Length: 2"]) + b"no", "HTTP 403"),
-    "OK": (RESPONSE.replace(b"101", b"200"), "HTTP 200"),
+    "OK": (RESPONSE.replace(b"101", b"200").replace(b"Upgrade: ", b"Content-Length: 0\r\nUpgrade: "), "HTTP 200"),
     "continue": (RESPONSE.replace(b"101", b"100"), "HTTP 100"),
     "no number": (RESPONSE.replace(b"101", b"1o1"), "valid HTTP response"),
     "no such number": (RESPONSE.replace(b"101", b"601"), "valid HTTP response"),

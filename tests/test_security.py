@@ -323,7 +323,7 @@ def test_token_file_that_others_may_use_is_refused(
 ) -> None:
     path = private_file(tmp_path / "token", TOKEN, mode)
     line = refusal_to_start(capsys, "--token-file", path)
-    assert line == f"agenthub: error: {path}: others may read it; chmod 600 helps"
+    assert line == (f"agenthub: error: {path}: others may read it; chmod 600 helps; in a container, mount it read-only")
     assert agenthub_main("status", "--token-file", path) == 2
     assert TOKEN not in "".join(capsys.readouterr())
     assert servers == []
@@ -791,12 +791,58 @@ def test_bad_access_file_is_one_clear_line(
 
 
 @posix_only
+@pytest.mark.parametrize("mode", [0o440, 0o444, 0o644])
+def test_secret_of_another_user_may_be_read_by_others_too(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = private_file(tmp_path / "token", TOKEN, mode)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert agenthub.token_in(path) == TOKEN
+    private_file(tmp_path / "token", TOKEN, 0o664)
+    with pytest.raises(ValueError, match="others may read it; chmod 600 helps; in a container, mount it read-only"):
+        agenthub.token_in(path)
+
+
+@posix_only
+@pytest.mark.parametrize("mode", [0o440, 0o444, 0o666])
+def test_secret_on_a_read_only_mount_may_have_any_mode(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = private_file(tmp_path / "token", TOKEN, mode)
+    read_only = os.statvfs_result([0] * 8 + [os.ST_RDONLY, 255])
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: read_only)
+    assert agenthub.token_in(path) == TOKEN
+
+
+@pytest.mark.parametrize("text", ["{}\n", "\ufeff{}", " {}\r\n", "\ufeff\t{}\r\n\r\n"])
+def test_blanks_and_a_byte_order_mark_around_a_token_do_not_matter(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = text.format(TOKEN)
+    assert agenthub.token_in(private_file(tmp_path / "token", text)) == TOKEN
+    assert agenthub.check_token("it", text) == TOKEN
+    assert Access.of_token(text).grant(TOKEN) is not None
+    monkeypatch.setenv("AGENTHUB_TOKEN", text)
+    assert agenthub.bearer_token() == TOKEN
+    monkeypatch.delenv("AGENTHUB_TOKEN")
+    monkeypatch.setenv("AGENTHUB_TOKEN_FILE", f"{tmp_path / 'token'}\r\n")
+    assert agenthub.bearer_token() == TOKEN
+
+
+def test_byte_order_mark_of_an_access_file_does_not_matter(tmp_path: Path) -> None:
+    path = private_file(tmp_path / "access.toml", "\ufeff" + access_text(a={}))
+    assert [grant.name for grant in Access.of_file(path).grants] == ["a"]
+
+
+@posix_only
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_access_file_that_others_may_write_to_is_refused(
     mode: int, tmp_path: Path, servers: list[HubServer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = private_file(tmp_path / "access.toml", access_text(a={}), mode)
-    assert refusal_to_start(capsys, "--access", path).endswith("others may write to it; chmod 600 helps")
+    assert refusal_to_start(capsys, "--access", path).endswith(
+        "others may write to it; chmod 600 helps; in a container, mount it read-only"
+    )
     private_file(tmp_path / "access.toml", access_text(a={}), 0o644)  # It contains only hashes.
     assert agenthub_main("hub", "--access", path) == 0
     assert len(servers) == 1

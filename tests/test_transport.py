@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from wsproto.events import AcceptConnection, CloseConnection, Event, Pong, Request, TextMessage
 
 import agenthub
-from agenthub import Disconnected, HubServer, InvalidMessage
+from agenthub import Agent, Disconnected, HubServer, InvalidMessage
 from tests.raw_websocket import BINARY, CONTINUATION, PING, PONG, Peer, frame
 from tests.support import WAIT_S, client_link
 
@@ -545,6 +546,12 @@ def test_url_of_a_hub_is_returned(url: str) -> None:
     assert agenthub.check_url(url) == url
 
 
+@pytest.mark.parametrize("url", ["WS://Hub/A", "ws://Hub/A\n", "\ufeff Ws://Hub/A\r\n"])
+def test_blanks_and_capitals_that_do_not_matter_in_a_url_are_removed(url: str) -> None:
+    assert agenthub.check_url(url) == Agent("a", url=url).url == "ws://Hub/A"
+    assert agenthub.split_url(url) == ("hub", 80, False, "/A")
+
+
 async def test_connecting_to_a_port_where_nothing_listens_says_how_to_start_a_hub() -> None:
     with pytest.raises(
         Disconnected, match=r"^no hub at ws://127.0.0.1:9: nothing listens there; start one with \"agenthub hub\"$"
@@ -584,24 +591,90 @@ async def test_connecting_can_be_cancelled_at_any_moment(caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
-async def authorization_sent() -> list[str]:
-    """Return the Authorization headers that a hub is sent in the handshake, with this user in its URL."""
+async def rejection(*chunks: bytes, closes: bool = True) -> tuple[bytes, str]:
+    """Return the handshake that a server is sent, and what is said of its response in these chunks."""
     requests: list[bytes] = []
+    is_over, is_served = asyncio.Event(), asyncio.Event()
 
     async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        requests.append(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
-        writer.close()
-        await writer.wait_closed()
+        try:
+            requests.append(await reader.readuntil(b"\r\n\r\n"))
+            for chunk in chunks:
+                writer.write(chunk)
+                await asyncio.sleep(0.01)
+            if not closes:
+                await is_over.wait()
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        finally:
+            is_served.set()
 
     server = await asyncio.start_server(on_connection, "127.0.0.1", 0)
     try:
         url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/path"
-        with pytest.raises(Disconnected, match="403"):
+        with pytest.raises(Disconnected) as caught:
             await asyncio.wait_for(agenthub.connect_websocket(url, Owner()), WAIT_S)
     finally:
+        is_over.set()
+        await asyncio.wait_for(is_served.wait(), WAIT_S)
         server.close()
-    (request,) = requests
+    assert str(caught.value).startswith(f"no hub at {url}: server rejected WebSocket connection: HTTP ")
+    return requests[0], str(caught.value).partition(": HTTP ")[2]
+
+
+BODY_IN_CHUNKS = b"3\r\nno!\r\n0\r\n\r\n"
+HTML = b"<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n</html>\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "text"),
+    [
+        ("403 Forbidden", b"", "403"),
+        ("403 Forbidden", b"name the host\n", "403; name the host"),
+        ("403 Forbidden", b"\r\n\x1b[2J\nanother line", "403; \\x1b[2J"),
+        ("503 Busy", b"\xc3\xa4\xff\nmore", "503; \u00e4\ufffd"),
+        ("403 Forbidden\r\nTransfer-Encoding: chunked", BODY_IN_CHUNKS, "403; no!"),
+        ("502 Bad Gateway\r\nContent-Type: text/html", HTML, "502; 502 Bad Gateway"),
+        ("301 Moved\r\nLocation: https://hub.example/", b"", "301; it redirects to https://hub.example/"),
+    ],
+)
+@pytest.mark.parametrize("closes", [True, False])
+async def test_rejected_handshake_says_what_the_server_says(head: str, body: bytes, text: str, closes: bool) -> None:
+    if "chunked" not in head:
+        head += f"\r\nContent-Length: {len(body)}"
+    chunks = [f"HTTP/1.1 {head}\r\n\r\n".encode(), *(body[at : at + 7] for at in range(0, len(body), 7))]
+    assert (await rejection(*chunks, closes=closes))[1] == text
+
+
+async def test_rejection_without_a_length_ends_with_its_connection() -> None:
+    assert (await rejection(b"HTTP/1.1 403 No\r\n\r\n", b"name", b" it"))[1] == "403; name it"
+
+
+async def test_what_is_shown_of_a_rejection_is_bounded() -> None:
+    text = (await rejection(b"HTTP/1.1 403 No\r\nLocation: " + b"x" * 4000 + b"\r\n\r\n" + b"y" * 100_000))[1]
+    assert len(text) < 2 * agenthub.REJECTION_CHARACTERS_MAX + 100
+    assert "y" * agenthub.REJECTION_CHARACTERS_MAX in text
+
+
+async def test_agent_shows_what_the_hub_says_of_a_host_that_it_does_not_allow() -> None:
+    async with HubServer(port=0) as hub:
+        url = f"ws://localhost.localdomain:{hub.port}"
+        link = agenthub.websockets_used().client(url, 1000)
+        reader, writer = await asyncio.open_connection("127.0.0.1", hub.port)
+        link.send_request(link.connect())
+        writer.write(link.data_to_send())
+        link.receive_data(await asyncio.wait_for(reader.read(), WAIT_S))
+        link.next_event()
+        link.receive_eof()
+        writer.close()
+    assert link.handshake_exc is not None
+    assert "--allow-host" in agenthub.rejection_text(link.handshake_exc)
+
+
+async def authorization_sent() -> list[str]:
+    """Return the Authorization headers that a hub is sent in the handshake, with this user in its URL."""
+    request, _ = await rejection(b"HTTP/1.1 403 Forbidden\r\n\r\n")
     headers = [line.partition(": ") for line in request.decode().splitlines()[1:]]
     return [value for name, _, value in headers if name.lower() == "authorization"]
 
@@ -647,7 +720,7 @@ async def test_user_and_password_of_a_url_are_refused_and_not_shown() -> None:
     assert "s3cret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("token", [" ", "two words", "line\n", "a\r\nX-Header: b", "é", "\x7f"])
+@pytest.mark.parametrize("token", [" ", "two words", "a\r\nX-Header: b", "é", "\x7f"])
 async def test_token_that_is_no_header_is_a_value_error_before_anything_is_sent(
     token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
