@@ -1667,7 +1667,8 @@ class LazyHeap(Generic[Item]):
 #
 # The life of a task is TRANSITIONS. What the table does not show:
 # - A pending task waits in the queue of its target (an agent_id, a capability, or both). It is in
-#   no queue only within the step that accepts or retries it.
+#   no queue only within the step that accepts or retries it. Within one priority, the requesters
+#   in a queue take turns; an agent that serves several queues takes the least recent turn of all.
 # - A task that ends is settled (`_settle`: its state, and the slot of its worker), and then
 #   followed up (`_follow_up`): its open subtasks are cancelled, its outcome is delivered, its
 #   worker gets the next task. A retry is followed up too, only that the task is placed again.
@@ -1692,7 +1693,7 @@ class LazyHeap(Generic[Item]):
 #     TaskTable.open, counts, bytes,          TaskTable.accept, transition, grow, keep_…, take_…
 #       AgentRecord.requested, children
 #     AgentRecord.running                     Hub._assign, _settle, _retry
-#     Hub._queues, AgentRecord.awaited        Hub._enqueue, _unqueue
+#     Hub._queues, _waiting, awaited          Hub._enqueue, _unqueue
 #     Hub._deadlines                          with a task while it is open, a connection while it
 #                                             is, an agent in its grace period
 #
@@ -1709,6 +1710,7 @@ log_hub = logging.getLogger("agenthub.hub")
 
 TICK_BATCH = 1000  # Deadlines, and ended tasks, handled per tick: about 10 ms, so that messages are not held up.
 LIST_MAX = 1000  # Tasks in one `status` list.
+WAITING_MAX = 10  # Requesters in the status of the hub: those with the most pending tasks.
 RECORD_BYTES = 1024  # The memory of a task's record without its payloads (tests/test_hub.py measures it).
 INFLATION_MAX = 6  # How much longer numbers may get when they are encoded again: 1e15 is 1000000000000000.0.
 DEPTH_OF_CHILDREN_MAX = 16
@@ -1805,7 +1807,7 @@ class TaskRecord:
 
     @property
     def queue_key(self) -> tuple[int, int]:
-        """Where it stands in a queue: the higher priority first, then the order of acceptance."""
+        """Where it stands among its requester's tasks: the higher priority first, then the order of acceptance."""
         return -self.request.priority, self.sequence
 
     @property
@@ -2075,59 +2077,68 @@ class Pool:
 
 
 class PendingQueue:
-    """The pending tasks with one target, by requester: no agent gets its own task, and must not search for another's.
+    """The pending tasks with one target. Within one priority, requesters take turns.
 
-    A heap a requester, and a heap of their heads. The requester that an agent is not to serve is left out by looking at
-    the second head.
+    A heap a requester, and a heap of their heads. Turns are counted by the hub over all queues: a requester joins at
+    the present turn, and takes a new one in all queues of the agent that serves it; the least recent turn goes first.
+    No agent gets its own task, and must not search for another's: the requester that it is not to serve is left out by
+    looking at the second head.
     """
 
-    __slots__ = ("_by_requester", "_heads")
+    __slots__ = ("_by_requester", "_heads", "_turns")
 
     def __init__(self) -> None:
         self._by_requester: dict[AgentRecord, LazyHeap[TaskRecord]] = {}
+        self._turns: dict[AgentRecord, int] = {}
         self._heads: LazyHeap[AgentRecord] = LazyHeap()
 
     def __bool__(self) -> bool:
         return bool(self._by_requester)
 
-    def push(self, task: TaskRecord) -> None:
-        heap = self._by_requester.get(task.requester)
+    def push(self, task: TaskRecord, turn: int) -> None:
+        requester = task.requester
+        heap = self._by_requester.get(requester)
         if heap is None:
-            heap = self._by_requester[task.requester] = LazyHeap()
+            heap = self._by_requester[requester] = LazyHeap()
+            self._turns[requester] = turn
         heap.push(task, task.queue_key)
-        self._update_head(task.requester, heap)
+        self._update_head(requester, heap)
 
     def discard(self, task: TaskRecord) -> None:
         heap = self._by_requester[task.requester]
         heap.discard(task)
         self._update_head(task.requester, heap)
 
-    def first(self, excluding: AgentRecord | None) -> TaskRecord | None:
-        """Return the first task in line whose requester is not `excluding`."""
-        head = self._heads.first()
-        if head is None or head[1] is not excluding:
-            return self._head_of(head)
-        key, requester = head
-        self._heads.discard(requester)
-        head = self._heads.first()
-        self._heads.push(requester, key)
-        return self._head_of(head)
+    def take_turn(self, requester: AgentRecord, turn: int) -> None:
+        """Put a requester that was served, here or in another queue, behind the others."""
+        heap = self._by_requester.get(requester)
+        if heap is not None:
+            self._turns[requester] = turn
+            self._update_head(requester, heap)
 
-    def _head_of(self, head: tuple[Any, AgentRecord] | None) -> TaskRecord | None:
+    def first(self, excluding: AgentRecord | None) -> tuple[tuple[int, int, int], TaskRecord] | None:
+        """Return the first task in line whose requester is not `excluding`, and its place: least goes first."""
+        head = self._heads.first()
+        if head is not None and head[1] is excluding:
+            key, requester = head
+            self._heads.discard(requester)
+            head = self._heads.first()
+            self._heads.push(requester, key)
         if head is None:
             return None
         first = self._by_requester[head[1]].first()
         if first is None:
             raise AssertionError("a requester without a task has no head")
-        return first[1]
+        return head[0], first[1]
 
     def _update_head(self, requester: AgentRecord, heap: LazyHeap[TaskRecord]) -> None:
         first = heap.first()
         if first is None:
-            del self._by_requester[requester]
+            del self._by_requester[requester], self._turns[requester]
             self._heads.discard(requester)
         else:
-            self._heads.push(requester, first[0])
+            priority, sequence = first[0]
+            self._heads.push(requester, (priority, self._turns[requester], sequence))
 
 
 def words_of(text: str) -> list[str]:
@@ -2585,6 +2596,8 @@ class Hub:
         self._closes: dict[str, int] = {}  # How many connections ended, by close code.
         self._connections: dict[Hashable, Connection] = {}
         self._queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By `TaskRecord.target`; none is empty.
+        self._turn = 0  # How many tasks were handed out of the queues.
+        self._waiting: dict[AgentRecord, int] = {}  # Pending tasks by requester; none is 0.
         self._deferred: dict[str, AgentRecord] = {}  # Can take a task once all that is due has ended.
         self._deadlines: LazyHeap[TaskRecord | AgentRecord | Connection] = LazyHeap()
         # Records that are kept for a second must not wait thirty for the reaper.
@@ -2684,6 +2697,7 @@ class Hub:
     def summary(self) -> dict[str, Any]:
         """Return what `status` reports of the hub itself."""
         online = sum(1 for connection in self._connections.values() if connection.agent is not None)
+        most_waiting = heapq.nlargest(WAITING_MAX, self._waiting.items(), key=lambda one: one[1])
         return {
             "version": __version__,
             "protocol": PROTOCOL_VERSION,
@@ -2695,6 +2709,7 @@ class Hub:
             "ended": {state.value: count for state, count in self.tasks.totals.items()},
             "refused": dict(self._refusals),
             "closed": dict(self._closes),
+            "waiting": {agent.agent_id: waiting for agent, waiting in most_waiting},
             "records_bytes": self.tasks.bytes,
             "shutting_down": self.shutting_down,
             "journal": ("full" if self.is_full else "ok") if self._is_journaled else "none",
@@ -3106,7 +3121,11 @@ class Hub:
         return agent
 
     def _enqueue(self, task: TaskRecord) -> None:
-        self._queues.setdefault(task.target, PendingQueue()).push(task)
+        queue = self._queues.get(task.target)
+        if queue is None:
+            queue = self._queues[task.target] = PendingQueue()
+        queue.push(task, self._turn)
+        self._waiting[task.requester] = self._waiting.get(task.requester, 0) + 1
         named = self.directory.agents.get(task.request.agent_id or "")
         if named is not None:
             named.awaited[task.task_id] = task
@@ -3116,6 +3135,9 @@ class Hub:
         queue.discard(task)
         if not queue:
             del self._queues[task.target]
+        self._waiting[task.requester] -= 1
+        if not self._waiting[task.requester]:
+            del self._waiting[task.requester]
         named = self.directory.agents.get(task.request.agent_id or "")
         if named is not None:
             named.awaited.pop(task.task_id, None)
@@ -3135,13 +3157,18 @@ class Hub:
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
         while self.tasks.counts[PENDING] and agent.is_available:
-            task = self._next_for(agent)
-            if task is None:
+            queues = self._queues_for(agent)
+            waiting = [one for queue, excluded in queues if (one := queue.first(excluded)) is not None]
+            if not waiting:
                 break
+            _, task = min(waiting)
             if task.deadline <= self._now:  # Its turn and its deadline have come at once: `tick` ends it first.
                 self._deferred[agent.agent_id] = agent
                 break
             self._unqueue(task)
+            self._turn += 1
+            for queue, _ in queues:
+                queue.take_turn(task.requester, self._turn)
             self._assign(task, agent)
             self._hand_out(task, agent)
         self.directory.update_load(agent)
@@ -3151,15 +3178,19 @@ class Hub:
         for agent in deferred.values():
             self._assign_waiting(agent)
 
-    def _next_for(self, agent: AgentRecord) -> TaskRecord | None:
-        """Return the first in line of all waiting tasks that this agent may take."""
-        queues = [self._queues.get(pool.target) for pool in agent.pools]
-        candidates = [queue.first(agent) for queue in queues if queue is not None]
+    def _queues_for(self, agent: AgentRecord) -> list[tuple[PendingQueue, AgentRecord | None]]:
+        """Return the queues that an agent serves, each with the requester that it must not serve there."""
+        queues: list[tuple[PendingQueue, AgentRecord | None]] = []
+        for pool in agent.pools:
+            queue = self._queues.get(pool.target)
+            if queue is not None:
+                queues.append((queue, agent))
         if agent.awaited:  # Tasks that name it, its own included.
-            queues = [self._queues.get((agent.agent_id, capability)) for capability in (None, *agent.capabilities)]
-            candidates += [queue.first(None) for queue in queues if queue is not None]
-        waiting = [task for task in candidates if task is not None]
-        return min(waiting, key=lambda task: task.queue_key) if waiting else None
+            for capability in (None, *agent.capabilities):
+                queue = self._queues.get((agent.agent_id, capability))
+                if queue is not None:
+                    queues.append((queue, None))
+        return queues
 
     # Ending.
 

@@ -642,7 +642,7 @@ class TaskRecord:
     is_journaled: bool = ...
     @property
     def queue_key(self) -> tuple[int, int]:
-        """Where it stands in a queue: the higher priority first, then the order of acceptance."""
+        """Where it stands among its requester's tasks: the higher priority first, then the order of acceptance."""
     @property
     def target(self) -> tuple[str | None, str | None]:
         """The queue in which it waits for an agent: an agent_id, a capability, or both."""
@@ -773,17 +773,21 @@ class Pool:
         """Return a free agent with the fewest tasks; of several, the one that has had that load for longest."""
 
 class PendingQueue:
-    """The pending tasks with one target, by requester: no agent gets its own task, and must not search for another's.
+    """The pending tasks with one target. Within one priority, requesters take turns.
 
-    A heap a requester, and a heap of their heads. The requester that an agent is not to serve is left out by looking at
-    the second head.
+    A heap a requester, and a heap of their heads. Turns are counted by the hub over all queues: a requester joins at
+    the present turn, and takes a new one in all queues of the agent that serves it; the least recent turn goes first.
+    No agent gets its own task, and must not search for another's: the requester that it is not to serve is left out by
+    looking at the second head.
     """
     def __init__(self) -> None: ...
     def __bool__(self) -> bool: ...
-    def push(self, task: TaskRecord) -> None: ...
+    def push(self, task: TaskRecord, turn: int) -> None: ...
     def discard(self, task: TaskRecord) -> None: ...
-    def first(self, excluding: AgentRecord | None) -> TaskRecord | None:
-        """Return the first task in line whose requester is not `excluding`."""
+    def take_turn(self, requester: AgentRecord, turn: int) -> None:
+        """Put a requester that was served, here or in another queue, behind the others."""
+    def first(self, excluding: AgentRecord | None) -> tuple[tuple[int, int, int], TaskRecord] | None:
+        """Return the first task in line whose requester is not `excluding`, and its place: least goes first."""
 
 class InvertedIndex(Generic[Item]):
     """Finds items by any of their keys. It is limited: items that do not fit are scanned one by one."""

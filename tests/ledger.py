@@ -79,6 +79,7 @@ class Entry:
     attempt: int = 0  # The highest that the hub has mentioned.
     delivered: int = 0  # The last attempt that was handed out.
     deliveries: int = 0
+    passed_by: set[str] = dataclasses.field(default_factory=set)  # Requesters whose turns it has waited for.
     holder: Connection | None = None  # Where the last attempt is worked on, as far as the hub knows.
     is_over: bool = False  # The journal has its outcome.
     final: str | None = None  # Its final state, once the hub has mentioned it to anybody.
@@ -89,9 +90,14 @@ class Entry:
     outcomes_due: int = 1  # and how often it may: once, and once more for each repeated delegate or lost connection.
 
     @property
-    def queue_key(self) -> tuple[int, int]:
-        """Order the queue: higher priority first, then the order of acceptance."""
-        return -self.request.priority, self.sequence
+    def target(self) -> tuple[str | None, str | None]:
+        return self.request.agent_id, self.request.capability
+
+    def precedes(self, other: Entry) -> bool:
+        """Return whether this task goes before the other if both wait, whoever's turn it is."""
+        if self.request.priority != other.request.priority:
+            return self.request.priority > other.request.priority
+        return self.requester == other.requester and self.target == other.target and self.sequence < other.sequence
 
     @property
     def is_unpromised(self) -> bool:
@@ -235,6 +241,9 @@ class Ledger:
         worker, entry = self.workers[delivery.agent_id], self.entries[delivery.task_id]
         worker.running[delivery.task_id] = delivery.attempt
         self._waiting.pop(delivery.task_id, None)
+        for task_id in self._waiting:  # Its requester has had its turn: others may have theirs.
+            if self.entries[task_id].requester == entry.requester:
+                self.entries[task_id].passed_by.clear()
         if entry.is_tainted:
             return
         if entry.request.agent_id is None and delivery.agent_id == entry.requester:
@@ -257,6 +266,8 @@ class Ledger:
 
     def _note_waiting(self, task_id: str, state: str | None, attempt: int | None) -> None:
         if state == TaskState.PENDING:
+            if self._waiting.get(task_id) != attempt:
+                self.entries[task_id].passed_by.clear()
             self._waiting[task_id] = attempt or 0
         else:
             self._waiting.pop(task_id, None)
@@ -279,20 +290,34 @@ class Ledger:
                 self._check_order(delivery, state_of)
 
     def _check_order(self, delivery: Delegated, state_of: Callable[[str], tuple[str, int] | None]) -> None:
-        """Require that no waiting task precedes one that was handed out.
+        """Require that no waiting task precedes one that was handed out, and that requesters take turns.
 
         A task that was pending before, and is pending now with the same attempt, was pending all the time.
         """
         entry, worker = self.entries[delivery.task_id], self.workers[delivery.agent_id]
         for task_id, attempt in list(self._waiting.items()):
             other = self.entries[task_id]
-            if other.queue_key >= entry.queue_key or not worker.may_take(delivery.agent_id, other):
+            is_passed = self._is_passed(other, entry)
+            if not (is_passed or other.precedes(entry)) or not worker.may_take(delivery.agent_id, other):
                 continue
             now = state_of(task_id)
             if now != (TaskState.PENDING, attempt):
                 self._note_waiting(task_id, *(now or (None, None)))
-            elif not other.is_tainted and not entry.is_tainted:
+            elif other.is_tainted or entry.is_tainted:
+                continue
+            elif not is_passed:
                 self.fail(f"{delivery.task_id} was handed to {delivery.agent_id} before {task_id}, which precedes it")
+            elif entry.requester in other.passed_by:
+                self.fail(
+                    f"{delivery.task_id} was handed out before {task_id}, although it is another requester's turn"
+                )
+            else:
+                other.passed_by.add(entry.requester)
+
+    def _is_passed(self, other: Entry, entry: Entry) -> bool:
+        """Return whether a task that waits is passed by one of another requester which precedes it by its turn only."""
+        is_equal = other.target == entry.target and other.request.priority == entry.request.priority
+        return is_equal and other.requester != entry.requester
 
     def _any_tainted(self, task_ids: Iterable[str]) -> bool:
         return any(self.entries[task_id].is_tainted for task_id in task_ids)

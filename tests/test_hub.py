@@ -81,6 +81,15 @@ def delivered(program: Client) -> list[str]:
     return [message.task_id for message in program.received() if isinstance(message, Delegated)]
 
 
+def handed_out(worker: Client) -> list[str]:
+    """Let a worker that takes one task at a time complete all that it gets; return them in order."""
+    order = []
+    while got := delivered(worker):
+        order += got
+        worker.succeed(got[0])
+    return order
+
+
 def settled(program: Client) -> list[tuple[str, str, str | None]]:
     """Return the ends of tasks that came in, in order: id, state and code."""
     ends = [message for message in program.received() if isinstance(message, TaskOutcome)]
@@ -795,11 +804,64 @@ def test_agent_holds_at_most_what_it_wants_and_the_rest_waits_by_priority_and_th
         assert requester.delegate(task_id, "greet", priority=priority).state == "pending"
     second.delegate("named", agent_id=worker.agent_id)
     second.delegate("both", "greet", agent_id=worker.agent_id, priority=1)
+    assert handed_out(worker) == ["first", "high", "both", "a", "named", "b", "low"]
+
+
+def test_requesters_take_turns_and_the_order_of_each_stays() -> None:
+    world = HubHarness()
+    worker, busy = world.join("worker", "greet", max_tasks=1), world.join("busy")
+    for number in range(100):
+        busy.delegate(f"busy-{number}", "greet")
+    one, two = world.join("one"), world.join("two")
+    one.delegate("one-0", "greet")
+    two.delegate("two-0", "greet")
+    two.delegate("two-1", "greet")
+    busy.delegate("urgent", "greet", priority=1)
+    order = handed_out(worker)
+    assert order[:8] == ["busy-0", "urgent", "one-0", "two-0", "busy-1", "two-1", "busy-2", "busy-3"]
+    assert order[8:] == [f"busy-{number}" for number in range(4, 100)]
+
+
+def test_requester_takes_one_turn_for_all_queues_of_an_agent() -> None:
+    world = HubHarness()
+    names = [f"work-{number}" for number in range(20)]
+    worker, busy, other = world.join("worker", *names, max_tasks=1), world.join("busy"), world.join("other")
+    for number in range(40):
+        busy.delegate(f"busy-{number}", names[number % 7], agent_id=worker.agent_id if number % 2 else None)
+    other.delegate("other", names[3])
+    order = handed_out(worker)
+    assert order.index("other") == 2
+    order.remove("other")
+    assert order == [f"busy-{number}" for number in range(40)]
+
+
+def test_requester_that_was_served_and_is_back_queues_behind_the_others() -> None:
+    world = HubHarness()
+    worker, patient, eager = world.join("worker", "greet", max_tasks=1), world.join("patient"), world.join("eager")
+    for number in range(10):
+        patient.delegate(f"patient-{number}", "greet")
     order = []
-    while got := delivered(worker):
-        order += got
-        worker.succeed(got[0])
-    assert order == ["first", "high", "both", "a", "b", "named", "low"]
+    for number in range(12):
+        eager.delegate(f"eager-{number}", "greet")
+        (got,) = delivered(worker)
+        order.append(got.split("-")[0])
+        worker.succeed(got)
+    assert order[:9] == ["patient", "patient", "eager"] + ["patient", "eager"] * 3
+
+
+def test_status_shows_who_has_the_most_tasks_waiting() -> None:
+    world = HubHarness()
+    requesters = [world.join(f"r{number}") for number in range(agenthub.WAITING_MAX + 2)]
+    for number, requester in enumerate(requesters):
+        for task in range(number):
+            requester.delegate(f"t-{number}-{task}", "nobody", wait=True)
+    waiting = requesters[0].ask(Status()).hub["waiting"]
+    expected = {one.agent_id: number for number, one in enumerate(requesters)}
+    assert waiting == dict(sorted(expected.items(), key=lambda one: -one[1])[: agenthub.WAITING_MAX])
+    for requester in requesters:
+        requester.ask(Deregister())
+    world.pass_time(1000)
+    assert world.hub.summary()["waiting"] == {}
 
 
 def test_task_keeps_its_place_over_a_retry() -> None:
@@ -1995,22 +2057,36 @@ def test_pool_gives_the_least_loaded_agent_and_of_equals_the_one_that_was_so_for
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(-2, 2)), max_size=60))
-def test_pending_queue_behaves_like_a_sorted_list_that_is_filtered(steps: list[tuple[bool, int, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["push", "discard", "serve"]), st.integers(0, 1000), st.integers(-2, 2)), max_size=60
+    )
+)
+def test_pending_queue_gives_requesters_turns_and_keeps_the_order_of_each(steps: list[tuple[str, int, int]]) -> None:
     queue, requesters = PendingQueue(), [agent_record(name) for name in "abcd"]
     model: list[TaskRecord] = []
-    for sequence, (is_push, number, priority) in enumerate(steps):
-        if is_push or not model:
-            model.append(task_record(str(sequence), requesters[number], sequence, priority))
-            queue.push(model[-1])
-        else:
+    turns: dict[AgentRecord, int] = {}
+    for step, (what, number, priority) in enumerate(steps):
+        if what == "push" or not model:
+            task = task_record(str(step), requesters[number % 4], step, priority)
+            if task.requester not in [other.requester for other in model]:
+                turns[task.requester] = step
+            model.append(task)
+            queue.push(task, step)
+        elif what == "discard":
             queue.discard(model.pop(number % len(model)))
-        model.sort(key=lambda task: task.queue_key)
+        else:
+            task = model.pop(0)
+            turns[task.requester] = step
+            queue.discard(task)
+            queue.take_turn(task.requester, step)
+        model.sort(key=lambda task: (-task.request.priority, turns[task.requester], task.sequence))
         assert bool(queue) == bool(model)
         for excluded in (None, *requesters):
             allowed = [task for task in model if task.requester is not excluded]
-            assert queue.first(excluded) is (allowed[0] if allowed else None)
-    assert set(queue._by_requester) == {task.requester for task in model}
+            first = queue.first(excluded)
+            assert (first and first[1]) is (allowed[0] if allowed else None)
+    assert set(queue._by_requester) == set(queue._turns) == {task.requester for task in model}
 
 
 def test_same_content_tells_kinds_of_numbers_apart_and_not_the_order_of_keys() -> None:

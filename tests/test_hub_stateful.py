@@ -501,7 +501,8 @@ class HubMachine(RuleBasedStateMachine):
         } == pending
         for target, queue in queues.items():
             heads = {requester: min(task.queue_key for task in tasks) for requester, tasks in pending[target].items()}
-            assert alive(queue._heads) == heads
+            assert {requester: (key[0], key[2]) for requester, key in alive(queue._heads).items()} == heads
+            assert {requester: key[1] for requester, key in alive(queue._heads).items()} == queue._turns
 
     @invariant()
     def no_task_waits_while_an_agent_is_free_for_it(self) -> None:

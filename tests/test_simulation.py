@@ -24,7 +24,6 @@ from agenthub import (
     Deregister,
     Hub,
     HubSettings,
-    LazyHeap,
     PendingQueue,
     Register,
     Result,
@@ -304,10 +303,10 @@ class NewestFirst(PendingQueue):
     def key_of(task: TaskRecord) -> tuple[int, int]:
         return -task.request.priority, -task.sequence
 
-    def push(self, task: TaskRecord) -> None:
-        heap = self._by_requester.setdefault(task.requester, LazyHeap())
-        heap.push(task, self.key_of(task))
-        self._update_head(task.requester, heap)
+    def push(self, task: TaskRecord, turn: int) -> None:
+        super().push(task, turn)
+        self._by_requester[task.requester].push(task, self.key_of(task))
+        self._update_head(task.requester, self._by_requester[task.requester])
 
 
 class WithoutPriorities(NewestFirst):
@@ -326,6 +325,15 @@ class AssignsTheNewestFirst(Hub):
 
 class IgnoresPriorities(AssignsTheNewestFirst):
     queue_class = WithoutPriorities
+
+
+class WithoutTurns(PendingQueue):
+    def take_turn(self, requester: AgentRecord, turn: int) -> None:
+        pass
+
+
+class ServesTheSameRequesterFirst(AssignsTheNewestFirst):
+    queue_class = WithoutTurns
 
 
 class AssignsOneTaskTooMany(Hub):
@@ -405,6 +413,7 @@ SABOTAGES: list[tuple[type, str]] = [
     (DeliversOutcomesTwiceWhileDraining, "was delivered 2 times"),
     (AssignsTheNewestFirst, "which precedes it"),
     (IgnoresPriorities, "which precedes it"),
+    (ServesTheSameRequesterFirst, "another requester's turn"),
     (AssignsOneTaskTooMany, "was handed a task and has"),
     (KeepsTheFirstMaxTasks, "max_tasks"),
     (RetriesAtTheRequester, "to its own requester"),
