@@ -207,6 +207,7 @@ class Code(enum.StrEnum):
     TASK_OVER = "task_over"
     TOO_LARGE = "too_large"
     TOO_DEEP = "too_deep"
+    DEADLOCK = "deadlock"
     OVERLOADED = "overloaded"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
@@ -2350,6 +2351,30 @@ class Directory:
         if message.capability is not None and message.capability not in agent.capabilities:
             raise Refused(f"that agent does not offer {quoted(message.capability)}", code=Code.NO_AGENT)
 
+    def check_deadlock(self, requester: AgentRecord, message: Delegate, parent: TaskRecord) -> None:
+        """Refuse a subtask that could begin only after an ancestor has ended, with which it ends too.
+
+        That is so if each agent that could take it has all its slots taken by ancestors, or is the requester and not
+        named. An ancestor may end without waiting for its subtasks, so no task that could run is refused.
+        """
+        chain = [requester]
+        while (above := parent.parent) is not None and above.assignee is not None:
+            chain.append(above.assignee)
+            parent = above
+        able: Collection[AgentRecord] = ()
+        if message.agent_id is not None:
+            able = [agent for agent in (self.agents.get(message.agent_id),) if agent is not None]
+        elif (pool := self.pools.get(message.capability or "")) is not None:
+            able = pool.members.values()
+        if not able or any(
+            chain.count(agent) < agent.max_tasks and (agent is not requester or message.agent_id is not None)
+            for agent in able
+        ):
+            return
+        blocked = next(iter(able))
+        cycle = [agent.agent_id for agent in (*reversed(chain[: chain.index(blocked) + 1]), blocked)]
+        raise Refused(deadlock_text(message, cycle), code=Code.DEADLOCK)
+
     def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
         """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
         were looked at.
@@ -3068,6 +3093,8 @@ class Hub:
             raise Refused("capability: name a capability, an agent_id, or both", code=Code.INVALID_MESSAGE)
         parent = self._parent(agent, message.parent_id) if message.parent_id is not None else None
         if not message.wait:  # Otherwise the task may wait for an agent that does not exist yet.
+            if parent is not None:
+                self.directory.check_deadlock(agent, message, parent)
             self.directory.check_target(agent, message)
         self._check_size(message)
         self._check_limits(agent)
@@ -3392,6 +3419,16 @@ def quoted(name: str) -> str:
     Nothing else that came in is quoted in an error: it might be a secret in the wrong field.
     """
     return f'"{name}"' if len(name) <= 48 else f'"{name[:47]}…"'
+
+
+def deadlock_text(message: Delegate, cycle: list[str]) -> str:
+    """Return why a task could never begin: it would close a cycle of agents, each of which waits for the next."""
+    if len(cycle) > 4:
+        cycle = [*cycle[:2], "…", *cycle[-2:]]
+    target = quoted(message.capability) if message.capability is not None else "this agent"
+    return (
+        f"no slot for {target} until the parent task ends: {' → '.join(cycle)}; raise max_tasks or start another agent"
+    )
 
 
 def count(counts: dict[str, int], what: str) -> None:

@@ -88,6 +88,7 @@ class Code(enum.StrEnum):
     TASK_OVER = "task_over"
     TOO_LARGE = "too_large"
     TOO_DEEP = "too_deep"
+    DEADLOCK = "deadlock"
     OVERLOADED = "overloaded"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
@@ -851,6 +852,12 @@ class Directory:
         """
     def check_target(self, requester: AgentRecord, message: Delegate) -> None:
         """Refuse a task that no agent offers which is online or in its grace period."""
+    def check_deadlock(self, requester: AgentRecord, message: Delegate, parent: TaskRecord) -> None:
+        """Refuse a subtask that could begin only after an ancestor has ended, with which it ends too.
+
+        That is so if each agent that could take it has all its slots taken by ancestors, or is the requester and not
+        named. An ancestor may end without waiting for its subtasks, so no task that could run is refused.
+        """
     def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
         """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
         were looked at.

@@ -931,6 +931,22 @@ async def test_agent_does_not_get_its_own_tasks(hub: LocalHub) -> None:
         assert caught.value.code == "no_agent"
 
 
+async def test_task_that_comes_back_to_an_agent_without_a_slot_fails_at_once(hub: LocalHub) -> None:
+    planner, checker = Agent("planner", max_tasks=1, **at(hub)), Agent("checker", **at(hub))
+
+    @planner.capability
+    async def plan(task: Task) -> Any:
+        return await task.delegate("check")
+
+    @checker.capability
+    async def check(task: Task) -> Any:
+        return await task.delegate("plan")
+
+    async with planner, checker, Agent("requester", **at(hub)) as requester:
+        with pytest.raises(TaskFailed, match=r"planner-.* → checker-.* → planner-.*; raise max_tasks"):
+            await soon(requester.delegate("plan"))
+
+
 async def test_many_large_inputs_at_once_arrive() -> None:
     """Together they exceed the backlog of one connection."""
     async with HubServer(port=0) as hub, working(hub, optional, max_tasks=4) as me:

@@ -11,7 +11,7 @@ from agenthub import AgentHubError, Code
 
 CODES_OF_ERRORS = """
     invalid_message unsupported_type unauthorized not_registered unknown_agent no_agent unknown_task duplicate_task
-    not_assigned stale_attempt task_over too_large too_deep overloaded shutting_down internal
+    not_assigned stale_attempt task_over too_large too_deep deadlock overloaded shutting_down internal
 """
 CODES_OF_RESULTS = "failed cancelled agent_lost timeout no_handler invalid_input hub_lost"
 

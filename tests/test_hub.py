@@ -1313,6 +1313,60 @@ def test_agent_that_gave_itself_a_part_of_its_task_can_be_lost() -> None:
     assert state_of(requester, "own") == "failed"
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+@pytest.mark.parametrize("between", [1, 5])
+def test_subtask_that_only_an_agent_of_its_ancestors_could_take_is_a_deadlock(between: int, by_id: bool) -> None:
+    world = HubHarness()
+    requester, first = world.join("requester"), world.join("first", "plan", max_tasks=1)
+    chain = [first, *(world.join(f"agent-{number}", f"step-{number}") for number in range(between))]
+    requester.delegate("t-0", "plan")
+    for number, agent in enumerate(chain[:-1]):
+        agent.delegate(f"t-{number + 1}", f"step-{number}", parent_id=f"t-{number}")
+    target: dict[str, Any] = {"agent_id": first.agent_id} if by_id else {"capability": "plan"}
+    back = Delegate(task_id="back", parent_id=f"t-{between}", **target)
+    refusal = chain[-1].ask(back)
+    assert refusal.code == "deadlock"
+    assert f"{first.agent_id} → {chain[1].agent_id} → " in refusal.message
+    assert refusal.message.count(first.agent_id) == 2
+    assert len(refusal.message) < 400
+    assert chain[-1].delegate("waits", "plan", parent_id=f"t-{between}", wait=True).state == "pending"
+    other = world.join("other", "plan", max_tasks=1)  # The task that waits.
+    if not by_id:
+        assert chain[-1].ask(back).state == "pending"
+        assert other.succeed("waits").state == "completed"
+        assert delivered(other) == ["waits", "back"]
+
+
+def test_subtask_that_only_its_requester_could_take_is_a_deadlock() -> None:
+    world, worker, requester = couple()
+    requester.delegate("t", "greet")
+    assert worker.refused(Delegate(task_id="own", capability="greet", parent_id="t")) == "deadlock"
+    assert worker.delegate("named", agent_id=worker.agent_id, parent_id="t").state == "in_progress"
+    world.join("other", "greet")
+    assert worker.delegate("own", "greet", parent_id="t").state == "in_progress"
+
+
+def test_agent_that_names_itself_and_has_no_slot_left_is_a_deadlock() -> None:
+    world = HubHarness()
+    worker, requester = world.join("worker", "greet", max_tasks=2), world.join("requester")
+    requester.delegate("t", "greet")
+    assert worker.delegate("own", agent_id=worker.agent_id, parent_id="t").state == "in_progress"
+    assert worker.refused(Delegate(task_id="third", agent_id=worker.agent_id, parent_id="own")) == "deadlock"
+    assert worker.delegate("sibling", agent_id=worker.agent_id, parent_id="t").state == "pending"  # After "own".
+
+
+def test_subtask_for_an_agent_that_is_busy_with_something_else_waits() -> None:
+    world = HubHarness()
+    requester, helper = world.join("requester"), world.join("helper", "check")
+    planner = world.join("planner", "plan", max_tasks=2)
+    for task_id in ("t", "unrelated"):
+        requester.delegate(task_id, "plan")
+    planner.delegate("check", "check", parent_id="t")
+    assert helper.delegate("back", "plan", parent_id="check").state == "pending"
+    planner.succeed("unrelated")
+    assert "back" in delivered(planner)
+
+
 # Progress and status
 
 
