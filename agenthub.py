@@ -1699,9 +1699,11 @@ class LazyHeap(Generic[Item]):
 #                                             is, an agent in its grace period
 #
 # What bounds the memory: tasks are limited by `records_bytes_max` (the oldest delivered ones make
-# room), by `open_tasks_max` a requester and by `pending_tasks_max`; agents by `agents_max` and the
-# limits on a registration; connections by the server. Ended tasks go after `retention_s`. The
-# indexes hold nothing that these do not hold, and INDEX_MAX bounds what `discover` keeps twice.
+# room, then outcomes of disconnected requesters), by `open_tasks_max` and a share of the bytes a
+# requester, and by `pending_tasks_max`; agents by `agents_max` (those that are gone make room), by
+# AWAY_MAX an address and by the limits on a registration, which counts among the records if it is
+# large; connections by the server. Ended tasks go after `retention_s`. The indexes hold nothing
+# that these do not hold, and INDEX_MAX bounds what `discover` keeps twice.
 #
 # Cost: a message touches only its own task, agents and queues. No path but `discover`, `status`
 # and a broadcast looks at more, and these say in `cost` how much it was.
@@ -1717,6 +1719,15 @@ INFLATION_MAX = 6  # How much longer numbers may get when they are encoded again
 DEPTH_OF_CHILDREN_MAX = 16
 TRIES_MAX = 3  # Wrong secrets, or messages without a token, before a connection is closed.
 SCHEMAS_BYTES_MAX = 65_536  # Of all capabilities of one agent.
+DESCRIPTIONS_BYTES_MAX = 65_536  # Of one agent and all its capabilities.
+WORDS_MAX = 1000  # Distinct words of one agent's descriptions that `discover` finds.
+# An agent's registration counts among the records with what it takes in memory beyond the first AGENT_BYTES:
+AGENT_BYTES = 20_000
+JSON_FACTOR = 14  # ... so much for a byte of its metadata and schemas, which are held as many small objects,
+CAPABILITY_BYTES = 1500  # ... so much for a capability,
+WORD_BYTES = 200  # ... and so much for a word that it is found by. tests/test_hub.py measures all three.
+AWAY_MAX = 1000  # Agents without a connection that came from one address.
+REQUESTER_SHARE = 0.5  # Of `records_bytes_max`, for the open tasks and undelivered outcomes of one requester.
 INDEX_MAX = 250_000  # Entries in each of the two indexes of `discover`; one takes 400 bytes at most.
 # A message costs 1, for the rate limit, and 1 more for each ...
 COST_BYTES = 16_384  # ... bytes of it,
@@ -1735,10 +1746,10 @@ class HubSettings:
     retention_s: float = 3600.0  # How long the record of an ended task is kept for late fetching.
     reap_s: float = 30.0  # How often records past their retention are dropped.
     message_bytes_max: int = MESSAGE_BYTES_MAX  # The largest message in either direction.
-    records_bytes_max: int = 1_073_741_824  # All tasks' records together; the oldest delivered ones make room.
+    records_bytes_max: int = 1_073_741_824  # All records together; the oldest ended tasks make room.
     open_tasks_max: int = 10_000  # Open tasks of one requester.
     pending_tasks_max: int = 100_000  # Tasks that wait for an agent.
-    agents_max: int = 20_000  # Agents whose record is kept, whatever their state.
+    agents_max: int = 20_000  # Agents whose record is kept, whatever their state; the oldest gone ones make room.
     connections_max: int = 10_000  # Of agents and observers.
     capabilities_max: int = 64  # Of one agent; the protocol has no more.
     metadata_bytes_max: int = 4096  # Of one agent, as JSON; the protocol has no more.
@@ -1921,6 +1932,9 @@ class AgentRecord:
     max_tasks: int = 1
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = 0  # The size of its AgentInfo.
+    bytes: int = 0  # Of its registration, as `Directory.bytes` counts it.
+    held_bytes: int = 0  # Of the tasks that it requested, unless they are delivered.
+    origin: str | None = None  # The address that it came from last, if the hub was told.
     pools: list[Pool] = field(default_factory=list)  # Of its capabilities, while it is online or disconnected.
     load: int | None = None  # The load under which the pools list it; None while it can take no task.
     running: dict[str, TaskRecord] = field(default_factory=dict)  # In progress, with it as the assignee.
@@ -1971,6 +1985,7 @@ class Connection:
 
     link: Hashable
     last_seen: float
+    origin: str | None = None
     agent: AgentRecord | None = None
     is_known: bool = False  # It has registered or asked something, so `join_s` does not apply any more.
     wrong_secrets: int = 0  # At TRIES_MAX it is closed.
@@ -2253,11 +2268,14 @@ class Directory:
     an agent's `running`.
     """
 
-    def __init__(self, *, is_journaled: bool) -> None:
+    def __init__(self, agents_max: int, *, is_journaled: bool) -> None:
+        self.agents_max = agents_max
         self.agents: dict[str, AgentRecord] = {}
         self.gone: dict[str, AgentRecord] = {}  # Those of them in one of LEFT_STATES.
         self.pools: dict[str, Pool] = {}  # By capability; none of them is empty.
         self.index = CapabilityIndex()
+        self.bytes = 0  # Of all registrations.
+        self._away: dict[str, dict[str, AgentRecord]] = {}  # Agents without a connection, by origin, the oldest first.
         self.changed: dict[AgentRecord, bool] = {}  # Since the last step; False if the record was dropped.
         self._is_journaled = is_journaled
 
@@ -2278,6 +2296,40 @@ class Directory:
             self.mark(agent)
         else:
             self.gone.pop(agent.agent_id, None)
+        if state is ONLINE:
+            self._leave_origin(agent)
+        elif state is not AgentState.DRAINING and agent.origin is not None:
+            self._away.setdefault(agent.origin, {})[agent.agent_id] = agent
+
+    def add(self, name: str, origin: str | None, entropy: Callable[[int], bytes]) -> AgentRecord:
+        """Return the record of a new agent. Where there are too many, the oldest one that is gone makes room."""
+        away = self._away.get(origin or "", {})
+        oldest = None
+        if len(away) >= AWAY_MAX:
+            oldest = next(iter(away.values()))
+            text = f"{AWAY_MAX} agents of this address are disconnected; resume or deregister them, or retry later"
+        elif len(self.agents) >= self.agents_max:
+            oldest = next(iter(self.gone.values()), None)
+            text = f"the hub has reached its limit of {self.agents_max} agents; retry later"
+        else:
+            text = ""
+        if oldest is not None and oldest.state in LEFT_STATES:
+            log_hub.warning("dropped agent=%s, to make room for a new one", oldest.agent_id)
+            self.forget(oldest)
+        elif text:
+            raise Refused(text, code=Code.OVERLOADED)
+        readable = slugify(name, 48) or "agent"
+        agent_id = f"{readable}-{entropy(4).hex()}"
+        while agent_id in self.agents:
+            agent_id = f"{readable}-{entropy(4).hex()}"
+        secret = entropy(16).hex()
+        agent = self.agents[agent_id] = AgentRecord(agent_id, secret, hash_of(secret), origin=origin)
+        return agent
+
+    def _leave_origin(self, agent: AgentRecord) -> None:
+        away = self._away.get(agent.origin or "")
+        if away is not None and away.pop(agent.agent_id, None) is not None and not away:
+            del self._away[agent.origin or ""]
 
     def describe(self, agent: AgentRecord, message: Register, running_max: int) -> None:
         """Apply a registration to its agent, and list the agent under its capabilities."""
@@ -2288,9 +2340,14 @@ class Directory:
         agent.capabilities = {one.name: one for one in offered}
         agent.info_bytes = len(encode(Discovered(agents=[agent.info], total=1)))
         if agent.state in TARGET_STATES:
-            self._join_pools(agent)
+            self._join_pools(agent, descriptions_of(message))
+        self._count_bytes(agent, registration_bytes(message, len(agent.words)))
         self.update_load(agent)
         self.mark(agent)
+
+    def _count_bytes(self, agent: AgentRecord, size: int) -> None:
+        self.bytes += size - agent.bytes
+        agent.bytes = size
 
     def restore(self, row: AgentRow, running_max: int) -> AgentRecord:
         """Add an agent that a journal has kept."""
@@ -2309,6 +2366,8 @@ class Directory:
 
     def forget(self, agent: AgentRecord) -> None:
         del self.agents[agent.agent_id], self.gone[agent.agent_id]
+        self._leave_origin(agent)
+        self._count_bytes(agent, 0)
         self.mark(agent, is_kept=False)
 
     def update_load(self, agent: AgentRecord) -> None:
@@ -2393,7 +2452,7 @@ class Directory:
                 found.append(agent.info)
         return found, len(ranked), self.index.scanned if keyword else len(ranks)
 
-    def _join_pools(self, agent: AgentRecord) -> None:
+    def _join_pools(self, agent: AgentRecord, descriptions: str) -> None:
         for name in agent.capabilities:
             pool = self.pools.get(name)
             if pool is None:
@@ -2401,8 +2460,8 @@ class Directory:
                 self.index.add_pool(pool)
             pool.members[agent.agent_id] = agent
             agent.pools.append(pool)
-        descriptions = [agent.description, *(one.description for one in agent.capabilities.values())]
-        agent.words = dict.fromkeys(words_of(" ".join(descriptions)))
+        words = dict.fromkeys(words_of(descriptions))
+        agent.words = dict(itertools.islice(words.items(), WORDS_MAX))
         self.index.add_agent(agent)
 
     def _leave_pools(self, agent: AgentRecord) -> None:
@@ -2432,7 +2491,7 @@ class TaskTable:
         self.counts = dict.fromkeys(TaskState, 0)  # Of the records that are kept.
         self.totals = {state: 0 for state in TaskState if state in FINAL_STATES}  # Of all that have ended.
         self.bytes = 0  # Of all records, ...
-        self.delivered_bytes = 0  # ... and of those in `delivered`, which may be dropped to make room.
+        self.ended_bytes = 0  # ... and of those that have ended, which may be dropped to make room.
         self.bytes_max = bytes_max
         self.sequence = 0  # Of the task accepted last.
         self.changed: dict[TaskRecord, bool] = {}  # Since the last step; False if the record was dropped.
@@ -2440,6 +2499,15 @@ class TaskTable:
 
     def find(self, task_id: str) -> TaskRecord | None:
         return self.open.get(task_id) or self.delivered.get(task_id) or self.undelivered.get(task_id)
+
+    def parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
+        """Return the task that an agent may delegate a subtask of."""
+        parent = self.open.get(parent_id)
+        if parent is None or parent.assignee is not agent:
+            raise Refused("parent_id: this agent is not the assignee of that task", code=Code.NOT_ASSIGNED)
+        if parent.depth >= DEPTH_OF_CHILDREN_MAX:
+            raise Refused(f"parent_id: subtasks nest at most {DEPTH_OF_CHILDREN_MAX} deep", code=Code.TOO_DEEP)
+        return parent
 
     def newest_first(self) -> Iterator[TaskRecord]:
         """Return all tasks: the open ones, those with an outcome to deliver, and the others."""
@@ -2513,6 +2581,7 @@ class TaskTable:
 
     def _count(self, task: TaskRecord) -> None:
         self.bytes += task.bytes
+        task.requester.held_bytes += task.bytes
         self.counts[task.state] += 1
 
     def list_open(self, task: TaskRecord) -> None:
@@ -2540,36 +2609,54 @@ class TaskTable:
         """Count `size` more bytes (less, if negative) in the record of an open task."""
         task.bytes += size
         self.bytes += size
+        task.requester.held_bytes += size
 
     def keep_undelivered(self, task: TaskRecord) -> None:
         task.requester.undelivered[task.task_id] = self.undelivered[task.task_id] = task
+        self.ended_bytes += task.bytes
 
     def take_undelivered(self, task: TaskRecord) -> None:
         del task.requester.undelivered[task.task_id], self.undelivered[task.task_id]
+        self.ended_bytes -= task.bytes
 
     def keep_delivered(self, task: TaskRecord) -> None:
         self.delivered[task.task_id] = task
-        self.delivered_bytes += task.bytes
+        self.ended_bytes += task.bytes
         task.is_delivered = True
         task.requester.delivered += 1
+        task.requester.held_bytes -= task.bytes
 
     def take_delivered(self, task_id: str) -> TaskRecord | None:
         """Take a task out of `delivered`; return it if it was there."""
         task = self.delivered.pop(task_id, None)
         if task is not None:
-            self.delivered_bytes -= task.bytes
+            self.ended_bytes -= task.bytes
             task.is_delivered = False
             task.requester.delivered -= 1
+            task.requester.held_bytes += task.bytes
         return task
 
     def has_room(self, size: int) -> bool:
-        """Return whether a record of `size` bytes fits when all of `delivered` is dropped for it."""
-        return self.bytes - self.delivered_bytes + size <= self.bytes_max
+        """Return whether a record of `size` bytes fits when all ended ones are dropped for it."""
+        return self.bytes - self.ended_bytes + size <= self.bytes_max
 
-    def make_room(self, needed: int = 0) -> None:
-        """Drop the oldest delivered tasks, before their retention is over, while the records are too large together."""
-        while self.delivered and self.bytes + needed > self.bytes_max:
-            self.purge(next(iter(self.delivered.values())))
+    def make_room(self, needed: int, requester: AgentRecord | None) -> None:
+        """Drop ended tasks, before their retention is over, while the records are too large together.
+
+        The oldest delivered ones go first, and then outcomes of disconnected requesters: those of the `requester` that
+        needs the bytes while it holds more than its share, and then the oldest of all.
+        """
+        while self.bytes + needed > self.bytes_max and (self.delivered or self.undelivered):
+            if self.delivered:
+                oldest = self.delivered
+            else:
+                oldest = self.undelivered
+                if requester is not None and requester.held_bytes > REQUESTER_SHARE * self.bytes_max:
+                    oldest = requester.undelivered or oldest
+            task = next(iter(oldest.values()))
+            if oldest is not self.delivered:
+                log_hub.warning("dropped outcome task=%s requester=%s", task.task_id, task.requester.agent_id)
+            self.purge(task)
 
     def purge_older(self, horizon: float) -> bool:
         """Drop tasks that ended before `horizon`, at most TICK_BATCH of a kind; return whether more may be left."""
@@ -2586,6 +2673,7 @@ class TaskTable:
         if self.take_delivered(task.task_id) is None:
             self.take_undelivered(task)
         self.bytes -= task.bytes
+        task.requester.held_bytes -= task.bytes
         self.counts[task.state] -= 1
 
 
@@ -2602,7 +2690,7 @@ class Hub:
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None:
         self.settings: HubSettings = settings
-        self.directory = Directory(is_journaled=is_journaled)
+        self.directory = Directory(settings.agents_max, is_journaled=is_journaled)
         self.tasks = TaskTable(settings.records_bytes_max, is_journaled=is_journaled)
         self.shutting_down = False
         self.is_full = False  # The journal's disk is full: no new task is accepted.
@@ -2631,10 +2719,13 @@ class Hub:
 
     # Facts.
 
-    def connected(self, link: Hashable, now: float) -> Step:
-        """Add a new connection. Until it registers it may only look: `status` and `discover`."""
+    def connected(self, link: Hashable, now: float, origin: str | None = None) -> Step:
+        """Add a new connection. Until it registers it may only look: `status` and `discover`.
+
+        `origin` is the address that it comes from; None is not limited.
+        """
         self._advance(now)
-        connection = self._connections[link] = Connection(link, self._now)
+        connection = self._connections[link] = Connection(link, self._now, origin)
         self._deadlines.push(connection, self._now + min(self.settings.join_s, self.settings.silence_s))
         return self._take_step()
 
@@ -2735,7 +2826,7 @@ class Hub:
             "refused": dict(self._refusals),
             "closed": dict(self._closes),
             "waiting": {agent.agent_id: waiting for agent, waiting in most_waiting},
-            "records_bytes": self.tasks.bytes,
+            "records_bytes": self.tasks.bytes + self.directory.bytes,
             "shutting_down": self.shutting_down,
             "journal": ("full" if self.is_full else "ok") if self._is_journaled else "none",
         }
@@ -2804,17 +2895,23 @@ class Hub:
 
     def _on_register(self, connection: Connection, message: Register) -> None:
         self.cost += len(message.capabilities)
-        check_registration(message, self.settings)
+        needed = check_registration(message, self.settings)
         agent = connection.agent
+        former = agent or self.directory.agents.get(message.agent_id or "")
+        needed -= former.bytes if former is not None else 0
+        if needed > 0:
+            self._reserve(needed, agent)
         if agent is None:
-            agent = self._resumed(connection, message) or self._new_agent(message.name)
+            agent = self._resumed(connection, message)
+            agent = agent or self.directory.add(message.name, connection.origin, self._entropy)
             self._attach(agent, connection)
             log_hub.info("joined agent=%s", agent.agent_id)
         self.directory.describe(agent, message, self._running_max)
         # The reply lists what the agent is running, so it goes before the tasks that it gets now.
         if message.id is not None:
             self._send(connection, self._registered(agent, message.id))
-        for task in list(agent.undelivered.values()):
+        while agent.undelivered:  # Not a plain loop: one that is delivered may have others dropped to make room.
+            task = next(iter(agent.undelivered.values()))
             self.tasks.take_undelivered(task)
             self.tasks.mark(task)
             self._deliver_outcome(task)
@@ -2835,23 +2932,10 @@ class Hub:
         self.directory.transition(agent, AgentEvent.RESUMED)
         return agent
 
-    def _new_agent(self, name: str) -> AgentRecord:
-        agents = self.directory.agents
-        if len(agents) >= self.settings.agents_max:
-            text = f"the hub has reached its limit of {self.settings.agents_max} agents; retry later"
-            raise Refused(text, code=Code.OVERLOADED)
-        readable = slugify(name, 48) or "agent"
-        agent_id = f"{readable}-{self._entropy(4).hex()}"
-        while agent_id in agents:
-            agent_id = f"{readable}-{self._entropy(4).hex()}"
-        secret = self._entropy(16).hex()
-        agent = agents[agent_id] = AgentRecord(agent_id, secret, hash_of(secret))
-        return agent
-
     def _attach(self, agent: AgentRecord, connection: Connection) -> None:
         self._deadlines.discard(agent)
         self._set_known(connection)
-        agent.connection, connection.agent = connection, agent
+        agent.connection, connection.agent, agent.origin = connection, agent, connection.origin
         agent.drain_id = None
 
     def _registered(self, agent: AgentRecord, reply_to: str) -> Registered:
@@ -3091,21 +3175,13 @@ class Hub:
             raise Refused("the hub's disk is full; retry later", code=Code.OVERLOADED)
         if message.agent_id is None and message.capability is None:
             raise Refused("capability: name a capability, an agent_id, or both", code=Code.INVALID_MESSAGE)
-        parent = self._parent(agent, message.parent_id) if message.parent_id is not None else None
+        parent = self.tasks.parent(agent, message.parent_id) if message.parent_id is not None else None
         if not message.wait:  # Otherwise the task may wait for an agent that does not exist yet.
             if parent is not None:
                 self.directory.check_deadlock(agent, message, parent)
             self.directory.check_target(agent, message)
         self._check_size(message)
         self._check_limits(agent)
-        return parent
-
-    def _parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
-        parent = self.tasks.open.get(parent_id)
-        if parent is None or parent.assignee is not agent:
-            raise Refused("parent_id: this agent is not the assignee of that task", code=Code.NOT_ASSIGNED)
-        if parent.depth >= DEPTH_OF_CHILDREN_MAX:
-            raise Refused(f"parent_id: subtasks nest at most {DEPTH_OF_CHILDREN_MAX} deep", code=Code.TOO_DEEP)
         return parent
 
     def _check_size(self, message: Delegate | Result | Status | Broadcast) -> None:
@@ -3125,13 +3201,23 @@ class Hub:
         if tasks.counts[PENDING] >= settings.pending_tasks_max:
             text = f"the hub has reached its limit of {settings.pending_tasks_max} pending tasks; retry later"
             raise Refused(text, code=Code.OVERLOADED)
+        share = REQUESTER_SHARE * settings.records_bytes_max
         needed = self._message_bytes + RECORD_BYTES
-        # Last, because it drops records: a task that is refused must change nothing.
-        if tasks.bytes + needed > settings.records_bytes_max:
-            if not tasks.has_room(needed):
-                text = f"the hub has reached its limit of {settings.records_bytes_max} bytes of tasks; retry later"
+        if agent.held_bytes + needed > share:
+            text = f"this agent has reached its limit of {share:.0f} bytes of tasks; wait until one ends"
+            raise Refused(text, code=Code.OVERLOADED)
+        self._reserve(needed, agent)  # Last, because it drops records: a task that is refused must change nothing.
+
+    def _reserve(self, needed: int, agent: AgentRecord | None) -> None:
+        """Drop ended tasks if a new record needs their bytes; refuse it if that is not enough."""
+        needed += self.directory.bytes
+        if self.tasks.bytes + needed > self.settings.records_bytes_max:
+            if not self.tasks.has_room(needed):
+                text = (
+                    f"the hub has reached its limit of {self.settings.records_bytes_max} bytes of records; retry later"
+                )
                 raise Refused(text, code=Code.OVERLOADED)
-            tasks.make_room(needed)
+            self.tasks.make_room(needed, agent)
 
     def _place(self, task: TaskRecord, avoiding: AgentRecord | None = None) -> AgentRecord | None:
         """Assign a pending task to a free agent, the one to avoid only as a last choice, or let it wait.
@@ -3318,12 +3404,13 @@ class Hub:
         requester = task.requester
         if requester.connection is not None:
             self._send(requester.connection, task.outcome())
-        elif requester.state is not AgentState.DEREGISTERED:
+            self.tasks.keep_delivered(task)
+        elif requester.state is AgentState.DEREGISTERED:
+            self.tasks.keep_delivered(task)  # Nobody is left to deliver it to.
+        else:
             self.tasks.keep_undelivered(task)
-            return
-        self.tasks.keep_delivered(task)  # Also if its requester has deregistered: nobody is left to deliver it to.
-        if self.tasks.bytes > self.settings.records_bytes_max:
-            self.tasks.make_room()
+        if self.tasks.bytes + self.directory.bytes > self.settings.records_bytes_max:
+            self.tasks.make_room(self.directory.bytes, requester)
 
     def _reap(self) -> None:
         """Drop ended tasks past their retention, and gone agents that nothing needs."""
@@ -3394,17 +3481,35 @@ def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
 
 
-def check_registration(message: Register, settings: HubSettings) -> None:
-    """Refuse an agent whose registration is larger than this hub accepts."""
+def check_registration(message: Register, settings: HubSettings) -> int:
+    """Refuse an agent whose registration is larger than this hub accepts; return what it counts at most."""
     if len(message.capabilities) > settings.capabilities_max:
         text = f"capabilities: at most {settings.capabilities_max} per agent on this hub; register several agents"
         raise Refused(text, code=Code.OVERLOADED)
     if len(json.dumps(message.metadata)) > settings.metadata_bytes_max:
         text = f"metadata: at most {settings.metadata_bytes_max} bytes as JSON on this hub"
         raise Refused(text, code=Code.OVERLOADED)
+    if len(descriptions_of(message).encode(errors="surrogatepass")) > DESCRIPTIONS_BYTES_MAX:
+        text = f"description: all of an agent may have {DESCRIPTIONS_BYTES_MAX} bytes together; register several agents"
+        raise Refused(text, code=Code.TOO_LARGE)
     if schemas_bytes(one for one in message.capabilities if isinstance(one, Capability)) > SCHEMAS_BYTES_MAX:
         text = f"capabilities: their schemas may have {SCHEMAS_BYTES_MAX} bytes together; register several agents"
         raise Refused(text, code=Code.TOO_LARGE)
+    return registration_bytes(message, len(descriptions_of(message)) // 2)
+
+
+def descriptions_of(message: Register) -> str:
+    """Return all descriptions of an agent and its capabilities."""
+    offered = (one.description for one in message.capabilities if isinstance(one, Capability))
+    return " ".join((message.description, *offered))
+
+
+def registration_bytes(message: Register, words: int) -> int:
+    """Return what an agent counts among the records if it can be found by so many words."""
+    offered = [one for one in message.capabilities if isinstance(one, Capability)]
+    size = JSON_FACTOR * (len(json.dumps(message.metadata)) + schemas_bytes(offered))
+    size += 2 * len(descriptions_of(message)) + WORD_BYTES * min(words, WORDS_MAX)
+    return max(0, size + CAPABILITY_BYTES * len(message.capabilities) - AGENT_BYTES)
 
 
 def schemas_bytes(offered: Iterable[Capability]) -> int:
@@ -6259,7 +6364,7 @@ class LocalHub:
             link.close(CloseCode.GOING_AWAY, "the hub is shutting down")
             return
         self._links[link] = None
-        self._apply(self.hub.connected(link, self._loop.time()))
+        self._apply(self.hub.connected(link, self._loop.time(), link.address or None))
 
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
         if self._is_verbose:

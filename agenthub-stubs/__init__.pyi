@@ -681,6 +681,9 @@ class AgentRecord:
     max_tasks: int = ...
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = ...
+    bytes: int = ...
+    held_bytes: int = ...
+    origin: str | None = ...
     pools: list[Pool] = field(default_factory=list)
     load: int | None = ...
     running: dict[str, TaskRecord] = field(default_factory=dict)
@@ -704,6 +707,7 @@ class Connection:
 
     link: Hashable
     last_seen: float
+    origin: str | None = ...
     agent: AgentRecord | None = ...
     is_known: bool = ...
     wrong_secrets: int = ...
@@ -826,16 +830,20 @@ class Directory:
     an agent's `running`.
     """
 
+    agents_max: Incomplete
     agents: dict[str, AgentRecord]
     gone: dict[str, AgentRecord]
     pools: dict[str, Pool]
     index: Incomplete
+    bytes: int
     changed: dict[AgentRecord, bool]
-    def __init__(self, *, is_journaled: bool) -> None: ...
+    def __init__(self, agents_max: int, *, is_journaled: bool) -> None: ...
     def mark(self, agent: AgentRecord, is_kept: bool = True) -> None:
         """Have an agent's row written, or deleted, by this step."""
     def transition(self, agent: AgentRecord, event: AgentEvent) -> None:
         """Take one step of the table. Nothing else assigns an agent's state; pools and index follow it here."""
+    def add(self, name: str, origin: str | None, entropy: Callable[[int], bytes]) -> AgentRecord:
+        """Return the record of a new agent. Where there are too many, the oldest one that is gone makes room."""
     def describe(self, agent: AgentRecord, message: Register, running_max: int) -> None:
         """Apply a registration to its agent, and list the agent under its capabilities."""
     def restore(self, row: AgentRow, running_max: int) -> AgentRecord:
@@ -878,12 +886,14 @@ class TaskTable:
     counts: Incomplete
     totals: Incomplete
     bytes: int
-    delivered_bytes: int
+    ended_bytes: int
     bytes_max: Incomplete
     sequence: int
     changed: dict[TaskRecord, bool]
     def __init__(self, bytes_max: int, *, is_journaled: bool) -> None: ...
     def find(self, task_id: str) -> TaskRecord | None: ...
+    def parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
+        """Return the task that an agent may delegate a subtask of."""
     def newest_first(self) -> Iterator[TaskRecord]:
         """Return all tasks: the open ones, those with an outcome to deliver, and the others."""
     def __len__(self) -> int: ...
@@ -911,9 +921,13 @@ class TaskTable:
     def take_delivered(self, task_id: str) -> TaskRecord | None:
         """Take a task out of `delivered`; return it if it was there."""
     def has_room(self, size: int) -> bool:
-        """Return whether a record of `size` bytes fits when all of `delivered` is dropped for it."""
-    def make_room(self, needed: int = 0) -> None:
-        """Drop the oldest delivered tasks, before their retention is over, while the records are too large together."""
+        """Return whether a record of `size` bytes fits when all ended ones are dropped for it."""
+    def make_room(self, needed: int, requester: AgentRecord | None) -> None:
+        """Drop ended tasks, before their retention is over, while the records are too large together.
+
+        The oldest delivered ones go first, and then outcomes of disconnected requesters: those of the `requester` that
+        needs the bytes while it holds more than its share, and then the oldest of all.
+        """
     def purge_older(self, horizon: float) -> bool:
         """Drop tasks that ended before `horizon`, at most TICK_BATCH of a kind; return whether more may be left."""
     def purge(self, task: TaskRecord) -> None:
@@ -937,8 +951,11 @@ class Hub:
     def __init__(
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None: ...
-    def connected(self, link: Hashable, now: float) -> Step:
-        """Add a new connection. Until it registers it may only look: `status` and `discover`."""
+    def connected(self, link: Hashable, now: float, origin: str | None = None) -> Step:
+        """Add a new connection. Until it registers it may only look: `status` and `discover`.
+
+        `origin` is the address that it comes from; None is not limited.
+        """
     def receive(
         self,
         link: Hashable,

@@ -1273,8 +1273,9 @@ class Story:
         demand(min(hub.tasks.totals.values()) >= 0 and hub.in_progress >= 0, "a counter is negative")
         demand(hub.tasks.bytes == sum(task.bytes for task in records), "the bytes of records are counted wrong")
         demand(
-            hub.tasks.delivered_bytes == sum(task.bytes for task in hub.tasks.delivered.values()),
-            "the bytes of delivered ones are counted wrong",
+            hub.tasks.ended_bytes
+            == sum(task.bytes for task in (*hub.tasks.delivered.values(), *hub.tasks.undelivered.values())),
+            "the bytes of ended ones are counted wrong",
         )
         demand(all(task.bytes > 0 for task in records), "a record has no size")
         told = collections.Counter(task.requester for task in hub.tasks.delivered.values())

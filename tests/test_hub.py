@@ -1533,6 +1533,77 @@ def test_hub_has_at_most_its_number_of_agents() -> None:
     world.join("third")
 
 
+def abandoned(world: HubHarness, number: int) -> Client:
+    """Join, do what keeps an identity for the retention, and hang up."""
+    client = world.join(f"abandoned-{number}")
+    client.delegate(f"task-{number}", "nobody", wait=True)
+    client.fail(f"task-{number}")
+    client.lose_connection()
+    return client
+
+
+def test_agents_that_are_gone_make_room_for_new_ones_the_oldest_first() -> None:
+    world = HubHarness(agents_max=10, grace_s=5.0)
+    clients = []
+    for number in range(10):
+        clients.append(abandoned(world, number))
+        world.pass_time(1)
+    honest = [world.join("honest") for _ in range(3)]
+    assert {one.agent_id for one in honest}.isdisjoint(one.agent_id for one in clients)
+    assert clients[3].come_back().agent_id == clients[3].agent_id
+    assert clients[2].come_back().agent_id != clients[2].agent_id  # It has the place of the next one.
+    assert clients[4].come_back().agent_id != clients[4].agent_id
+    assert honest[0].ask(Status(task_id="task-0")).state == "failed"  # Tasks are kept for their retention.
+    world.pass_time(10_000)
+    assert world.hub.tasks.bytes == 0
+
+
+def test_task_of_a_requester_that_was_dropped_ends_all_the_same() -> None:
+    world, worker, requester = couple(agents_max=2, grace_s=5.0)
+    requester.delegate("t", "greet", ttl=10_000)
+    requester.lose_connection()
+    world.pass_time(6)
+    world.join("newcomer")
+    assert worker.succeed("t").state == "completed"
+    worker.ask(Deregister())
+    world.pass_time(10_000)
+    assert (world.hub.tasks.bytes, len(world.hub.tasks)) == (0, 0)
+
+
+def test_agents_of_one_address_that_hang_up_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "AWAY_MAX", 3)
+    world = HubHarness(grace_s=5.0)
+
+    def from_address(origin: str) -> Client:
+        client = world.connect()
+        world.take(world.hub.disconnected(client.connection, world.now))
+        world.take(world.hub.connected(client.connection, world.now, origin))
+        return client
+
+    away = [from_address("198.51.100.7") for _ in range(3)]
+    for client in away:
+        client.register("flood")
+        client.delegate(f"task-{client.agent_id}", "nobody", wait=True)
+    for client in away:
+        client.lose_connection()
+    text = "3 agents of this address are disconnected; resume or deregister them, or retry later"
+    refusal = from_address("198.51.100.7").ask(Register(name="fourth"))
+    assert (refusal.code, refusal.message) == ("overloaded", text)
+    from_address("203.0.113.1").register("bystander")
+    fields = {"agent_id": away[0].agent_id, "resume": away[0].registration.resume}
+    from_address("203.0.113.1").register("back", **fields)
+    from_address("198.51.100.7").register("fourth")
+    from_address("198.51.100.7").register("fifth")
+    world.pass_time(5)
+    for _ in range(5):  # Those that are gone make room.
+        client = from_address("198.51.100.7")
+        client.register("later")
+        client.delegate(f"task-{client.agent_id}", "nobody", wait=True)
+        client.lose_connection()
+        world.pass_time(5)
+    assert len(world.hub.directory.agents) == 3 + 3 + 1  # And no more are kept.
+
+
 def test_oldest_ended_records_make_room_for_new_ones() -> None:
     world, worker, requester = couple(records_bytes_max=5 * (RECORD_BYTES + 300))
     for number in range(20):
@@ -1559,6 +1630,130 @@ def test_task_for_which_there_will_be_no_room_drops_no_record() -> None:
     worker.succeed("t")
     assert requester.refused(Delegate(task_id="large", capability="greet", input="x" * 10_000)) == "overloaded"
     assert state_of(requester, "t") == "completed"
+
+
+def crashed(world: HubHarness, worker: Client, name: str, outcomes: int, size: int = 1000) -> Client:
+    """Return a requester that has crashed for good before so many outcomes."""
+    requester = world.join(name)
+    for number in range(outcomes):
+        requester.delegate(f"{name}-{number}", "greet")
+    requester.lose_connection()
+    for number in range(outcomes):
+        assert worker.succeed(f"{name}-{number}", "x" * size).state == "completed"
+    return requester
+
+
+def test_outcomes_for_requesters_that_are_away_make_room_before_anybody_is_refused() -> None:
+    world = HubHarness(records_bytes_max=100_000)
+    worker, requester = world.join("worker", "greet", max_tasks=1000), world.join("requester")
+    crashed(world, worker, "one", 20)
+    crashed(world, worker, "two", 40)
+    for number in range(200):
+        assert requester.delegate(f"t{number}", "greet").state == "in_progress"
+        worker.succeed(f"t{number}", "y" * 1000)
+        assert world.hub.tasks.bytes <= 100_000
+    kept = len(world.hub.tasks.undelivered)
+    assert kept > 30, "delivered outcomes go first"
+    for number in range(40):
+        assert requester.delegate(f"open{number}", "greet").state == "in_progress"
+    assert requester.ask(Status(task_id="one-0")).code == "unknown_task"  # The oldest outcome has made room.
+    assert 0 < len(world.hub.tasks.undelivered) < kept
+
+
+def test_one_requester_holds_at_most_its_share_of_the_records() -> None:
+    world = HubHarness(records_bytes_max=100_000)
+    worker, greedy, other = world.join("worker", "greet", max_tasks=1000), world.join("greedy"), world.join("other")
+    while (reply := greedy.delegate(f"g{len(world.hub.tasks)}", "greet", input="x" * 1000)).type == "status":
+        pass
+    assert (reply.code, reply.message) == (
+        "overloaded",
+        "this agent has reached its limit of 50000 bytes of tasks; wait until one ends",
+    )
+    assert world.hub.tasks.bytes <= 50_000
+    assert other.delegate("other", "greet").state == "in_progress"
+    worker.succeed("g0")
+    assert greedy.delegate("more", "greet").state == "in_progress"
+
+
+def test_requester_above_its_share_loses_its_own_oldest_outcomes_and_no_other() -> None:
+    world = HubHarness(records_bytes_max=200_000)
+    worker = world.join("worker", "greet", max_tasks=1000)
+    modest = crashed(world, worker, "modest", 10)
+    greedy = crashed(world, worker, "greedy", 20, size=20_000)
+    assert world.hub.tasks.bytes <= 200_000
+    assert len(settled(modest.come_back())) == 10
+    outcomes = settled(greedy.come_back())
+    assert [task_id for task_id, *_ in outcomes] == [f"greedy-{number}" for number in range(20 - len(outcomes), 20)]
+    assert 5 <= len(outcomes) < 10
+
+
+def test_descriptions_of_an_agent_have_a_limit_together() -> None:
+    world = HubHarness()
+    text = " ".join(f"{number:x}" for number in range(1000))[:4000]
+    too_large = [Capability(f"c{number}", text) for number in range(18)]
+    refusal = world.connect().ask(Register(name="a", capabilities=[*too_large]))
+    expected = "description: all of an agent may have 65536 bytes together; register several agents"
+    assert (refusal.code, refusal.message) == ("too_large", expected)
+    worker = world.join("a", *too_large[:16], Capability("last", "zebra"))
+    assert rank_of(world, "2a", worker) == 3
+    assert len(world.hub.directory.agents[worker.agent_id].words) <= agenthub.WORDS_MAX
+
+
+def test_large_registrations_count_among_the_records_and_go_with_their_agents() -> None:
+    world = HubHarness(records_bytes_max=1_000_000)
+    text = " ".join(f"{number:x}" for number in range(1000))[:4000]
+    large = [Capability("c", text, {"k": [1] * 6000})]
+    agents = [world.join("a", *large), world.join("a", *large)]
+    counted = world.hub.summary()["records_bytes"]
+    assert 500_000 < counted < 1_000_000
+    assert world.connect().refused(Register(name="a", capabilities=[*large])) == "overloaded"
+    world.join("small", "greet")
+    assert agents[0].come_back(*large).agent_id == agents[0].agent_id
+    for client in [*world.clients.values()]:
+        client.ask(Deregister())
+    assert world.hub.summary()["records_bytes"] == 0
+
+
+SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "small": lambda number: {"capabilities": ["work"], "description": "Does work"},
+    "short words": lambda number: {
+        "capabilities": [
+            Capability(f"c{one}", " ".join(f"{number * one * 997 + k:x}" for k in range(500))[:1000])
+            for one in range(64)
+        ]
+    },
+    "long words": lambda number: {
+        "capabilities": [Capability(f"c{one}", f"{one}x{number}" * 180) for one in range(64)]
+    },
+    "metadata": lambda number: {"metadata": {"k": [{} for _ in range(900)]}},
+    "schemas": lambda number: {"capabilities": [Capability("c", "", {"k": [{} for _ in range(15_000)]})]},
+    "schema of properties": lambda number: {
+        "capabilities": [Capability("c", "", {"properties": {f"field_{k}": {"type": "string"} for k in range(1500)}})]
+    },
+    "names": lambda number: {"capabilities": [f"{number}-{one}-{'n' * 100}" for one in range(64)]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agent_costs_at_most_twice_what_is_counted_and_20_kilobytes(shape: str) -> None:
+    world = HubHarness()
+    messages = [encode(Register(id="r", name="a", **SHAPES[shape](number))) for number in range(20)]
+    world.join("first", "work")
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        counted = -world.hub.summary()["records_bytes"]
+        for message in messages:
+            client = world.connect()
+            world.received(client.connection, message)
+            client.inbox.clear()
+        world.history.clear()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    counted += world.hub.summary()["records_bytes"]
+    assert (after - before) / 20 <= 2 * counted / 20 + 20_000
+    assert counted / 20 <= 2 * (after - before) / 20 + 20_000  # It is not counted much too high either.
 
 
 def test_every_payload_that_a_record_holds_is_counted() -> None:

@@ -444,10 +444,13 @@ class HubMachine(RuleBasedStateMachine):
     def counters_agree_with_the_records(self) -> None:
         hub = self.harness.hub
         assert hub.tasks.counts == {state: sum(one.state is state for one in self.records()) for state in TaskState}
-        ended = {state: sum(one is state for one in self.states.values()) for state in FINAL_STATES}
-        assert hub.tasks.totals == ended
+        assert hub.tasks.totals == {state: sum(one is state for one in self.states.values()) for state in FINAL_STATES}
         assert hub.tasks.bytes == sum(task.bytes for task in self.records())
-        assert hub.tasks.delivered_bytes == sum(task.bytes for task in hub.tasks.delivered.values())
+        ended = (*hub.tasks.delivered.values(), *hub.tasks.undelivered.values())
+        assert hub.tasks.ended_bytes == sum(task.bytes for task in ended)
+        held = (*hub.tasks.open.values(), *hub.tasks.undelivered.values())
+        for agent in hub.directory.agents.values():
+            assert agent.held_bytes == sum(task.bytes for task in held if task.requester is agent)
 
     @invariant()
     def agents_hold_what_the_records_say(self) -> None:

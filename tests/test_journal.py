@@ -279,7 +279,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         "queues": sorted(map(str, hub._queues)),
         "deadlines": sorted(deadlines),
         "sequence": hub.tasks.sequence,
-        "bytes": (hub.tasks.bytes - sum(task.detail_bytes for task in tasks), hub.tasks.delivered_bytes),
+        "bytes": (hub.tasks.bytes - sum(task.detail_bytes for task in tasks), hub.tasks.ended_bytes),
         "counts": (hub.tasks.counts, hub.tasks.totals),
     }
 
