@@ -756,7 +756,7 @@ class Delegated:
     sender: str
     agent_id: str
     capability: str | None = None
-    input: Any = None
+    input: Json = None
     ttl: float
     priority: int
     max_retries: int
@@ -773,7 +773,7 @@ class TaskOutcome:
     sender: str | None = None
     success: bool
     state: str
-    output: Any = None
+    output: Json = None
     error: ErrorInfo | None = None
     attempt: int
 
@@ -831,7 +831,7 @@ class BroadcastReply:
     reply_to: str | None = None
     recipients: int | None = None
     sender: str | None = None
-    message: Any = None
+    message: Json = None
     capability: str | None = None
 
 
@@ -1033,41 +1033,54 @@ def object_validator(
 @functools.cache
 def class_validator(made: Any) -> Validator:
     """Return the validator of an object that becomes a `made`: a message, or a part of one."""
-    hints = typing.get_type_hints(made, include_extras=True)
     fields = [
-        (one.name, validator_for(hints[one.name], class_validator), not has_default(one))
-        for one in dataclasses.fields(made)
+        (one.name, validator_for(hint, class_validator), not has_default(one)) for one, hint in hints_of_fields(made)
     ]
     return object_validator(made, fields)
 
 
-# From bytes to messages and back: by the standard library, or by Pydantic. Both accept and reject the same messages;
-# tests/test_builtin_messages.py compares them.
+# From bytes to messages. A fast codec, of msgspec or Pydantic, may reject a message only because it is unusual: the
+# built-in one decides then. So all accept the same messages; tests/test_builtin_messages.py compares them.
 
-NUMBER_SHAPES = bytes.maketrans(b"123456789E", b"000000000e")  # 0 stands for any digit.
-DIGITS_MAX = 4300  # Of a number's whole part. Converting is quadratic, so Pydantic and Python's int have this limit.
+NUMBER_SHAPES = bytes.maketrans(b"123456789+E", b"0000000000e")  # 0 stands for any digit, and for a plus.
 SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+SPACE = r"[ \t\n\r]*+"
+# The beginning of a message up to its payload, as most are: its type first, then strings without escapes, and numbers.
+HEAD_OF_PAYLOAD = re.compile(
+    rf'{SPACE}\{{{SPACE}"type"{SPACE}:{SPACE}"([a-z]+)"{SPACE},'
+    rf'(?:{SPACE}"(?!(?:type|input|output|detail|message)")[^"\\]*+"{SPACE}:{SPACE}(?:"[^"\\]*+"|[-+.0-9a-zA-Z]++){SPACE},)*+'
+    rf'{SPACE}"(input|output|detail|message)"{SPACE}:{SPACE}'
+)
+QUOTE = ord('"')
+NEXT_VALUE = re.compile(rf"{SPACE}:{SPACE}")
+NEXT_NAME = re.compile(rf"{SPACE}[,{{}}]{SPACE}")
+
+
+class Codec(Protocol):
+    """One way to parse messages. `rejected` are the exceptions of its parsers, `loads` parses a payload."""
+
+    name: str
+    rejected: tuple[type[Exception], ...]
+    loads: Callable[[bytes], Any]
+
+    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, its payload still bytes."""
 
 
 class BuiltinCodec:
-    """Parse and write messages with nothing but the standard library."""
+    """Parse messages with nothing but the standard library. It decides what is accepted, and words why not."""
 
     name = "built in"
-    invalid: type[Exception] = ValidationError
+    rejected: tuple[type[Exception], ...] = (ValidationError,)
+    loads: Callable[[bytes], Any] = staticmethod(json.loads)
 
-    def __init__(self) -> None:
-        self._write = json.JSONEncoder(
-            ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=self._fields_of
-        ).encode
-
-    def parser(self, union: Any) -> Callable[[bytes], Any]:
-        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
+    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
         validators = {type_of(message): class_validator(message) for message in typing.get_args(union)}
         types_known = ", ".join(sorted(validators))
 
-        def parse(raw: bytes) -> Any:
-            document = parse_json(raw)
+        def read(text: str) -> Any:
+            document = parse_json(text)
             if type(document) is not dict:
                 raise ValidationError.of_type(dict).within("message")
             tag = document.get("type")
@@ -1077,151 +1090,286 @@ class BuiltinCodec:
                 raise ValidationError(f"must be one of {types_known}", "type", code=Code.UNSUPPORTED_TYPE)
             return validators[tag](document)
 
-        return parse
-
-    def encoder(self, message: type) -> Callable[[Any], bytes]:
-        """Return the function that writes messages of one class."""
-        fields, has_nulls = [(name, f'"{name}":') for name in field_names(message)], message in KEEP_NULLS
-        write = self._written
-
-        def encode(message: Any) -> bytes:
-            try:
-                texts = [
-                    name_text + write(value)
-                    for name, name_text in fields
-                    if (value := getattr(message, name)) is not None or has_nulls
-                ]
-                return f"{{{','.join(texts)}}}".encode()
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"cannot be serialized: {error}") from error
-
-        return encode
-
-    def _written(self, value: Any) -> str:
-        """Return a field's value in JSON. Most are scalars, for which the encoder would be a detour."""
-        if type(value) is str:
-            return json.encoder.encode_basestring(value)
-        if type(value) is int or (type(value) is float and math.isfinite(value)):
-            return repr(value)
-        if value is None:
-            return "null"
-        try:
-            return self._write(value)
-        except ValueError:  # It may hold numbers that are not finite. Pydantic writes them as null.
-            text = json.dumps(value, default=self._fields_of)
-            return self._write(json.loads(text, parse_constant=lambda constant: None))
-
-    def _fields_of(self, part: Any) -> dict[str, Any]:
-        """Return the fields of a message's part that are written."""
-        kind = type(part)
-        if not dataclasses.is_dataclass(kind) or kind.__module__ != __name__:
-            raise TypeError(f"{kind.__name__} is not JSON")
-        return {name: value for name in field_names(kind) if (value := getattr(part, name)) is not None}
+        return payload_parser(union, depth_max, read)
 
 
 class PydanticCodec:
-    """Parse and write messages with Pydantic, from the same annotations.
+    """Parse messages with Pydantic, from the same annotations.
 
     Strict: no string or bool for a number, and no number that is not finite.
     """
 
     def __init__(self, version: str) -> None:
         import pydantic
+        import pydantic_core
 
         self.name = f"pydantic {version}"
-        self.invalid: type[Exception] = pydantic.ValidationError
+        self.rejected: tuple[type[Exception], ...] = (pydantic.ValidationError, ValidationError)
+        self.loads: Callable[[bytes], Any] = pydantic_core.from_json
         self._adapter = pydantic.TypeAdapter
         self._discriminator = pydantic.Field(discriminator="type")
         self._config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
-    def parser(self, union: Any) -> Callable[[bytes], Any]:
-        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
+    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
         one_of = typing.cast(Any, Annotated[union, self._discriminator])
         adapter: pydantic.TypeAdapter[Any] = self._adapter(one_of, config=self._config)
-        return adapter.validator.validate_json
+        validate = adapter.validator.validate_json
 
-    def encoder(self, message: type) -> Callable[[Any], bytes]:
-        """Return the function that writes messages of one class."""
-        serializer = self._adapter(message).serializer
-        return functools.partial(serializer.to_json, exclude_none=message not in KEEP_NULLS)
+        def read(text: str) -> Any:
+            if has_constant(text):  # Pydantic ignores them in a field that no message has.
+                raise ValidationError("may hold a number that is not finite")
+            return validate(text)
+
+        return payload_parser(union, depth_max, read)
+
+
+class MsgspecCodec:
+    """Parse messages with msgspec, from the same annotations. Of a payload it checks only the syntax."""
+
+    def __init__(self, version: str) -> None:
+        import msgspec
+
+        self.name = f"msgspec {version}"
+        self.rejected: tuple[type[Exception], ...] = (msgspec.DecodeError, ValidationError, ValueError, RecursionError)
+        self.loads: Callable[[bytes], Any] = msgspec.json.decode
+        self._msgspec = msgspec
+
+    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
+        payloads = {message: payload_name(message) for message in typing.get_args(union)}
+        makers: dict[Any, Callable[[Any], Any]] = {}  # By the class of what msgspec returns.
+        decode_any = self._decoder(union, makers)
+        decode_plain = self._decoder(union, makers, skipped=(VISIBLE_PATTERN, NO_NUL_PATTERN))
+
+        def parse(raw: bytes) -> Any:
+            if raw.isascii() and b"\\" not in raw and b"\x7f" not in raw:
+                struct = decode_plain(raw)  # No character in it is invisible.
+            else:
+                raw.decode()  # msgspec does not decode what it leaves as it is.
+                struct = decode_any(raw)
+            message = makers[struct.__class__](struct)
+            if len(raw) > SMALL_BYTES:
+                name = payloads[message.__class__]
+                check_depth(raw, getattr(message, name) if name is not None else None, depth_max)
+            return message
+
+        return parse
+
+    def _decoder(self, union: Any, makers: dict[Any, Any], skipped: Collection[str] = ()) -> Callable[[bytes], Any]:
+        """Return a function that decodes all but the payload, without checking the patterns in `skipped`."""
+        found = [self._struct_and_maker(message, skipped) for message in typing.get_args(union)]
+        makers.update(found)
+        decoder = self._msgspec.json.Decoder(typing.Union[tuple(struct for struct, _ in found)])  # noqa: UP007
+        return typing.cast(Callable[[bytes], Any], decoder.decode)
+
+    def _struct_and_maker(self, message: Any, skipped: Collection[str]) -> tuple[Any, Callable[[Any], Any]]:
+        """Return the msgspec.Struct with the fields of a message, and the function that makes the message of one."""
+        fields: list[Any] = []
+        arguments = []
+        scope: dict[str, Any] = {"message": message, "payload_in": payload_in, "reject": reject_pattern}
+        for one, hint in hints_of_fields(message):
+            if one.name == "type":
+                continue
+            scalar = self._scalar(hint)
+            default: dict[str, Any] = {"default": one.default} if has_default(one) else {}
+            if one.default_factory is not dataclasses.MISSING:
+                default = {"default_factory": one.default_factory}
+            argument = f"struct.{one.name}"
+            pattern = pattern_of(hint)
+            if pattern is not None and pattern not in skipped:
+                scope[f"fits_{one.name}"] = _compiled(pattern).fullmatch
+                argument = f"{argument} if {argument} is None or fits_{one.name}({argument}) else reject()"
+            if hint == Json:
+                scalar, argument = self._msgspec.Raw, f"payload_in({argument})"
+                default = {} if not default else {"default": self._msgspec.Raw(b"null")}
+            elif scalar is None:
+                scope[f"validate_{one.name}"] = validator_for(hint, class_validator)
+                scalar, argument = Any, f"validate_{one.name}({argument})"
+            fields.append((one.name, scalar, self._msgspec.field(**default)))
+            arguments.append(f"{one.name}={argument}")
+        struct = self._msgspec.defstruct(
+            message.__name__, fields, kw_only=True, tag=type_of(message), tag_field="type", gc=False
+        )
+        return struct, eval(f"lambda struct: message({', '.join(arguments)})", scope)
+
+    def _scalar(self, hint: Any) -> Any:
+        """Return the annotation of a string, a number or a boolean as msgspec has it; None for any other."""
+        arguments = typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            scalars = [self._scalar(one) for one in arguments if one is not types.NoneType]
+            return scalars[0] | None if len(scalars) == 1 < len(arguments) and scalars[0] is not None else None
+        if typing.get_origin(hint) is Annotated and isinstance(arguments[1], Limit):
+            limits = {name: getattr(arguments[1], name) for name in Limit.__slots__ if name != "pattern"}
+            kind = self._scalar(arguments[0])
+            return kind and Annotated[kind, self._msgspec.Meta(**limits)]
+        return hint if hint in (str, int, float, bool) else None
 
 
 @functools.cache
-def codec() -> PydanticCodec | BuiltinCodec:
+def codec() -> Codec:
     """Return the codec in use. It is made at the first use: importing this module imports no package."""
-    version = usable_version("pydantic", oldest=(2, 11))
-    return BuiltinCodec() if version is None else PydanticCodec(version)
+    if version := usable_version("msgspec", oldest=(0, 19)):
+        return MsgspecCodec(version)
+    if version := usable_version("pydantic", oldest=(2, 11)):
+        return PydanticCodec(version)
+    return BuiltinCodec()
 
 
-def parse_json(raw: bytes) -> Any:
-    """Return the JSON in some bytes; raise ValidationError if they hold none.
+def parse_long_integer(digits: str) -> float:
+    """Return an integer that Python would not convert, because that takes quadratic time, as an infinite number."""
+    return int(digits) if len(digits) < 4300 else math.inf
 
-    Stricter than `json.loads`, as Pydantic is: no half of a surrogate pair, no number of thousands of digits. Like it,
-    this reads NaN and the infinities, so that the reason of a rejection can name their field.
+
+scan_json = json.JSONDecoder().raw_decode  # From a position on; returns the end too.
+decode_json = json.JSONDecoder().decode
+decode_long_integers = json.JSONDecoder(parse_int=parse_long_integer).decode
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of some JSON; raise ValidationError if it is none.
+
+    This reads NaN and the infinities too, so that the reason of a rejection can name their field.
     """
     try:
-        if b"\\" in raw and SURROGATE.search(SURROGATE_PAIR.sub(b"", raw.replace(b"\\\\", b"  "))):
-            raise ValueError("lone surrogate in an escape")
-        return (parse_long_numbers if has_long_number(raw) else parse_numbers)(raw.decode())
+        try:
+            return decode_json(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            return decode_long_integers(text)
     except RecursionError:
         raise ValidationError("Invalid JSON: it is nested too deep") from None
     except ValueError as error:
         raise ValidationError(f"Invalid JSON: {error}") from None
 
 
-def has_long_number(raw: bytes) -> bool:
-    """Return whether some JSON has DIGITS_MAX digits in a row. One of them would be in a sample of that step."""
-    samples = raw[::DIGITS_MAX]
-    return len(samples.translate(None, b"0123456789")) < len(samples) and b"0" * DIGITS_MAX in raw.translate(
-        NUMBER_SHAPES
-    )
+def has_constant(text: str) -> bool:
+    """Return whether some JSON may hold NaN or an infinity."""
+    return "NaN" in text or "nfinity" in text
 
 
-def refuse_constants(raw: bytes) -> None:
+def refuse_constants(text: str) -> None:
     """Raise ValidationError if some JSON holds NaN or an infinity, also in a field that no message has."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValidationError(f"Invalid JSON: {constant} is not a number in JSON")
 
-    json.loads(raw, parse_constant=refuse)
+    json.loads(text, parse_constant=refuse)
 
 
-def _parse_number(convert: Callable[[str], float], text: str) -> float:
-    if len(text) > DIGITS_MAX and len(re.split("[.eE]", text.removeprefix("-"), maxsplit=1)[0]) > DIGITS_MAX:
-        raise ValueError("number out of range")
-    return convert(text)
+def text_in(raw: bytes) -> str:
+    """Return the text in some bytes; raise ValidationError if it is not UTF-8, or escapes half of a surrogate pair."""
+    if b"\\u" in raw and SURROGATE.search(SURROGATE_PAIR.sub(b"", raw.replace(b"\\\\", b"  "))):
+        raise ValidationError("Invalid JSON: lone surrogate in an escape")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValidationError(f"Invalid JSON: {error}") from None
 
 
-parse_numbers = json.JSONDecoder().decode
-parse_long_numbers = json.JSONDecoder(
-    parse_int=functools.partial(_parse_number, int), parse_float=functools.partial(_parse_number, float)
-).decode
+def payload_parser(union: Any, depth_max: int, read: Callable[[str], Any]) -> Callable[[bytes], Any]:
+    """Return the function that makes a message of bytes, where `read` makes it of the text without its payload."""
+    payloads = {message: payload_name(message) for message in typing.get_args(union)}
+    names_by_type = {type_of(message): name for message, name in payloads.items()}
+
+    def parse(raw: bytes) -> Any:
+        text = text_in(raw)
+        found = find_payload(text, names_by_type)
+        message = read(text if found is None else f"{text[: found.start]}null{text[found.end :]}")
+        name = payloads[type(message)]
+        payload = None
+        if name is not None:
+            if found is None and getattr(message, name) is not None:
+                found = last_member(text, name)
+            if found is not None and found.value is not None:
+                payload = text[found.start : found.end].encode()
+                if type(found.value) not in SCALARS and (looks_suspicious(payload) or has_constant(text)):
+                    check_payload(name, found.value)
+            setattr(message, name, payload)
+        check_depth(raw, payload, depth_max)
+        if has_constant(text):
+            refuse_constants(text)
+        return message
+
+    return parse
+
+
+class Member(NamedTuple):
+    """The value of a field at the top level of some JSON, and where in the text that is."""
+
+    value: Any
+    start: int
+    end: int
+
+
+def find_payload(text: str, names_by_type: Mapping[str, str | None]) -> Member | None:
+    """Return the payload of a message; None if it has none, or if it is not written as most are."""
+    head = HEAD_OF_PAYLOAD.match(text)
+    if head is None or names_by_type.get(head[1]) != head[2]:
+        return None
+    try:
+        value, end = scan_json(text, head.end())
+    except (ValueError, RecursionError):
+        return None  # Parsing all of it says what is wrong, and where.
+    tail = text[end:]
+    may_occur_again = f'"{head[2]}"' in tail or '"type"' in tail or "\\" in tail
+    return None if may_occur_again else Member(value, head.end(), end)
+
+
+def last_member(text: str, name: str) -> Member:
+    """Return the last field of that name in a text that is a JSON object and has one."""
+    found = None
+    separator = NEXT_NAME.match(text)
+    while separator is not None and separator.end() < len(text) and text[separator.end()] == '"':
+        key, end = scan_json(text, separator.end())
+        start = NEXT_VALUE.match(text, end).end()  # type: ignore[union-attr]  # the text is a JSON object
+        value, end = scan_json(text, start)
+        if key == name:
+            found = Member(value, start, end)
+        separator = NEXT_NAME.match(text, end)
+    if found is None:
+        raise AssertionError("no such field")
+    return found
+
+
+def pattern_of(hint: Any) -> str | None:
+    """Return the pattern that a field's value has to fit, if it is a string or null."""
+    limits = (limit for branch in (hint, *typing.get_args(hint)) for limit in typing.get_args(branch)[1:])
+    return next((limit.pattern for limit in limits if isinstance(limit, Limit) and limit.pattern is not None), None)
+
+
+def reject_pattern() -> NoReturn:
+    raise ValidationError("does not fit a pattern")
+
+
+def payload_in(raw: Any) -> bytes | None:
+    """Return a payload that msgspec has left as it is, None for null; raise ValidationError if it looks suspicious."""
+    payload = bytes(raw)
+    if payload[0] == QUOTE:
+        return payload
+    if looks_suspicious(payload):
+        raise ValidationError("may not be JSON that every language reads")
+    return None if payload == b"null" else payload
 
 
 def decoder(union: Any, id_field: str, depth_max: int) -> Callable[[bytes], Any]:
     """Return the function that makes a message of `union` from bytes, or raises InvalidMessage, naming the field."""
-    parse_fast, parse_builtin, invalid = codec().parser(union), BuiltinCodec().parser(union), codec().invalid
-    payloads = {message: payload_name(message) for message in typing.get_args(union)}
+    parse_builtin = BuiltinCodec().parser(union, depth_max)
 
-    def decode(raw: bytes, parse: Callable[[bytes], Any] = parse_fast) -> Any:
+    def decode_builtin(raw: bytes) -> Any:
         try:
-            message = parse(raw)
-            # Looking for one byte is much faster, and settles most cases.
-            has_constant = (b"N" in raw or b"I" in raw) and (b"NaN" in raw or b"nfinity" in raw)
-            is_deep = nests_deeper_than(raw, depth_max)
-            name = payloads[type(message)]
-            if name is not None and type(payload := getattr(message, name)) not in SCALARS:
-                check_payload(name, payload, raw, is_deep or has_constant)
-            if has_constant:
-                refuse_constants(raw)
-            if is_deep:
-                raise ValidationError(f"a field is nested more than {DEPTH_MAX} deep", "message")
-            return message
+            return parse_builtin(raw)
         except ValidationError as error:
             raise _rejection(error, raw, id_field) from None
-        except invalid:
-            decode(raw, parse_builtin)  # Raises InvalidMessage with the reason. A test shows that it always does.
-            raise _rejection(ValidationError("is not valid", "message"), raw, id_field) from None
+
+    if isinstance(codec(), BuiltinCodec):
+        return decode_builtin
+    parse, rejected = codec().parser(union, depth_max), codec().rejected
+
+    def decode(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except rejected:
+            return decode_builtin(raw)
 
     return decode
 
@@ -1238,14 +1386,85 @@ def decoder_from_hub() -> Callable[[bytes], HubMessage]:
     return decoder(HubMessage, "reply_to", DEPTH_MAX + DEPTH_OF_REPLY)
 
 
-@functools.cache
-def encoders() -> dict[type, Callable[[Any], bytes]]:
-    return {message: codec().encoder(message) for message in typing.get_args(AgentMessage | HubOutput)}
+# From messages to bytes.
+
+
+class Encoders(dict[type, Callable[[Any], bytes]]):
+    """The function that writes the messages of a class, by class. Each is made at its first use."""
+
+    def __missing__(self, message: type) -> Callable[[Any], bytes]:
+        write = self[message] = self._compile(message)
+        return write
+
+    @staticmethod
+    def _compile(message: Any) -> Callable[[Any], bytes]:
+        """Compile the function from the fields, as `dataclass` does: a loop over them takes twice the time."""
+        parts, has_nulls, separator = [], message in KEEP_NULLS, "{"
+        for one, hint in hints_of_fields(message):
+            name, value = f'{separator}"{one.name}":', f"message.{one.name}"
+            if one.name == "type":
+                parts.append(repr(f"{name}{json.dumps(one.default)}"))
+            elif has_nulls or not has_default(one) or one.default is not None:
+                parts += [repr(name), WRITERS.get(hint, "write({})").format(value)]
+            else:
+                parts.append(f"'' if {value} is None else {name!r} + write({value})")
+            separator = ","
+        scope = {"write": field_text, "quote": json.encoder.encode_basestring}
+        made: Callable[[Any], bytes] = eval(f"lambda message: ''.join(({', '.join(parts)}, '}}')).encode()", scope)
+        return made
+
+
+# How the fields are written whose values are the hub's own, and so of the type that their annotation says.
+WRITERS: Mapping[Any, str] = {str: "quote({})", int: "repr({})", float: "repr({})", bool: "'true' if {} else 'false'"}
+ENCODERS = Encoders()
 
 
 def encode(message: AgentMessage | HubOutput) -> bytes:
     """Return `message` as it goes over the wire; raise ValueError if a payload in it is not JSON."""
-    return encoders()[type(message)](message)
+    try:
+        return ENCODERS[message.__class__](message)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be serialized: {error}") from error
+
+
+def field_text(value: Any) -> str:
+    """Return a field's value in JSON. Bytes are a payload, which is JSON already."""
+    if type(value) is str:
+        return json.encoder.encode_basestring(value)
+    if type(value) is bytes:
+        return value.decode()
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return repr(value)
+    return "null" if value is None else write_json(value)
+
+
+def _fields_of(part: Any) -> dict[str, Any]:
+    """Return the fields of a message's part that are written."""
+    kind = type(part)
+    if not dataclasses.is_dataclass(kind) or kind.__module__ != __name__:
+        raise TypeError(f"{kind.__name__} is not JSON")
+    return {name: value for name in field_names(kind) if (value := getattr(part, name)) is not None}
+
+
+write_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_fields_of).encode
+
+
+def payload_of(value: Any) -> bytes | None:
+    """Return a value as a payload, None as None; raise ValueError if it is not JSON that every language reads."""
+    if value is None:
+        return None
+    try:
+        payload = field_text(value).encode() if type(value) is not bytes else b""
+    except (TypeError, ValueError, RecursionError):
+        payload = b""
+    if not payload or looks_suspicious(payload):
+        payload = write_json(check_json(value)).encode()
+    return payload
+
+
+def value_of(payload: Any) -> Any:
+    """Return the value of a payload: parsed if it came in (bytes), as it is if it was given."""
+    return codec().loads(payload) if type(payload) is bytes else payload
 
 
 def envelope_bytes(message_bytes_max: int) -> int:
@@ -1258,9 +1477,16 @@ def field_names(made: type) -> tuple[str, ...]:
     return tuple(one.name for one in dataclasses.fields(made))
 
 
+@functools.cache
+def hints_of_fields(made: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """Return the fields of a class, each with its annotation."""
+    hints = typing.get_type_hints(made, include_extras=True)
+    return [(one, hints[one.name]) for one in dataclasses.fields(made)]
+
+
 def payload_name(message: type) -> str | None:
     """Return the name of the field whose JSON the hub passes on without reading it; None if there is none."""
-    names = [name for name, hint in typing.get_type_hints(message, include_extras=True).items() if hint == Json]
+    names = [one.name for one, hint in hints_of_fields(message) if hint == Json]
     if len(names) > 1:
         raise AssertionError(f"{message.__name__} has several payloads, and `decode` checks one")
     return names[0] if names else None
@@ -1278,20 +1504,21 @@ def type_of(message: type) -> str:
 # What shows in the bytes. Walking through a parsed value in Python takes longer than parsing it did.
 
 STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one level deeper, or back.
+SMALL_BYTES = 1024
 NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 
 
-def check_payload(name: str, value: Any, raw: bytes, is_suspect: bool) -> None:
-    """Raise ValidationError if the payload in field `name` of the message `raw` is not JSON that every language reads.
+def check_payload(name: str, value: Any) -> None:
+    """Raise ValidationError if the value of a field is not JSON that every language reads."""
+    try:
+        check_json(value)
+    except ValidationError as error:
+        raise error.within(name) from None
 
-    `is_suspect` tells that its depth, or a number that is not finite, may be wrong. Walking through a few values, or
-    through a few long strings, is faster than looking at their bytes.
-    """
-    if is_suspect or len(raw) < 512 or raw.count(b",", 0, 1024) < 25 or may_hold_large_number(raw):
-        try:
-            check_json(value)
-        except ValidationError as error:
-            raise error.within(name) from None
+
+def looks_suspicious(payload: bytes) -> bool:
+    """Return whether a payload may be nested too deep or hold a number that is too large, so that a look is needed."""
+    return nests_deeper_than(payload, DEPTH_MAX) or may_hold_large_number(payload)
 
 
 def may_hold_large_number(raw: bytes) -> bool:
@@ -1299,20 +1526,39 @@ def may_hold_large_number(raw: bytes) -> bool:
 
     Those have 19 digits in a row, or an exponent of three.
     """
-    shapes = raw.translate(NUMBER_SHAPES, b"+")
-    return b"0e000" in shapes or (b"0" * 19 in shapes and (b"0" * 20 in shapes or b"-" + b"0" * 19 in shapes))
+    shapes = raw.translate(NUMBER_SHAPES)
+    if b"0e000" in shapes:
+        return True
+    return b"0" * 19 in shapes and (b"0" * 20 in shapes or b"-" + b"0" * 19 in shapes)
+
+
+def check_depth(raw: bytes, payload: bytes | None, depth_max: int) -> None:
+    """Raise ValidationError if a message nests deeper than `depth_max` outside of its payload, which was checked.
+
+    Nothing else was checked of a field that no message has; but every parser can take what fits into SMALL_BYTES.
+    """
+    if len(raw) - len(payload or b"") > SMALL_BYTES and nests_deeper_than(raw, depth_max):
+        raise ValidationError(f"a field is nested more than {DEPTH_MAX} deep", "message")
 
 
 def nests_deeper_than(raw: bytes, depth: int) -> bool:
-    """Return whether some JSON nests deeper than `depth`. Counting the opening brackets settles most cases."""
-    if raw.count(b"[") + raw.count(b"{") <= depth:
+    """Return whether some JSON nests deeper than `depth`."""
+    marks = raw.translate(None, NOT_MARKS)
+    if len(marks) <= depth:
         return False
-    if b"\\" in raw:
-        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = raw.translate(STEPS, NOT_MARKS)
-    # Most strings are empty now. Removing "" leaves all other quotes in their roles, and every second part is a string.
-    steps = array.array("b", b"".join(marks.replace(b'""', b"").split(b'"')[::2]))
-    return max(itertools.accumulate(steps), default=0) > depth
+    if b"\\" not in raw:
+        # Most strings are empty now. If all are, what is left is brackets, and each round removes the innermost pairs.
+        brackets = marks.replace(b'""', b"")
+        if b'"' not in brackets:
+            for level in range(1, 5):
+                brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+                if len(brackets) <= depth - level:
+                    return False
+    else:
+        marks = raw.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NOT_MARKS)
+    # Removing "" leaves all other quotes in their roles, and every second part is a string.
+    steps = b"".join(marks.replace(b'""', b"").split(b'"')[::2]).translate(STEPS)
+    return max(itertools.accumulate(array.array("b", steps)), default=0) > depth
 
 
 # Rejected messages.
@@ -1440,9 +1686,9 @@ def _reference(made: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema_of_class(made: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    hints, properties = typing.get_type_hints(made, include_extras=True), {}
-    for one in dataclasses.fields(made):
-        schema = schema_of(hints[one.name], lambda kind: _reference(kind, definitions))
+    properties = {}
+    for one, hint in hints_of_fields(made):
+        schema = schema_of(hint, lambda kind: _reference(kind, definitions))
         if "$ref" not in schema.get("anyOf", [schema])[0]:  # A class has a title of its own.
             schema["title"] = one.name.replace("_", " ").title()
         if one.default is not dataclasses.MISSING:
@@ -1715,7 +1961,6 @@ TICK_BATCH = 1000  # Deadlines, and ended tasks, handled per tick: about 10 ms, 
 LIST_MAX = 1000  # Tasks in one `status` list.
 WAITING_MAX = 10  # Requesters in the status of the hub: those with the most pending tasks.
 RECORD_BYTES = 1024  # The memory of a task's record without its payloads (tests/test_hub.py measures it).
-INFLATION_MAX = 6  # How much longer numbers may get when they are encoded again: 1e15 is 1000000000000000.0.
 DEPTH_OF_CHILDREN_MAX = 16
 TRIES_MAX = 3  # Wrong secrets, or messages without a token, before a connection is closed.
 SCHEMAS_BYTES_MAX = 65_536  # Of all capabilities of one agent.
@@ -2700,11 +2945,9 @@ class Hub:
         self._now = self._started_at = now
         self._effects: list[Effect] = []  # Of this step.
         self._message_bytes = 0  # The size of the message being handled.
-        # A message of so few bytes fits into another one without encoding it first: that may make it longer, but not
-        # by more than INFLATION_MAX.
-        self._small_bytes_max = (settings.message_bytes_max - ENVELOPE_BYTES) // INFLATION_MAX
+        self._passed_on_max = settings.message_bytes_max - settings.envelope_bytes  # Bytes of a message that fits.
         # An agent never runs more tasks than fit into the reply to its next `register`.
-        self._running_max = max(1, (settings.message_bytes_max - settings.envelope_bytes) // REF_BYTES)
+        self._running_max = max(1, self._passed_on_max // REF_BYTES)
         self._refusals: dict[str, int] = {}  # How many, by code.
         self._closes: dict[str, int] = {}  # How many connections ended, by close code.
         self._connections: dict[Hashable, Connection] = {}
@@ -3057,8 +3300,8 @@ class Hub:
 
     def _on_discover(self, connection: Connection, message: Discover) -> None:
         self._set_known(connection)
-        bytes_max = self.settings.message_bytes_max - self.settings.envelope_bytes
-        found, total, scanned = self.directory.search(message.capability.lower(), message.limit, bytes_max)
+        keyword = message.capability.lower()
+        found, total, scanned = self.directory.search(keyword, message.limit, self._passed_on_max)
         self.cost += scanned // COST_AGENTS
         if message.id is not None:
             self._send(connection, Discovered(reply_to=message.id, agents=found, total=total))
@@ -3118,7 +3361,7 @@ class Hub:
         full.input, full.detail, full.output, full.error = task.request.input, task.detail, task.output, task.error
         lean = dataclasses.replace(full, input=None, detail=None)
         for report in (full, lean):
-            if task.bytes <= self._small_bytes_max or len(encode(report)) <= self.settings.message_bytes_max:
+            if task.bytes <= self._passed_on_max or len(encode(report)) <= self.settings.message_bytes_max:
                 return report
         return StatusReply(
             reply_to=reply_to,
@@ -3133,7 +3376,7 @@ class Hub:
     def _task_list(self) -> StatusReply:
         """List the open tasks and then the ended ones, the newest first, as many as fit."""
         listed: list[TaskInfo] = []
-        bytes_left = self.settings.message_bytes_max - self.settings.envelope_bytes
+        bytes_left = self._passed_on_max
         for task in itertools.islice(self.tasks.newest_first(), LIST_MAX):
             one = TaskInfo(**task.info_fields(self._now))
             bytes_left -= len(encode(StatusReply(tasks=[one])))
@@ -3186,11 +3429,9 @@ class Hub:
 
     def _check_size(self, message: Delegate | Result | Status | Broadcast) -> None:
         """Refuse a message that would be too large when the hub passes it on, with the fields that it adds."""
-        if self._message_bytes > self._small_bytes_max:
+        if self._message_bytes > self._passed_on_max and len(encode(message)) > self._passed_on_max:
             limit = self.settings.message_bytes_max
-            if len(encode(message)) + self.settings.envelope_bytes > limit:
-                text = f"with the fields that the hub adds, the message exceeds {limit} bytes"
-                raise Refused(text, code=Code.TOO_LARGE)
+            raise Refused(f"with the fields that the hub adds, the message exceeds {limit} bytes", code=Code.TOO_LARGE)
 
     def _check_limits(self, agent: AgentRecord) -> None:
         """Refuse a task too many; drop ended tasks if its record needs their bytes."""
@@ -3550,11 +3791,14 @@ def error_info(error: str | ErrorInfo | None) -> ErrorInfo:
 def same_content(one: Delegate, other: Delegate) -> bool:
     """Return whether two delegates are the same task: all fields but the id, as JSON (1 is neither 1.0 nor true)."""
 
-    def content(message: Delegate) -> str:
-        fields = {name: getattr(message, name) for name in Delegate.__slots__ if name != "id"}
-        return json.dumps(fields, sort_keys=True)
+    def content(message: Delegate, given: Any) -> str:
+        fields = {name: getattr(message, name) for name in Delegate.__slots__ if name not in ("id", "input")}
+        return json.dumps([fields, given], sort_keys=True)
 
-    return content(one) == content(other)
+    if content(one, None) != content(other, None):
+        return False
+    # Most are sent again as they were; spaces and the order of fields make no difference.
+    return one.input == other.input or content(one, value_of(one.input)) == content(other, value_of(other.input))
 
 
 # ============================================================================================
@@ -7457,7 +7701,6 @@ class Task:
     task_id: str
     requester: str
     capability: str | None
-    input: Any
     attempt: int
     priority: int
     parent_id: str | None
@@ -7467,16 +7710,21 @@ class Task:
         self.task_id = message.task_id
         self.requester = message.sender
         self.capability = message.capability
-        self.input = message.input
         self.attempt = message.attempt
         self.priority = message.priority
         self.parent_id = message.parent_id
+        self._payload = message.input
         self._agent = agent
         self._connection = connection
         self._execution = execution
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.deadline = self._loop.time() + message.ttl
+
+    @functools.cached_property
+    def input(self) -> Any:
+        """What the task is to be done with: any JSON."""
+        return value_of(self._payload)
 
     @property
     def remaining_s(self) -> float:
@@ -7496,7 +7744,7 @@ class Task:
         if progress is not None and not 0 <= progress <= 1:
             raise ValueError("progress must be from 0 to 1")
         session = self._connection.session
-        report = Status(task_id=self.task_id, progress=progress, detail=check_json(detail))
+        report = Status(task_id=self.task_id, progress=progress, detail=payload_of(detail))
         if session is None or self.cancelled:
             encode(report)  # Raises ValueError here too: whether a report is valid must not depend on the connection.
             return
@@ -7668,7 +7916,7 @@ class Worker:
         """Do a task and send its result; none if the task has ended meanwhile."""
         result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
         try:
-            result.output = check_json(await self._call(task))
+            result.output = payload_of(await self._call(task))
             result.success = True
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             current = asyncio.current_task()
@@ -7729,7 +7977,7 @@ class Worker:
     async def _handle_broadcasts(self, handler: Callable[[Any, str], Any]) -> None:
         while self._broadcasts:
             message = self._broadcasts.popleft()
-            arguments = (message.message, message.sender or "")
+            arguments = (value_of(message.message), message.sender or "")
             try:
                 if inspect.iscoroutinefunction(handler):
                     await handler(*arguments)
@@ -7804,7 +8052,7 @@ class TaskHandle:
         if isinstance(outcome, AgentHubError):
             raise outcome
         if outcome.success:
-            return outcome.output
+            return value_of(outcome.output)
         error = outcome.error or ErrorInfo(Code.FAILED)
         if outcome.state == TaskState.TIMEOUT:
             raise TaskTimeout(error.message, task_id=self.task_id)
@@ -7814,10 +8062,10 @@ class TaskHandle:
     def outcome(self) -> TaskOutcome | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
         outcome = self._outcome
-        if outcome is None or isinstance(outcome, TaskOutcome):
-            return outcome
-        if isinstance(outcome, Disconnected):
+        if outcome is None or isinstance(outcome, Disconnected):
             return None
+        if isinstance(outcome, TaskOutcome):
+            return dataclasses.replace(outcome, output=value_of(outcome.output))
         return TaskOutcome(  # The hub has forgotten it, could not be asked, or did not accept it again.
             task_id=self.task_id,
             sender=None,
@@ -8285,7 +8533,7 @@ class Agent:
             task_id=task_id or f"{slugify(self.name, 40) or 'task'}-{os.urandom(8).hex()}",
             agent_id=agent_id,
             capability=capability,
-            input=check_json(input),
+            input=payload_of(input),
             ttl=float(ttl),
             priority=priority,
             max_retries=max_retries,
@@ -8305,7 +8553,7 @@ class Agent:
         Raises Disconnected if the connection is lost before the hub replies: then it may have been sent or not.
         """
         session = await self._started().wait()
-        reply = await session.request(Broadcast(message=check_json(message), capability=capability), BroadcastReply)
+        reply = await session.request(Broadcast(message=payload_of(message), capability=capability), BroadcastReply)
         return reply.recipients or 0
 
     async def status(self, task_id: str | None = None) -> StatusReply:
