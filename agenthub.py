@@ -1084,24 +1084,30 @@ NEXT_NAME = re.compile(rf"{SPACE}[,{{}}]{SPACE}")
 
 
 class Codec(Protocol):
-    """One way to parse messages. `rejected` are the exceptions of its parsers, `loads` parses a payload."""
+    """One way to parse messages. `loads` parses a payload."""
 
     name: str
-    rejected: tuple[type[Exception], ...]
     loads: Callable[[bytes], Any]
 
-    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
-        """Return the function that makes a message of `union` from bytes, its payload still bytes."""
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, its payload still bytes.
+
+        What it would reject, it leaves to `decide`.
+        """
 
 
 class BuiltinCodec:
     """Parse messages with nothing but the standard library. It decides what is accepted, and words why not."""
 
     name = "built in"
-    rejected: tuple[type[Exception], ...] = (ValidationError,)
     loads: Callable[[bytes], Any] = staticmethod(json.loads)
 
-    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        return decide
+
+    @staticmethod
+    def strict_parser(union: Any, depth_max: int) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, or raises ValidationError."""
         validators = {type_of(message): class_validator(message) for message in typing.get_args(union)}
         types_known = ", ".join(sorted(validators))
 
@@ -1130,13 +1136,13 @@ class PydanticCodec:
         import pydantic_core
 
         self.name = f"pydantic {version}"
-        self.rejected: tuple[type[Exception], ...] = (pydantic.ValidationError, ValidationError)
+        self._rejected = pydantic.ValidationError, ValidationError
         self.loads: Callable[[bytes], Any] = pydantic_core.from_json
         self._adapter = pydantic.TypeAdapter
         self._discriminator = pydantic.Field(discriminator="type")
         self._config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
-    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         one_of = typing.cast(Any, Annotated[union, self._discriminator])
         adapter: pydantic.TypeAdapter[Any] = self._adapter(one_of, config=self._config)
         validate = adapter.validator.validate_json
@@ -1146,7 +1152,15 @@ class PydanticCodec:
                 raise ValidationError("may hold a number that is not finite")
             return validate(text)
 
-        return payload_parser(union, depth_max, read)
+        parse, rejected = payload_parser(union, depth_max, read), self._rejected
+
+        def parse_or_leave(raw: bytes) -> Any:
+            try:
+                return parse(raw)
+            except rejected:
+                return decide(raw)
+
+        return parse_or_leave
 
 
 class MsgspecCodec:
@@ -1156,27 +1170,30 @@ class MsgspecCodec:
         import msgspec
 
         self.name = f"msgspec {version}"
-        self.rejected: tuple[type[Exception], ...] = (msgspec.DecodeError, ValidationError, ValueError, RecursionError)
         self.loads: Callable[[bytes], Any] = msgspec.json.decode
         self._msgspec = msgspec
 
-    def parser(self, union: Any, depth_max: int) -> Callable[[bytes], Any]:
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         payloads = {message: payload_name(message) for message in typing.get_args(union)}
         makers: dict[Any, Callable[[Any], Any]] = {}  # By the class of what msgspec returns.
         decode_any = self._decoder(union, makers)
         decode_plain = self._decoder(union, makers, skipped=(VISIBLE_PATTERN, NO_NUL_PATTERN))
+        rejected = self._msgspec.DecodeError, ValidationError, UnicodeDecodeError, RecursionError
 
         def parse(raw: bytes) -> Any:
-            if raw.isascii() and b"\\" not in raw and b"\x7f" not in raw:
-                struct = decode_plain(raw)  # No character in it is invisible.
-            else:
-                raw.decode()  # msgspec does not decode what it leaves as it is.
-                struct = decode_any(raw)
-            message = makers[struct.__class__](struct)
-            if len(raw) > SMALL_BYTES:
-                name = payloads[message.__class__]
-                check_depth(raw, getattr(message, name) if name is not None else None, depth_max)
-            return message
+            try:
+                if raw.isascii() and b"\\" not in raw and b"\x7f" not in raw:
+                    struct = decode_plain(raw)  # No character in it is invisible.
+                else:
+                    raw.decode()  # msgspec does not decode what it leaves as it is.
+                    struct = decode_any(raw)
+                message = makers[struct.__class__](struct)
+                if len(raw) > SMALL_BYTES:
+                    name = payloads[message.__class__]
+                    check_depth(raw, getattr(message, name) if name is not None else None, depth_max)
+                return message
+            except rejected:
+                return decide(raw)
 
         return parse
 
@@ -1380,25 +1397,15 @@ def payload_in(raw: Any) -> bytes | None:
 
 def decoder(union: Any, id_field: str, depth_max: int) -> Callable[[bytes], Any]:
     """Return the function that makes a message of `union` from bytes, or raises InvalidMessage, naming the field."""
-    parse_builtin = BuiltinCodec().parser(union, depth_max)
+    parse = BuiltinCodec.strict_parser(union, depth_max)
 
-    def decode_builtin(raw: bytes) -> Any:
+    def decide(raw: bytes) -> Any:
         try:
-            return parse_builtin(raw)
+            return parse(raw)
         except ValidationError as error:
             raise _rejection(error, raw, id_field) from None
 
-    if isinstance(codec(), BuiltinCodec):
-        return decode_builtin
-    parse, rejected = codec().parser(union, depth_max), codec().rejected
-
-    def decode(raw: bytes) -> Any:
-        try:
-            return parse(raw)
-        except rejected:
-            return decode_builtin(raw)
-
-    return decode
+    return codec().parser(union, depth_max, decide)
 
 
 @functools.cache
@@ -8741,8 +8748,8 @@ def signal_handler(handler: Callable[[], object], *names: str) -> Iterator[None]
 # ============================================================================================
 
 HUB_DRAIN_S = 1.5  # With CLOSING_S it keeps the hub's exit under five seconds.
-# Tasks create many objects but few cycles, so collect garbage less often; objects that exist at the start are frozen.
-GC_THRESHOLDS = (10_000, 10, 10)
+GC_THRESHOLD = 10_000  # New objects between two looks of the garbage collector at them.
+FULL_COLLECTION_S = 600.0  # Between two looks at all objects, which take 0.3 s for a million.
 STDERR_TAIL_BYTES = 4000  # Of a failed command's stderr, sent to its requester.
 TOKEN_BYTES = 32  # Of randomness.
 LOG_LINES_PER_S = 100
@@ -8970,8 +8977,9 @@ def _run_hub(args: argparse.Namespace) -> int:
     agents = [agent for target in args.files for agent in load_agents(target)]
     is_reloadable = args.access is not None or args.token_file is not None or tls is not None
     reload = functools.partial(_reload, server, tls, args) if is_reloadable else None
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
+    gc.set_threshold(GC_THRESHOLD)
+    gc.callbacks.append(freeze_survivors)
+    gc.collect()
     run_loop(_serve_hub(server, agents, reload), args.loop)
     return 0
 
@@ -9032,13 +9040,29 @@ def _raise_descriptors_max(needed: int) -> None:
             log_hub.debug("the limit of file descriptors was not raised: %s", error)
 
 
+def freeze_survivors(phase: str, info: dict[str, int]) -> None:
+    """Have the garbage collector look at an object only once, when it is new: records are many, and make no cycles."""
+    if phase == "stop":
+        gc.freeze()
+
+
+async def _collect_all_loop() -> None:
+    """Free what the garbage collector cannot have found while it was new, such as a closed connection with TLS."""
+    while True:
+        await asyncio.sleep(FULL_COLLECTION_S)
+        gc.unfreeze()
+        gc.collect()
+
+
 async def _serve_hub(server: HubServer, agents: list[Agent], reload: Callable[[], Awaitable[None]] | None) -> None:
     """Run a hub, and agents in its process, until SIGINT or SIGTERM; call `reload` for each SIGHUP."""
     loop = asyncio.get_running_loop()
     hangup = asyncio.Event()
     with stop_signals() as stopped, signal_handler(hangup.set, *(["SIGHUP"] if reload is not None else [])):
         await _start_hub(server)
-        reloading = loop.create_task(_reload_loop(reload, hangup)) if reload is not None else None
+        background = [loop.create_task(_collect_all_loop())]
+        if reload is not None:
+            background.append(loop.create_task(_reload_loop(reload, hangup)))
         for agent in agents:
             agent.use_hub(server)
         running = [loop.create_task(_serve_in_hub(agent, stopped)) for agent in agents]
@@ -9049,8 +9073,8 @@ async def _serve_hub(server: HubServer, agents: list[Agent], reload: Callable[[]
             await asyncio.gather(*running)
             await server.stop(max(0.0, last - loop.time()))
         finally:
-            if reloading is not None:
-                reloading.cancel()
+            for task in background:
+                task.cancel()
 
 
 async def _start_hub(server: HubServer) -> None:
