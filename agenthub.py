@@ -471,8 +471,12 @@ class Limit:
         """Return `validate`, limited."""
         is_of_size = self.gt is self.ge is self.le is None
         problem_of: Callable[[Any], str | None] = self.problem_of_size if is_of_size else self.problem_of_number
+        most = -1 if self.max_length is None or not is_of_size else self.max_length
+        fits = _compiled(self.pattern or "(?s:.*)").fullmatch
 
         def validate_limited(value: Any) -> Any:
+            if type(value) is str and 0 < len(value) <= most and fits(value):  # As most are.
+                return value
             value = validate(value)
             problem = problem_of(value)
             if problem is not None:
@@ -1008,8 +1012,14 @@ def dict_validator(validate_item: Validator) -> Validator:
 
 def union_validator(branches: list[Validator], *, is_nullable: bool) -> Validator:
     """Return the validator of a value that fits one of several annotations: the first that accepts it."""
+    first = branches[0]
 
     def validate(value: Any) -> Any:
+        if value is not None:
+            try:
+                return first(value)
+            except ValidationError:
+                pass  # Perhaps another branch accepts it; and if none does, the error is of all of them.
         if value is None and is_nullable:
             return None
         errors = []
