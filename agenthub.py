@@ -1198,10 +1198,13 @@ class MsgspecCodec:
                     raw.decode()  # msgspec does not decode what it leaves as it is.
                     struct = decode_any(raw)
                 message = makers[struct.__class__](struct)
-                if len(raw) > SMALL_BYTES:
-                    name = payloads[message.__class__]
-                    check_depth(raw, getattr(message, name) if name is not None else None, depth_max)
-                return message
+                if len(raw) <= SMALL_BYTES:
+                    return message
+                name = payloads[message.__class__]
+                payload = getattr(message, name) if name is not None else None
+                # Parsers differ in what they do with a field that no message has, if it is deep or a long number.
+                is_plain = len(raw) - len(payload or b"") <= SMALL_BYTES or not looks_suspicious(raw)
+                return message if is_plain else decide(raw)
             except rejected:
                 return decide(raw)
 
@@ -1234,7 +1237,8 @@ class MsgspecCodec:
                 default = {} if not default else {"default": self._msgspec.Raw(b"null")}
             elif scalar is None:
                 scope[f"validate_{one.name}"] = validator_for(hint, class_validator)
-                scalar, argument = Any, f"None if {argument} is None else validate_{one.name}({argument})"
+                if_given = f"None if {argument} is None else " if one.default is None else ""
+                scalar, argument = Any, f"{if_given}validate_{one.name}({argument})"
             elif pattern is not None and pattern not in skipped:
                 scope[f"fits_{one.name}"] = _compiled(pattern).fullmatch
                 argument = f"{argument} if {argument} is None or fits_{one.name}({argument}) else reject()"
@@ -1268,14 +1272,8 @@ def codec() -> Codec:
     return BuiltinCodec()
 
 
-def parse_long_integer(digits: str) -> float:
-    """Return an integer that Python would not convert, because that takes quadratic time, as an infinite number."""
-    return int(digits) if len(digits) < 4300 else math.inf
-
-
 scan_json = json.JSONDecoder().raw_decode  # From a position on; returns the end too.
 decode_json = json.JSONDecoder().decode
-decode_long_integers = json.JSONDecoder(parse_int=parse_long_integer).decode
 
 
 def parse_json(text: str) -> Any:
@@ -1284,12 +1282,7 @@ def parse_json(text: str) -> Any:
     This reads NaN and the infinities too, so that the reason of a rejection can name their field.
     """
     try:
-        try:
-            return decode_json(text)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:
-            return decode_long_integers(text)
+        return decode_json(text)
     except RecursionError:
         raise ValidationError("Invalid JSON: it is nested too deep") from None
     except ValueError as error:
@@ -1450,12 +1443,10 @@ class Encoders(dict[type, Callable[[Any], bytes]]):
             write = WRITERS.get(optional[0] if len(optional) == 1 else hint, "write({})").format(value)
             if one.name == "type":
                 parts.append(repr(f"{name}{json.dumps(one.default)}"))
-            elif not has_default(one) or one.default is not None:
-                parts += [repr(name), write]
-            elif has_nulls:
-                parts += [repr(name), f"'null' if {value} is None else {write}"]
-            else:
+            elif one.default is None and not has_nulls:
                 parts.append(f"'' if {value} is None else {name!r} + {write}")
+            else:
+                parts += [repr(name), f"'null' if {value} is None else {write}" if optional else write]
             separator = ","
         scope = {"write": field_text, "quote": json.encoder.encode_basestring}
         made: Callable[[Any], bytes] = eval(f"lambda message: ''.join(({', '.join(parts)}, '}}')).encode()", scope)
@@ -1483,7 +1474,13 @@ def field_text(value: Any) -> str:
         return value.decode()
     if type(value) is int or (type(value) is float and math.isfinite(value)):
         return repr(value)
-    return "null" if value is None else write_json(value)
+    if value is None:
+        return "null"
+    try:
+        return write_json(value)
+    except ValueError:  # It may hold numbers that are not finite, which another hub sent: they become null.
+        text = json.dumps(value, default=_fields_of)
+        return write_json(json.loads(text, parse_constant=lambda constant: None))
 
 
 def _fields_of(part: Any) -> dict[str, Any]:
@@ -1502,7 +1499,7 @@ def payload_of(value: Any) -> bytes | None:
     if value is None:
         return None
     try:
-        payload = field_text(value).encode() if type(value) is not bytes else b""
+        payload = write_json(value).encode()
     except (TypeError, ValueError, RecursionError):
         payload = b""
     if not payload or looks_suspicious(payload):
@@ -1593,12 +1590,12 @@ def nests_deeper_than(raw: bytes, depth: int) -> bool:
     if len(marks) <= depth:
         return False
     if b"\\" not in raw:
-        # Most strings are empty now. If all are, what is left is brackets, and each round removes the innermost pairs.
+        # Most strings are empty now. If all are, what is left is brackets, and each round removes at most two levels.
         brackets = marks.replace(b'""', b"")
         if b'"' not in brackets:
-            for level in range(1, 5):
+            for levels in (2, 4, 6, 8):
                 brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-                if len(brackets) <= depth - level:
+                if len(brackets) <= depth - levels:
                     return False
     else:
         marks = raw.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NOT_MARKS)
@@ -3852,7 +3849,9 @@ def same_content(one: Delegate, other: Delegate) -> bool:
     if content(one, None) != content(other, None):
         return False
     # Most are sent again as they were; spaces and the order of fields make no difference.
-    return one.input == other.input or content(one, value_of(one.input)) == content(other, value_of(other.input))
+    if field_text(one.input) == field_text(other.input):
+        return True
+    return content(one, value_of(one.input)) == content(other, value_of(other.input))
 
 
 # ============================================================================================
@@ -8126,7 +8125,9 @@ class TaskHandle:
         if outcome is None or isinstance(outcome, Disconnected):
             return None
         if isinstance(outcome, TaskOutcome):
-            return dataclasses.replace(outcome, output=value_of(outcome.output))
+            if type(outcome.output) is bytes:
+                outcome.output = value_of(outcome.output)
+            return outcome
         return TaskOutcome(  # The hub has forgotten it, could not be asked, or did not accept it again.
             task_id=self.task_id,
             sender=None,

@@ -61,6 +61,7 @@ from agenthub import (
 )
 from tests.harness import HubHarness, snapshot
 from tests.raw_websocket import frame, frames_in
+from tests.support import parsed
 from tests.test_hub_stateful import HubMachine
 
 CPU_S_MAX = 1.0  # Per input. All inputs are small, so an input that takes longer could stall a hub.
@@ -422,13 +423,14 @@ def check_message(raw: bytes, message: Any, decode: Callable[[bytes], Any]) -> N
     again = encode(message)
     document = strictly(again)
     demand(isinstance(document, dict), "a message is not an object")
+    demand(len(dict(document)) == len(document), "it has a duplicate key")
     copy = decode(again)
     demand(copy == message, f"it is decoded differently the second time: {again[:300]!r}")
     demand(repr(copy) == repr(message), f"it is decoded to other types the second time: {again[:300]!r}")
     if decode is decoder_from_agent():
         demand(nesting_depth(document) <= agenthub.DEPTH_MAX + 1, "it is nested too deep")
     # Another parser must agree. The last of duplicate keys counts, as in nearly all languages.
-    original = json.loads(raw, parse_constant=refuse_constant)
+    original, message = json.loads(raw, parse_constant=refuse_constant), parsed(message)
     for name in ("input", "output", "detail", "message", "metadata", "task_id", "id", "reply_to", "sender"):
         if hasattr(message, name) and original.get(name) is not None:
             demand(repr(getattr(message, name)) == repr(original[name]), f"two parsers disagree on {name}")
@@ -438,14 +440,20 @@ def refuse_constant(constant: str) -> None:
     raise Violation(f"{constant} is not JSON")
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    demand(len(dict(pairs)) == len(pairs), "it has a duplicate key")
-    return dict(pairs)
+class Fields(dict[str, Any]):
+    """An object that remembers how many fields it was written with: in a payload, some may have the same name."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.written = len(pairs)
+
+    def __len__(self) -> int:
+        return self.written
 
 
 def strictly(raw: bytes) -> Any:
     """Parse JSON like the strictest client."""
-    return json.loads(raw.decode(), parse_constant=refuse_constant, parse_int=of_64_bits, object_pairs_hook=unique)
+    return json.loads(raw.decode(), parse_constant=refuse_constant, parse_int=of_64_bits, object_pairs_hook=Fields)
 
 
 def of_64_bits(digits: str) -> int:

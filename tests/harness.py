@@ -33,6 +33,7 @@ from agenthub import (
     encode,
 )
 from tests.ledger import Connection, Ledger
+from tests.support import parsed
 
 TICKS_MAX = 10_000  # A hub that wants more ticks at one time does not come to rest.
 
@@ -111,8 +112,8 @@ class HubDriver:
             for handle, effect in step.effects:
                 if isinstance(effect, Close):
                     self._lose(handle)
-            effects = [(self.connection_of(handle), effect) for handle, effect in step.effects]
-            self.ledger.decided(self.connection_of(sender), message, effects, self.ledger_time(), self.state_of)
+            effects = [(self.connection_of(handle), parsed(effect)) for handle, effect in step.effects]
+            self.ledger.decided(self.connection_of(sender), parsed(message), effects, self.ledger_time(), self.state_of)
         self.apply(step)
 
     def apply(self, step: Step) -> None:
@@ -128,7 +129,7 @@ class HubDriver:
         connection = self.connection_of(handle)
         self.send(handle, effect, encode(effect))
         if self.ledger is not None and connection is not None:
-            self.ledger.sent(connection, effect, at)
+            self.ledger.sent(connection, parsed(effect), at)
 
     def _lose(self, handle: Any) -> None:
         connection = self.connection_of(handle)
@@ -144,7 +145,7 @@ class HubDriver:
         step = self.hub.receive(observer, decoder_from_agent()(encode(question)), self.clock(), 50)
         self.hub.disconnected(observer, self.clock())
         ((_, reply),) = step.effects
-        return decoder_from_hub()(encode(reply))
+        return parsed(decoder_from_hub()(encode(reply)))
 
     def state_of(self, task_id: str) -> tuple[str, int] | None:
         """Return the state and the attempt of a task as the hub states them."""
@@ -197,7 +198,7 @@ class HubHarness(HubDriver):
         assert handle in self.clients, f"{message} for a connection that has ended"
         assert len(raw) <= self.hub.settings.message_bytes_max, f"{len(raw)} bytes of {raw[:200]!r}"
         self.history.append((handle, raw))
-        self.clients[handle].inbox.append(message)
+        self.clients[handle].inbox.append(parsed(message))
 
     def close(self, handle: str, effect: Close) -> None:
         assert handle in self.clients, f"{effect} for a connection that has ended"

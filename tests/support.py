@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -17,6 +18,15 @@ import agenthub
 from tests.raw_websocket import WAIT_S, Connection, connect
 
 ROOT = Path(__file__).parent.parent
+
+
+def parsed(message: Any) -> Any:
+    """Return a message with its payloads parsed; what is no message, or has none, as it is."""
+    if not dataclasses.is_dataclass(message):
+        return message
+    values = {one.name: getattr(message, one.name) for one in dataclasses.fields(message)}
+    payloads = {name: agenthub.value_of(value) for name, value in values.items() if type(value) is bytes}
+    return dataclasses.replace(message, **payloads) if payloads else message
 
 
 def alive(*kinds: type) -> list[Any]:

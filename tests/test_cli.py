@@ -261,7 +261,7 @@ def test_option_goes_before_the_environment(
 
 
 @pytest.mark.parametrize("argv", [["status"], ["call", "echo", "1"], ["agent", "helper.py"]])
-@pytest.mark.parametrize("token", ["two words", "line\n"])
+@pytest.mark.parametrize("token", ["two words", "two\nlines"])
 def test_token_that_cannot_be_sent_is_wrong_usage(
     argv: list[str],
     token: str,

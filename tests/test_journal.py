@@ -190,7 +190,7 @@ def nested(depth: int) -> Any:
 
 def json_of(value: Any) -> str:
     """Return what tells 1 from 1.0 and from true, and 0.0 from -0.0."""
-    return json.dumps(value, sort_keys=True)
+    return json.dumps(agenthub.value_of(value), sort_keys=True)
 
 
 @pytest.mark.parametrize("payload", [*PAYLOADS.values(), nested(60)], ids=[*PAYLOADS, "nested"])

@@ -36,6 +36,7 @@ from agenthub import (
     encode,
     json_schema,
 )
+from tests.support import parsed
 
 FROM_AGENT: dict[str, Any] = {
     message.__dataclass_fields__["type"].default: message for message in typing.get_args(AgentMessage)
@@ -82,7 +83,7 @@ MESSAGES = list(REQUIRED)
 
 
 def read(document: Any, *, raw: bytes | None = None) -> Any:
-    return decoder_from_agent()(json.dumps(document).encode() if raw is None else raw)
+    return parsed(decoder_from_agent()(json.dumps(document).encode() if raw is None else raw))
 
 
 def message_of(type: str, **fields: Any) -> dict[str, Any]:
@@ -697,7 +698,7 @@ def objects(message: Any) -> st.SearchStrategy[Any]:
 
 def as_json(message: Any) -> str:
     """Return a representation that distinguishes 1, 1.0 and true."""
-    return json.dumps(dataclasses.asdict(message))
+    return json.dumps(dataclasses.asdict(parsed(message)))
 
 
 @pytest.mark.parametrize("message_type", typing.get_args(AgentMessage), ids=lambda one: one.__name__)
