@@ -1198,13 +1198,11 @@ class MsgspecCodec:
                     raw.decode()  # msgspec does not decode what it leaves as it is.
                     struct = decode_any(raw)
                 message = makers[struct.__class__](struct)
-                if len(raw) <= SMALL_BYTES:
-                    return message
                 name = payloads[message.__class__]
                 payload = getattr(message, name) if name is not None else None
-                # Parsers differ in what they do with a field that no message has, if it is deep or a long number.
-                is_plain = len(raw) - len(payload or b"") <= SMALL_BYTES or not looks_suspicious(raw)
-                return message if is_plain else decide(raw)
+                if len(raw) - len(payload or b"") > 2 * depth_max and looks_suspicious(raw):
+                    return decide(raw)  # About a field that no message has and msgspec has skipped.
+                return message
             except rejected:
                 return decide(raw)
 
@@ -1545,7 +1543,6 @@ def type_of(message: type) -> str:
 # What shows in the bytes. Walking through a parsed value in Python takes longer than parsing it did.
 
 STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one level deeper, or back.
-SMALL_BYTES = 1024
 NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 
 
@@ -1574,11 +1571,8 @@ def may_hold_large_number(raw: bytes) -> bool:
 
 
 def check_depth(raw: bytes, payload: bytes | None, depth_max: int) -> None:
-    """Raise ValidationError if a message nests deeper than `depth_max` outside of its payload, which was checked.
-
-    Nothing else was checked of a field that no message has; but every parser can take what fits into SMALL_BYTES.
-    """
-    if len(raw) - len(payload or b"") > SMALL_BYTES and nests_deeper_than(raw, depth_max):
+    """Raise ValidationError if a message nests deeper than `depth_max` outside of its payload, which was checked."""
+    if len(raw) - len(payload or b"") > 2 * depth_max and nests_deeper_than(raw, depth_max):
         raise ValidationError(f"a field is nested more than {DEPTH_MAX} deep", "message")
 
 
@@ -8988,9 +8982,7 @@ def _run_hub(args: argparse.Namespace) -> int:
     agents = [agent for target in args.files for agent in load_agents(target)]
     is_reloadable = args.access is not None or args.token_file is not None or tls is not None
     reload = functools.partial(_reload, server, tls, args) if is_reloadable else None
-    gc.set_threshold(GC_THRESHOLD)
-    gc.callbacks.append(freeze_survivors)
-    gc.collect()
+    collect_only_new_objects()
     run_loop(_serve_hub(server, agents, reload), args.loop)
     return 0
 
@@ -9051,10 +9043,16 @@ def _raise_descriptors_max(needed: int) -> None:
             log_hub.debug("the limit of file descriptors was not raised: %s", error)
 
 
-def freeze_survivors(phase: str, info: dict[str, int]) -> None:
-    """Have the garbage collector look at an object only once, when it is new: records are many, and make no cycles."""
-    if phase == "stop":
-        gc.freeze()
+def collect_only_new_objects() -> None:
+    """Have the garbage collector look at an object only once, while it is new: records are many, and make no cycles."""
+
+    def freeze_survivors(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            gc.freeze()
+
+    gc.set_threshold(GC_THRESHOLD)
+    gc.callbacks.append(freeze_survivors)
+    gc.collect()
 
 
 async def _collect_all_loop() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import os
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agenthub import (
-    GC_THRESHOLDS,
     Broadcast,
     Close,
     Delegate,
@@ -34,6 +32,7 @@ from agenthub import (
     Register,
     Result,
     TaskOutcome,
+    collect_only_new_objects,
     encode,
 )
 from benchmarks.measure import Options, Row, Unavailable, alternate, medians, progress, require, running
@@ -211,7 +210,7 @@ def cost_us(operation: str, budget_s: float) -> float:
 
 def run_calls() -> None:
     """Run the calls from stdin and print their results, with garbage collections as rare as in a hub."""
-    gc.set_threshold(*GC_THRESHOLDS)
+    collect_only_new_objects()
     known = {"fill": fill, "cost_us": cost_us, "expire": expire}
     for line in sys.stdin:
         name, *args = json.loads(line)

@@ -271,7 +271,8 @@ async def main():
             print(await me.delegate("greet", {"name": "Ada"}))
 
 asyncio.run(main())
-print(sorted({'msgspec', 'pydantic', 'pydantic_core', 'websockets'} & {name for name, module in sys.modules.items() if module}))
+packages = {'msgspec', 'pydantic', 'pydantic_core', 'websockets'}
+print(sorted(packages & {name for name, module in sys.modules.items() if module}))
 """
     first, *_, answer, imported = output_of(program, *missing).splitlines()
     assert answer == "Hello, Ada!"
