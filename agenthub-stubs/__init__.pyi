@@ -156,6 +156,8 @@ class CloseCode(enum.IntEnum):
     SILENT = 4001
     NOT_READING = 4002
 
+Made = TypeVar("Made", bound=type)
+
 class ValidationError(ValueError):
     """A value does not fit. `path` leads to the wrong part; `kinds` are its possible types, if its type is wrong."""
     def __init__(self, reason: str, *path: str, kinds: tuple[Any, ...] = (), code: str = ...) -> None: ...
@@ -379,7 +381,7 @@ class Delegated:
     sender: str
     agent_id: str
     capability: str | None = ...
-    input: Any = ...
+    input: Json = ...
     ttl: float
     priority: int
     max_retries: int
@@ -395,7 +397,7 @@ class TaskOutcome:
     sender: str | None = ...
     success: bool
     state: str
-    output: Any = ...
+    output: Json = ...
     error: ErrorInfo | None = ...
     attempt: int
 
@@ -450,7 +452,7 @@ class BroadcastReply:
     reply_to: str | None = ...
     recipients: int | None = ...
     sender: str | None = ...
-    message: Any = ...
+    message: Json = ...
     capability: str | None = ...
 
 @dataclass(slots=True, kw_only=True)
@@ -494,30 +496,56 @@ HubMessage = (
 HubOutput = HubMessage | TaskAck | BroadcastDelivery
 Validator = Callable[[Any], Any]
 
-class BuiltinCodec:
-    """Parse and write messages with nothing but the standard library."""
+class Codec(Protocol):
+    """One way to parse messages. `loads` parses a payload."""
 
     name: str
-    invalid: type[Exception]
-    def __init__(self) -> None: ...
-    def parser(self, union: Any) -> Callable[[bytes], Any]:
-        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
-    def encoder(self, message: type) -> Callable[[Any], bytes]:
-        """Return the function that writes messages of one class."""
+    loads: Callable[[bytes], Any]
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, its payload still bytes.
+
+        What it would reject, it leaves to `decide`.
+        """
+
+class BuiltinCodec:
+    """Parse messages with nothing but the standard library. It decides what is accepted, and words why not."""
+
+    name: str
+    loads: Callable[[bytes], Any]
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]: ...
+    @staticmethod
+    def strict_parser(union: Any, depth_max: int) -> Callable[[bytes], Any]:
+        """Return the function that makes a message of `union` from bytes, or raises ValidationError."""
 
 class PydanticCodec:
-    """Parse and write messages with Pydantic, from the same annotations.
+    """Parse messages with Pydantic, from the same annotations.
 
     Strict: no string or bool for a number, and no number that is not finite.
     """
 
     name: Incomplete
-    invalid: type[Exception]
+    loads: Callable[[bytes], Any]
     def __init__(self, version: str) -> None: ...
-    def parser(self, union: Any) -> Callable[[bytes], Any]:
-        """Return the function that makes a message of `union` from bytes, or raises `invalid`."""
-    def encoder(self, message: type) -> Callable[[Any], bytes]:
-        """Return the function that writes messages of one class."""
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]: ...
+
+class MsgspecCodec:
+    """Parse messages with msgspec, from the same annotations. Of a payload it checks only the syntax."""
+
+    name: Incomplete
+    loads: Callable[[bytes], Any]
+    def __init__(self, version: str) -> None: ...
+    def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]: ...
+
+class Member(NamedTuple):
+    """The value of a field at the top level of some JSON, and where in the text that is."""
+
+    value: Any
+    start: int
+    end: int
+
+class Encoders(dict[type, Callable[[Any], bytes]]):
+    """The function that writes the messages of a class, by class. Each is made at its first use."""
+    def __missing__(self, message: type) -> Callable[[Any], bytes]: ...
 
 class TaskState(enum.StrEnum):
     """The state of a task."""
@@ -1781,12 +1809,14 @@ class Task:
     task_id: str
     requester: str
     capability: str | None
-    input: Any
     attempt: int
     priority: int
     parent_id: str | None
     deadline: float
     def __init__(self, agent: Agent, connection: HubConnection, execution: Execution, message: Delegated) -> None: ...
+    @functools.cached_property
+    def input(self) -> Any:
+        """What the task is to be done with: any JSON."""
     @property
     def remaining_s(self) -> float:
         """Seconds until the deadline; 0 when it has passed."""
