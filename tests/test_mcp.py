@@ -838,7 +838,7 @@ async def test_agent_with_huge_capabilities_does_not_blow_up_the_answer(bridge: 
     big = Agent("big", description="D" * 4096, url=url)
     for number in range(64):
         schema = {"type": "object", "description": "x" * 900}
-        big.capability(f"big-{number}", description="y" * 4000, input_schema=schema)(lambda: None)
+        big.capability(f"big-{number}", description="y" * 900, input_schema=schema)(lambda: None)
     huge = Agent("huge", url=url)
     huge.capability("huge-schema", input_schema={"type": "object", "description": "x" * 60_000})(lambda: None)
     async with big, huge:
