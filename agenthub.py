@@ -1966,7 +1966,8 @@ class LazyHeap(Generic[Item]):
 #   not registered belongs to an observer, which may only look.
 # - A disconnected agent keeps its tasks and its memberships: tasks may be accepted for it, but it
 #   is handed none.
-# - When an agent is gone or deregistered, its tasks are retried or fail, and its record is kept
+# - When an agent is gone or deregistered, its tasks are retried or fail (`_release_all`, in batches
+#   if they are many; an agent that is back meanwhile keeps the others), and its record is kept
 #   while `is_needed`: tasks name it, or (unless it deregistered) it has tasks or outcomes to come
 #   back for. A retry that names an agent waits until that agent resumes.
 #
@@ -1994,7 +1995,7 @@ class LazyHeap(Generic[Item]):
 
 log_hub = logging.getLogger("agenthub.hub")
 
-TICK_BATCH = 1000  # Deadlines, and ended tasks, handled per tick: about 10 ms, so that messages are not held up.
+TICK_BATCH = 1000  # Tasks that one call ends or hands on: about 10 ms, so that messages are not held up.
 LIST_MAX = 1000  # Tasks in one `status` list.
 WAITING_MAX = 10  # Requesters in the status of the hub: those with the most pending tasks.
 RECORD_BYTES = 1024  # The memory of a task's record without its payloads (tests/test_hub.py measures it).
@@ -2145,6 +2146,18 @@ class TaskRecord:
             detail=self.detail,
         )
 
+    def least_report(self, reply_to: str | None) -> StatusReply:
+        """Return a reply to its requester or assignee that is no longer than its outcome."""
+        return StatusReply(
+            reply_to=reply_to,
+            task_id=self.task_id,
+            state=self.state,
+            requester=self.requester.agent_id,
+            attempt=self.attempt,
+            output=self.output,
+            error=self.error,
+        )
+
     def outcome(self) -> TaskOutcome:
         return make_outcome(
             task_id=self.task_id,
@@ -2236,8 +2249,16 @@ class AgentRecord:
     def is_needed(self) -> bool:
         """Whether an agent that is gone may still want something, or be wanted, when it comes back."""
         if self.state is AgentState.DEREGISTERED:
-            return bool(self.awaited)
-        return bool(self.awaited or self.requested or self.undelivered or self.delivered)
+            return bool(self.awaited or self.running)
+        return bool(self.awaited or self.running or self.requested or self.undelivered or self.delivered)
+
+    def targets(self) -> list[tuple[tuple[str | None, str | None], AgentRecord | None]]:
+        """Return the targets of the tasks that it may take, each with the requester whose tasks it must not."""
+        targets: list[tuple[tuple[str | None, str | None], AgentRecord | None]]
+        targets = [(pool.target, self) for pool in self.pools]
+        if self.awaited:  # Tasks that name it, its own included.
+            targets += [((self.agent_id, capability), None) for capability in (None, *self.capabilities)]
+        return targets
 
     @property
     def info(self) -> AgentInfo:
@@ -2794,10 +2815,19 @@ class TaskTable:
             raise Refused(f"parent_id: subtasks nest at most {DEPTH_OF_CHILDREN_MAX} deep", code=Code.TOO_DEEP)
         return parent
 
-    def newest_first(self) -> Iterator[TaskRecord]:
-        """Return all tasks: the open ones, those with an outcome to deliver, and the others."""
+    def newest(self, now: float, bytes_max: int) -> list[TaskInfo]:
+        """List the open tasks, those with an outcome to deliver, and the others, the newest first, as many as fit."""
         kept = (self.open, self.undelivered, self.delivered)
-        return itertools.chain.from_iterable(reversed(tasks.values()) for tasks in kept)
+        listed: list[TaskInfo] = []
+        for task in itertools.islice(
+            itertools.chain.from_iterable(reversed(tasks.values()) for tasks in kept), LIST_MAX
+        ):
+            one = TaskInfo(**task.info_fields(now))
+            bytes_max -= len(encode(StatusReply(tasks=[one])))
+            if bytes_max < 0:
+                break
+            listed.append(one)
+        return listed
 
     def __len__(self) -> int:
         return len(self.open) + len(self.undelivered) + len(self.delivered)
@@ -2997,6 +3027,7 @@ class Hub:
         self._waiting: dict[AgentRecord, int] = {}  # Pending tasks by requester; none is 0.
         self._deferred: dict[str, AgentRecord] = {}  # Can take a task once all that is due has ended.
         self._deadlines: LazyHeap[TaskRecord | AgentRecord | Connection] = LazyHeap()
+        self._unfinished: collections.deque[Iterator[None]] = collections.deque()  # What `tick` goes on with.
         # Records that are kept for a second must not wait thirty for the reaper.
         self._sweep_interval_s = min(settings.reap_s, max(0.1, settings.retention_s / 10))
         self._next_sweep = now + self._sweep_interval_s
@@ -3056,8 +3087,10 @@ class Hub:
         return self._take_step()
 
     def tick(self, now: float) -> Step:
-        """Handle what is due: at most TICK_BATCH deadlines, after which next_deadline() may be past again."""
+        """Handle what is due, TICK_BATCH deadlines at most; after that, next_deadline() may be past again."""
         self._advance(now)
+        if self._unfinished:
+            self._begin(self._unfinished.popleft())
         for _ in range(TICK_BATCH):
             due = self._deadlines.first()
             if due is None or due[0] > self._now:
@@ -3080,7 +3113,7 @@ class Hub:
 
     def next_deadline(self) -> float:
         """Return when `tick` is due next."""
-        if self._deferred:
+        if self._deferred or self._unfinished:
             return self._now
         first = self._deadlines.first()
         return self._next_sweep if first is None else min(first[0], self._next_sweep)
@@ -3157,6 +3190,9 @@ class Hub:
                 self._restore_open(task)
         for task, is_delivered in sorted(ended, key=lambda one: one[0].ended_at):
             self._restore_ended(task, is_delivered)
+        for agent in known.values():  # The hub died before it had released all of them.
+            if agent.state in LEFT_STATES and (agent.running or agent.awaited):
+                self._begin(self._release_all(agent))
         self.directory.forget_unneeded()
         return self._take_step()
 
@@ -3194,11 +3230,7 @@ class Hub:
         # The reply lists what the agent is running, so it goes before the tasks that it gets now.
         if message.id is not None:
             self._send(connection, self._registered(agent, message.id))
-        while agent.undelivered:  # Not a plain loop: one that is delivered may have others dropped to make room.
-            task = next(iter(agent.undelivered.values()))
-            self.tasks.take_undelivered(task)
-            self.tasks.mark(task)
-            self._deliver_outcome(task)
+        self._begin(self._deliver_kept(agent))
         self._assign_waiting(agent)
 
     def _resumed(self, connection: Connection, message: Register) -> AgentRecord | None:
@@ -3242,7 +3274,7 @@ class Hub:
             raise Refused(text, code=Code.SHUTTING_DOWN)
         agent.drain_id = message.id
         self.directory.transition(agent, AgentEvent.DRAIN_REQUESTED)
-        self._release_awaited(agent)
+        self._begin(self._release_awaited(agent))
         self._leave_if_drained(agent)
 
     def _leave_if_drained(self, agent: AgentRecord) -> None:
@@ -3293,20 +3325,45 @@ class Hub:
         """Take an agent out that is gone or deregistered. Its tasks are retried or fail."""
         what = "left" if agent.state is AgentState.DEREGISTERED else "lost"
         log_hub.info("%s agent=%s running=%d", what, agent.agent_id, len(agent.running))
-        reason = "its agent deregistered" if what == "left" else "its agent did not reconnect within its grace period"
-        while agent.running:  # Not a plain loop: one task may be a subtask of another, and be cancelled with it.
+        self._begin(self._release_all(agent))
+
+    def _begin(self, steps: Iterator[None]) -> None:
+        """Take at most TICK_BATCH steps, and leave the others to `tick`."""
+        for _ in range(TICK_BATCH):
+            if next(steps, True):  # None is left.
+                return
+        self._unfinished.append(steps)
+
+    def _release_all(self, agent: AgentRecord) -> Iterator[None]:
+        """Retry or fail the tasks of an agent, one a step, for as long as it is gone or deregistered."""
+        left = agent.state is AgentState.DEREGISTERED
+        reason = "its agent deregistered" if left else "its agent did not reconnect within its grace period"
+        while agent.running and agent.state in LEFT_STATES:
             task = next(iter(agent.running.values()))
             self._retry(task, reason)
             self._follow_up(task, agent)
-        self._release_awaited(agent)
-        if not agent.is_needed:
+            yield
+        yield from self._release_awaited(agent)
+        if not agent.is_needed and agent.agent_id in self.directory.gone:
             self.directory.forget(agent)
 
-    def _release_awaited(self, agent: AgentRecord) -> None:
-        """Fail the pending tasks that name an agent which takes no more, unless they may wait for it."""
+    def _release_awaited(self, agent: AgentRecord) -> Iterator[None]:
+        """Fail the pending tasks that name an agent which takes no more, one a step, unless they may wait for it."""
         for task in list(agent.awaited.values()):
-            if not task.waits_for_agent:
+            if agent.state in TARGET_STATES:  # It is back, and gets those that are left.
+                return
+            if task.state is PENDING and not task.waits_for_agent:
                 self._end(task, TaskEvent.LOST, ErrorInfo(Code.AGENT_LOST, "its agent left before the task began"))
+            yield
+
+    def _deliver_kept(self, agent: AgentRecord) -> Iterator[None]:
+        """Deliver the outcomes that were kept for an agent, one a step, for as long as it is there."""
+        while agent.undelivered and agent.connection is not None:
+            task = next(iter(agent.undelivered.values()))
+            self.tasks.take_undelivered(task)
+            self.tasks.mark(task)
+            self._deliver_outcome(task)
+            yield
 
     def _on_deadline(self, subject: TaskRecord | AgentRecord | Connection) -> None:
         if isinstance(subject, TaskRecord):
@@ -3407,26 +3464,11 @@ class Hub:
         for report in (full, lean):
             if task.bytes <= self._passed_on_max or len(encode(report)) <= self.settings.message_bytes_max:
                 return report
-        return StatusReply(
-            reply_to=reply_to,
-            task_id=task.task_id,
-            state=task.state,
-            requester=task.requester.agent_id,
-            attempt=task.attempt,
-            output=task.output,
-            error=task.error,
-        )
+        return task.least_report(reply_to)
 
     def _task_list(self) -> StatusReply:
         """List the open tasks and then the ended ones, the newest first, as many as fit."""
-        listed: list[TaskInfo] = []
-        bytes_left = self._passed_on_max
-        for task in itertools.islice(self.tasks.newest_first(), LIST_MAX):
-            one = TaskInfo(**task.info_fields(self._now))
-            bytes_left -= len(encode(StatusReply(tasks=[one])))
-            if bytes_left < 0:
-                break
-            listed.append(one)
+        listed = self.tasks.newest(self._now, self._passed_on_max)
         self.cost += len(listed) // COST_TASKS
         return StatusReply(tasks=listed, total=len(self.tasks))
 
@@ -3556,7 +3598,8 @@ class Hub:
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
         while self.tasks.counts[PENDING] and agent.is_available:
-            queues = self._queues_for(agent)
+            found = ((self._queues.get(target), excluded) for target, excluded in agent.targets())
+            queues = [(queue, excluded) for queue, excluded in found if queue is not None]
             waiting = [one for queue, excluded in queues if (one := queue.first(excluded)) is not None]
             if not waiting:
                 break
@@ -3576,20 +3619,6 @@ class Hub:
         deferred, self._deferred = self._deferred, {}
         for agent in deferred.values():
             self._assign_waiting(agent)
-
-    def _queues_for(self, agent: AgentRecord) -> list[tuple[PendingQueue, AgentRecord | None]]:
-        """Return the queues that an agent serves, each with the requester that it must not serve there."""
-        queues: list[tuple[PendingQueue, AgentRecord | None]] = []
-        for pool in agent.pools:
-            queue = self._queues.get(pool.target)
-            if queue is not None:
-                queues.append((queue, agent))
-        if agent.awaited:  # Tasks that name it, its own included.
-            for capability in (None, *agent.capabilities):
-                queue = self._queues.get((agent.agent_id, capability))
-                if queue is not None:
-                    queues.append((queue, None))
-        return queues
 
     # Ending.
 

@@ -9,7 +9,7 @@ import ssl
 import typing
 from _typeshed import Incomplete
 from asyncio import Protocol as AsyncioProtocol
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -683,6 +683,8 @@ class TaskRecord:
         """Return the message that hands it to a worker, with the time to live that is left."""
     def progress_report(self) -> StatusReply:
         """Return the message that passes its progress on to its requester."""
+    def least_report(self, reply_to: str | None) -> StatusReply:
+        """Return a reply to its requester or assignee that is no longer than its outcome."""
     def outcome(self) -> TaskOutcome: ...
     def info_fields(self, now: float) -> dict[str, Any]:
         """Return the fields that TaskInfo and StatusReply share."""
@@ -724,6 +726,8 @@ class AgentRecord:
     @property
     def is_needed(self) -> bool:
         """Whether an agent that is gone may still want something, or be wanted, when it comes back."""
+    def targets(self) -> list[tuple[tuple[str | None, str | None], AgentRecord | None]]:
+        """Return the targets of the tasks that it may take, each with the requester whose tasks it must not."""
     @property
     def info(self) -> AgentInfo: ...
     def row(self) -> AgentRow:
@@ -922,8 +926,8 @@ class TaskTable:
     def find(self, task_id: str) -> TaskRecord | None: ...
     def parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
         """Return the task that an agent may delegate a subtask of."""
-    def newest_first(self) -> Iterator[TaskRecord]:
-        """Return all tasks: the open ones, those with an outcome to deliver, and the others."""
+    def newest(self, now: float, bytes_max: int) -> list[TaskInfo]:
+        """List the open tasks, those with an outcome to deliver, and the others, the newest first, as many as fit."""
     def __len__(self) -> int: ...
     def mark(self, task: TaskRecord, is_kept: bool = True) -> None:
         """Have a task's row written, or deleted, by this step."""
@@ -1001,7 +1005,7 @@ class Hub:
     def disconnected(self, link: Hashable, now: float, code: int = 1006) -> Step:
         """Remove a lost connection. Its agent's session is kept for the grace period."""
     def tick(self, now: float) -> Step:
-        """Handle what is due: at most TICK_BATCH deadlines, after which next_deadline() may be past again."""
+        """Handle what is due, TICK_BATCH deadlines at most; after that, next_deadline() may be past again."""
     def redeliver(self, task_id: str, now: float) -> Step:
         """Redeliver an outcome that was not sent because the requester disconnected."""
     def next_deadline(self) -> float:

@@ -241,9 +241,6 @@ class Ledger:
         worker, entry = self.workers[delivery.agent_id], self.entries[delivery.task_id]
         worker.running[delivery.task_id] = delivery.attempt
         self._waiting.pop(delivery.task_id, None)
-        for task_id in self._waiting:  # Its requester has had its turn: others may have theirs.
-            if self.entries[task_id].requester == entry.requester:
-                self.entries[task_id].passed_by.clear()
         if entry.is_tainted:
             return
         if entry.request.agent_id is None and delivery.agent_id == entry.requester:
@@ -285,9 +282,13 @@ class Ledger:
             return
         # An agent whose next task has just come due waits for the tick that ends that one; new tasks may pass both.
         dues = [self.entries[task_id].due for task_id in self._waiting]
-        if all(due is None or due > at + EPSILON_S for due in dues):
-            for delivery in deliveries:
+        is_due = any(due is not None and due <= at + EPSILON_S for due in dues)
+        for delivery in deliveries:
+            if not is_due:
                 self._check_order(delivery, state_of)
+            for task_id in self._waiting:  # Its requester has had its turn: others may have theirs.
+                if self.entries[task_id].requester == self.entries[delivery.task_id].requester:
+                    self.entries[task_id].passed_by.clear()
 
     def _check_order(self, delivery: Delegated, state_of: Callable[[str], tuple[str, int] | None]) -> None:
         """Require that no waiting task precedes one that was handed out, and that requesters take turns.

@@ -1102,6 +1102,8 @@ class Simulation:
         life = self.life
         if life is None or not life.is_idle or life.open_tasks or any(link.up for link in self.links):
             return False
+        if life.hub.next_deadline() <= life.clock():
+            return False
         return all(
             agent.is_registered and not agent.open and not agent.results and agent.link and not agent.link.down
             for agent in self.agents

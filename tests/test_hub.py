@@ -1313,6 +1313,87 @@ def test_agent_that_gave_itself_a_part_of_its_task_can_be_lost() -> None:
     assert state_of(requester, "own") == "failed"
 
 
+def in_batches(world: HubHarness, act: Callable[[], object]) -> int:
+    """Do something that a batch is too small for; return how many calls it took to end all tasks of it."""
+    calls, ended = 0, sum(world.hub.tasks.totals.values())
+    act()
+    while True:
+        calls, former, ended = calls + 1, ended, sum(world.hub.tasks.totals.values())
+        assert ended - former <= TICK_BATCH + 1
+        if world.hub.next_deadline() > world.now:
+            return calls
+        world.tick()
+
+
+@pytest.mark.parametrize("drain", [False, True])
+def test_tasks_that_name_an_agent_which_leaves_end_in_batches(drain: bool) -> None:
+    world = HubHarness()
+    worker, requester = world.join("worker", "greet", max_tasks=1), world.join("requester")
+    count = 3 * TICK_BATCH + 5
+    for number in range(count):
+        requester.delegate(f"t{number}", agent_id=worker.agent_id)
+    requester.received()
+    assert in_batches(world, lambda: worker.tell(Deregister(id="d", drain=drain))) >= 3
+    expected = {(f"t{number}", "failed", "agent_lost") for number in range(1 if drain else 0, count)}
+    outcomes = settled(requester)
+    assert set(outcomes) == expected
+    assert len(outcomes) == len(expected)
+    if drain:
+        worker.succeed("t0")
+    assert worker.close_code == 1000
+    assert worker.agent_id not in world.hub.directory.agents
+
+
+def test_tasks_that_a_lost_agent_ran_end_in_batches_and_their_retries_go_out() -> None:
+    world = HubHarness(grace_s=5.0)
+    worker, requester = world.join("worker", "greet", max_tasks=5000), world.join("requester")
+    count = 2 * TICK_BATCH + 5
+    for number in range(count):
+        requester.delegate(f"t{number}", "greet", max_retries=number % 2, ttl=1e5)
+    other = world.join("other", "greet", max_tasks=5000)
+    worker.lose_connection()
+    world.now += 5
+    assert in_batches(world, world.tick) >= 3
+    assert len(settled(requester)) == count - count // 2
+    assert len(delivered(other)) == count // 2
+    world.pass_time(1)
+    assert worker.agent_id not in world.hub.directory.agents
+
+
+def test_agent_that_is_back_before_all_its_tasks_were_released_keeps_the_others() -> None:
+    world = HubHarness(grace_s=5.0)
+    worker, requester = world.join("worker", "greet", max_tasks=5000), world.join("requester")
+    count = TICK_BATCH + 100
+    for number in range(count):
+        requester.delegate(f"t{number}", "greet", ttl=1e5)
+    worker.lose_connection()
+    world.now += 5
+    world.tick()
+    back = worker.come_back("greet", max_tasks=5000)
+    world.pass_time(1)
+    outcomes = settled(requester)
+    assert len(outcomes) == TICK_BATCH
+    kept = [ref.task_id for ref in back.registration.tasks]
+    assert sorted([*kept, *(task_id for task_id, *_ in outcomes)]) == sorted(f"t{number}" for number in range(count))
+    for task_id in kept:
+        assert back.succeed(task_id).state == "completed"
+
+
+def test_kept_outcomes_are_delivered_in_batches() -> None:
+    world = HubHarness()
+    worker, requester = world.join("worker", "greet", max_tasks=5000), world.join("requester")
+    count = 2 * TICK_BATCH + 5
+    for number in range(count):
+        requester.delegate(f"t{number}", "greet")
+    requester.lose_connection()
+    for number in range(count):
+        worker.succeed(f"t{number}")
+    back = requester.come_back()
+    assert len([one for one in back.inbox if isinstance(one, TaskOutcome)]) == TICK_BATCH
+    world.pass_time(0)
+    assert [task_id for task_id, *_ in settled(back)] == [f"t{number}" for number in range(count)]
+
+
 @pytest.mark.parametrize("by_id", [False, True])
 @pytest.mark.parametrize("between", [1, 5])
 def test_subtask_that_only_an_agent_of_its_ancestors_could_take_is_a_deadlock(between: int, by_id: bool) -> None:

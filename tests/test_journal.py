@@ -2049,3 +2049,22 @@ async def test_hub_without_a_journal_says_so_and_writes_no_file(tmp_path: Path) 
     with hub_process(cwd=tmp_path) as (url, _):
         assert (await asyncio.to_thread(health_of, url))[1]["journal"] == "none"
     assert files_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize("max_tasks", [5, 5000])
+def test_release_of_many_tasks_goes_on_after_a_restart(tmp_path: Path, max_tasks: int) -> None:
+    world = JournaledHarness(tmp_path / "hub.db", open_tasks_max=5000)
+    worker, requester = world.join("worker", "greet", max_tasks=max_tasks), world.join("requester")
+    count = agenthub.TICK_BATCH + 20
+    for number in range(count):
+        requester.delegate(f"t{number}", agent_id=worker.agent_id, ttl=1e5)
+    worker.ask(Deregister())
+    assert world.hub.summary()["ended"]["failed"] < count
+    requester.received()
+    after = world.restart()
+    back = after.back(requester)
+    after.pass_time(1)
+    outcomes = {one.task_id: one.error.code for one in back.received() if isinstance(one, TaskOutcome)}
+    assert outcomes == {f"t{number}": "agent_lost" for number in range(count)}
+    assert worker.agent_id not in after.hub.directory.agents
+    after.journal.close()

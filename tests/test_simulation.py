@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import agenthub
 from agenthub import (
     AgentRecord,
     AgentRow,
@@ -64,6 +65,12 @@ def refusals_are_not_logged() -> Iterator[None]:
 def test_hub_keeps_its_promises_in_every_history(first: int) -> None:
     for seed in range(first, first + SEEDS_PER_TEST):
         assert simulate(seed).events >= EVENTS >= 200
+
+
+def test_hub_keeps_its_promises_when_its_batches_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "TICK_BATCH", 3)
+    for seed in range(SEEDS_PER_TEST):
+        simulate(seed)
 
 
 def test_simulation_reaches_every_case() -> None:
