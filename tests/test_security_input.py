@@ -1072,7 +1072,7 @@ async def test_agent_that_says_too_much_of_itself_is_refused(scene: Scene) -> No
             assert (reply["type"], reply["code"]) == ("error", code)
             assert MARK not in json.dumps(reply)
         assert scene.server.hub.summary()["agents"] == 2
-        most = [{"name": f"{number:0128}", "description": "x" * 960} for number in range(64)]
+        most = [{"name": f"{number:0128}", "description": "x" * 900} for number in range(64)]
         joined = await client.register("x" * 128, *most, description="x" * 4096, metadata={"a": "x" * 4080})
         assert joined["type"] == "register"
     await scene.nobody_noticed(refused={"invalid_message": 9, "too_large": 1}, closed={"1000": 1})
