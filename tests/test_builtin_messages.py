@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -85,8 +86,11 @@ def with_codec(codec: Any, make: Any) -> Any:
 
 @functools.cache
 def codecs() -> dict[str, Any]:
-    msgspec, pydantic = pytest.importorskip("msgspec"), pytest.importorskip("pydantic")
-    made = MsgspecCodec(msgspec.__version__), PydanticCodec(pydantic.__version__), BuiltinCodec()
+    """Return the codecs whose packages are installed, by name."""
+    made: list[Any] = [BuiltinCodec()]
+    for package, make in {"msgspec": MsgspecCodec, "pydantic": PydanticCodec}.items():
+        with contextlib.suppress(ImportError):
+            made.append(make(importlib.import_module(package).__version__))
     return {codec.name: codec for codec in made}
 
 
@@ -135,7 +139,19 @@ def compare_readings(direction: str, raw: bytes) -> Reading:
     readings = readings_of(direction, raw)
     if not are_alike(readings):
         raise Difference(direction, raw)
+    if readings["built in"].message is not None:
+        compare_with_json(decoders(direction)["built in"](raw), raw)
     return readings["built in"]
+
+
+def compare_with_json(message: Any, raw: bytes) -> None:
+    """Assert that a message holds what its JSON holds if all of it is parsed, and its payload as it was written."""
+    document = json.loads(raw)
+    assert repr(parsed(message)) == repr(agenthub.class_validator(type(message))(document)), raw
+    assert message.type == document["type"], raw
+    name = agenthub.payload_name(type(message))
+    payload = getattr(message, name) if name is not None else None
+    assert payload is None or (payload in raw and payload == payload.strip()), raw
 
 
 # Values of one annotation: valid ones, those at its limits, and those of other types
@@ -412,6 +428,71 @@ def nest(rng: Random, inner: Any) -> bytes:
     return b"".join(opening for opening, _ in chosen) + written(inner) + after[: rng.choice([None] * 9 + [-1])]
 
 
+MISPLACED = [
+    *BROKEN,
+    *STRINGS,
+    *(one.encode() for one in NUMBERS if len(one) > 15),
+    *(b"NaN", b"Infinity", b"-Infinity", b'"NaN"', b'{"NaN":Infinity}', b"[-Infinity]"),
+    *(sign + b"9" * count for count in (19, 20, 21, 600, DIGITS_MAX, DIGITS_MAX + 1) for sign in (b"", b"-")),
+    *(b"1e" + b"9" * count for count in (2, 3, 4, 20, 600, 5000)),
+    *(b"1e-" + b"0" * count + b"9" for count in (1, 2, 600)),
+    *(b"\xef\xbb\xbf1", b'"\xef\xbb\xbf"', b'{"\x7f":"\x1f"}', b'{"\xff":1}', b'{"\\ud800":1}', b'{"a":1,"a":NaN}'),
+    *(b"1.0", b"-0.0", b"1e0", b"10e-1", b"true", b"false", b'"1"', b"null", b'{"a":1,"a":2}'),
+]  # fmt: skip
+PAYLOADS_OF = {"delegate": b'"input"', "result": b'"output"', "status": b'"detail"', "broadcast": b'"message"'}
+GAPS = [b"", b"", b" ", b"\n", b"\t", b"\r", b" \r\n\t "]
+
+
+def misplaced(rng: Random, union: Any) -> bytes:
+    """Return a message with values that parsers may differ about: in its payload, or in a field that it does not have.
+
+    Fields, also `type` and the payload, occur several times; some of their names are written with escapes.
+    """
+    tree, writer = Writer(rng).message(union), Writer(rng, odds=rng.choice([0, 0, 20]))
+    payload_keys = list(PAYLOADS_OF.values())
+
+    def insert(key: bytes, value: Any) -> None:
+        tree.insert(rng.randint(0, len(tree)), [key, value])
+
+    for _ in range(rng.choice([0, 1, 1, 2])):
+        odd: Any = rng.choice(MISPLACED) if rng.randrange(4) else nest(rng, b"1")
+        for _ in range(rng.randrange(3)):
+            odd = rng.choice([[odd], [b"1", odd, b"[]"], Pairs([[writer.word(), b"0"], [b'""', odd]])])
+        keys = [b'"unknown"', text(rng.choice(FIELDS)), *(key for key, _ in tree), *payload_keys, writer.key()]
+        insert(key := rng.choice(keys), odd)
+        if rng.randrange(2):
+            insert(key, writer.anything())
+    if not rng.randrange(2):
+        insert(b'"type"', text(rng.choice(list(PAYLOADS_OF) if rng.randrange(4) else TYPES)))
+    if not rng.randrange(4):  # So that it is small, or not, without its payload.
+        filler = rng.choice([text("x" * rng.randint(900, 1200)), b"[%b1]" % (b"1," * 600), text("\xe4" * 200)])
+        insert(rng.choice([b'"unknown"', *payload_keys]), filler)
+    if not rng.randrange(3):
+        rng.shuffle(tree)
+    if not rng.randrange(3):
+        tree[:] = [[key if rng.randrange(4) else with_escapes(rng, key), value] for key, value in tree]
+    return spaced(rng, tree) if rng.randrange(2) else written(tree)
+
+
+def with_escapes(rng: Random, key: bytes) -> bytes:
+    """Return the same key with some of its letters written as escapes."""
+    return re.sub(rb"[a-z]", lambda one: one[0] if rng.randrange(3) else b"\\u%04x" % ord(one[0]), key)
+
+
+def spaced(rng: Random, tree: Any) -> bytes:
+    """Return a tree as JSON, with spaces of all kinds in some of the places where JSON allows them."""
+
+    def gap() -> bytes:
+        return rng.choice(GAPS)
+
+    if isinstance(tree, Pairs):
+        members = [gap() + key + gap() + b":" + spaced(rng, value) for key, value in tree]
+        return gap() + b"{" + b",".join(members) + b"}" + gap()
+    if isinstance(tree, list):
+        return gap() + b"[" + b",".join(spaced(rng, item) for item in tree) + b"]" + gap()
+    return gap() + bytes(tree) + gap()
+
+
 SPLINTERS = [
     *(b"", b" ", b"\n", b"\0", b'"', b"\\", b",", b"}", b"]", b"{", b"[", b":", b"-", b"0", b"e", b"\xff", b"\x80"),
     *(b"\xef\xbb\xbf", b"\\u", b"\\ud800", b"//", b"/**/", b"NaN", b"x", b"'", b"\xe2\x80\xa8", b",,", b"\x1f"),
@@ -444,14 +525,20 @@ def damaged(rng: Random, union: Any) -> bytes:
     return raw
 
 
-FAMILIES: dict[str, Callable[[Random, Any], bytes]] = {"valid": valid, "wrong": wrong, "deep": deep, "damaged": damaged}
+FAMILIES: dict[str, Callable[[Random, Any], bytes]] = {
+    "valid": valid,
+    "wrong": wrong,
+    "deep": deep,
+    "damaged": damaged,
+    "misplaced": misplaced,
+}
 # Each example is a seed, because drawing every choice takes three times as long. Difference shrinks what fails.
 PLAIN_CHANCE = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
-SHARES = {"valid": 0.1, "wrong": 0.5, "deep": 0.15, "damaged": 0.25}
+SHARES = {"valid": 0.1, "wrong": 0.3, "deep": 0.1, "damaged": 0.2, "misplaced": 0.3}
 
 
 # Reading
@@ -587,7 +674,7 @@ def test_the_families_are_read_and_refused_in_fair_shares(direction: str) -> Non
         outcome = reading(decode, FAMILIES[family](Random(seed), UNIONS[direction]))
         found[f"{family} {'read' if outcome.message else 'not JSON' if outcome.field == NOT_JSON else 'refused'}"] += 1
     assert found["valid read"] == 300
-    shares = itertools.product(("wrong", "deep", "damaged"), ("read", "refused", "not JSON"))
+    shares = itertools.product(("wrong", "deep", "damaged", "misplaced"), ("read", "refused", "not JSON"))
     assert all(10 <= found[f"{family} {what}"] < 270 for family, what in shares)
 
 
@@ -786,14 +873,26 @@ def test_payload_that_is_null_at_its_last_occurrence_is_none() -> None:
         assert {decode(raw).input for decode in decoders("from an agent").values()} == {None}
 
 
+def test_payload_has_the_same_value_with_all_codecs() -> None:
+    def compare(payload: bytes) -> None:
+        assert {repr(codec.loads(payload)) for codec in codecs().values()} == {repr(json.loads(payload))}, payload
+
+    @settings(PLAIN_CHANCE, max_examples=1000)
+    @given(st.randoms(use_true_random=True))
+    def holds(rng: Random) -> None:
+        compare(spaced(rng, Writer(rng).anything()))
+
+    for payload in SOUND:
+        compare(payload)
+    holds()
+
+
 # On request
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare as many documents as the command line asks for; return 1 if the codecs read one differently."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.test_builtin_messages", description="Compare the built-in codec with Pydantic."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.test_builtin_messages", description="Compare the codecs.")
     parser.add_argument("--examples", type=natural, default=EXAMPLES, metavar="N", help=f"(default {EXAMPLES})")
     parser.add_argument("--start", type=natural, default=0, metavar="N", help="the first of the seeds (default 0)")
     args = parser.parse_args(argv)
