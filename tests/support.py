@@ -57,11 +57,30 @@ def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
         process.communicate(timeout=WAIT_S)
 
 
+# The packages that a hub has to do without, by the codec that it uses then.
+CODECS_WITHOUT: dict[str, tuple[str, ...]] = {
+    "msgspec": (),
+    "pydantic": ("msgspec",),
+    "built in": ("msgspec", "pydantic"),
+}
+# Any JSON, each written as no encoder of ours writes it.
+PAYLOADS_AS_WRITTEN = [
+    *('"\\u00e4\\/\\ud83d\\ude00"', '"\\"}, \\\\"', '"\N{SNOWMAN}\x7f\\u0000"', "1E2", "1.0", "-0", "-0.0"),
+    *("0.10", "1e-400", "18446744073709551615", "-9223372036854775808", "0." + "3" * 400, "[ ]", "{ }"),
+    *('{"a":1,"a":[2],"\\u0061":{"b":3,"b":4}}', '{"type":"x","input":null,"output":{"detail":[]}}', "[[null] ]"),
+    *("[1 ,2]", '{"b":1, "a":2}', '{"":{"":{"" :""}}}', "[" * 64 + "]" * 64, "false", '["x", ' + '"y" ,' * 3000 + "0]"),
+]  # fmt: skip
+
+
 @contextlib.contextmanager
-def hub_process(*args: str, **options: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run a hub on a free port; yield its URL and its process."""
+def hub_process(
+    *args: str, without: tuple[str, ...] = (), **options: Any
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run a hub on a free port, as if some packages were not installed; yield its URL and its process."""
     options.setdefault("stderr", subprocess.DEVNULL)
-    with running("-m", "agenthub", "hub", "--port", "0", *args, **options) as process:
+    program = f"import sys; sys.modules.update(dict.fromkeys({without})); import agenthub; sys.exit(agenthub.main())"
+    start = ("-c", program) if without else ("-m", "agenthub")
+    with running(*start, "hub", "--port", "0", *args, **options) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("listening on ws://"), line

@@ -54,7 +54,7 @@ from agenthub import (
     hash_of,
 )
 from tests.harness import Client, HubHarness, changes_of
-from tests.support import WAIT_S, hub_process, raw_client, running
+from tests.support import CODECS_WITHOUT, PAYLOADS_AS_WRITTEN, WAIT_S, hub_process, raw_client, running
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="modes, signals and limits of files as on POSIX")
 
@@ -2043,6 +2043,46 @@ async def test_hub_that_was_killed_goes_on(tmp_path: Path) -> None:
             assert again["agent_id"] == asked["agent_id"]
             assert (await requester.message("result", task_id="t"))["output"] == 1
             assert (await requester.request(type="status"))["hub"]["journal"] == "ok"
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("before", "after"), [("msgspec", "built in"), ("built in", "pydantic"), ("pydantic", "msgspec")]
+)
+async def test_payloads_come_back_byte_by_byte_after_a_kill(before: str, after: str, tmp_path: Path) -> None:
+    """Another codec reads them then: which one wrote the journal does not matter."""
+    path, count = str(tmp_path / "hub.db"), len(PAYLOADS_AS_WRITTEN)
+    with hub_process("--db", path, without=CODECS_WITHOUT[before]) as (url, process):
+        async with raw_client(url) as requester, raw_client(url) as absent, raw_client(url) as worker:
+            asked = await absent.register("absent")
+            await requester.register("requester")
+            await worker.register("worker", "work", max_tasks=100)
+            for number, payload in enumerate(PAYLOADS_AS_WRITTEN):
+                fields = f'"id":"{number}","input":{payload},"capability"'
+                await absent.connection.send(f'{{"type":"delegate","task_id":"ended-{number}",{fields}:"work"}}')
+                await requester.connection.send(
+                    f'{{"type":"delegate","task_id":"open-{number}","wait":true,{fields}:"later"}}'
+                )
+                await requester.receive()
+                await worker.message("delegate", task_id=f"ended-{number}")
+            await absent.connection.close()
+            for number, payload in enumerate(PAYLOADS_AS_WRITTEN):
+                await worker.connection.send(
+                    f'{{"type":"result","id":"{number}","task_id":"ended-{number}","success":true,"output":{payload}}}'
+                )
+                await worker.receive()
+            process.kill()
+            await asyncio.to_thread(process.wait, WAIT_S)
+    with hub_process("--db", path, without=CODECS_WITHOUT[after]) as (url, _):
+        async with raw_client(url) as absent, raw_client(url) as worker:
+            await worker.register("worker", "later", max_tasks=100)
+            found = [await worker.connection.recv() for _ in range(count)]
+            for text, payload in zip(found, PAYLOADS_AS_WRITTEN, strict=True):
+                assert f'"input":{payload},' in text
+            await absent.register("absent", agent_id=asked["agent_id"], resume=asked["resume"])
+            found = [await absent.connection.recv() for _ in range(count)]
+            for text, payload in zip(found, PAYLOADS_AS_WRITTEN, strict=True):
+                assert f'"output":{payload}' in text
 
 
 async def test_hub_without_a_journal_says_so_and_writes_no_file(tmp_path: Path) -> None:

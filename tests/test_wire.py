@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.raw_websocket import ConnectionClosed
-from tests.support import WAIT_S, RawClient, hub_process, raw_client
+from tests.support import CODECS_WITHOUT, PAYLOADS_AS_WRITTEN, WAIT_S, RawClient, hub_process, raw_client
 
 numbers = itertools.count(1)
 
@@ -36,6 +36,13 @@ def hasty_hub() -> Iterator[str]:
 def own_hub() -> Iterator[str]:
     """Run a hub for one test alone, for tests that other agents would disturb."""
     with hub_process() as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module", params=CODECS_WITHOUT)
+def codec_hub(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a hub with each codec."""
+    with hub_process(without=CODECS_WITHOUT[request.param]) as (url, _):
         yield url
 
 
@@ -1017,6 +1024,36 @@ async def test_other_content_with_the_same_id_is_a_duplicate(hub: str) -> None:
         await requester.nothing_else()
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ('{"a":1,"b":[2,null]}', ' { "b" : [ 2 , null ] , "a" : 1 } ', True),
+        ('"\N{SNOWMAN}/"', '"\\u2603\\/"', True),
+        ("null", None, True),
+        ("1", "1.0", False),
+        ("1", "true", False),
+        ("1", "1e0", False),
+        ("[0]", "[false]", False),
+        ('{"a":null}', "{}", False),
+        ("[1,2]", "[2,1]", False),
+    ],
+)
+async def test_same_delegate_may_be_written_otherwise(
+    codec_hub: str, one: str, other: str | None, is_same: bool
+) -> None:
+    async with pair(codec_hub) as (requester, worker, capability, task):
+        fields = f'"task_id":"{task}","capability":"{capability}"'
+        for number, text in enumerate((one, other, one)):
+            given = "" if text is None else f', "input" : {text}'
+            await requester.connection.send(f'{{"type":"delegate","id":"{number}",{fields}{given}}}')
+            reply = await requester.receive()
+            is_accepted = is_same or number != 1
+            expected = ("in_progress", None) if is_accepted else (None, "duplicate_task")
+            assert (reply.get("state"), reply.get("code")) == expected
+        await worker.message("delegate", task_id=task)
+        await worker.nothing_else()
+
+
 async def test_same_delegate_is_safe_after_a_reconnect(hub: str) -> None:
     capability, task = fresh("capability"), fresh("task")
     async with clients(hub, 3) as (requester, worker, returned):
@@ -1533,3 +1570,65 @@ async def test_connection_that_breaks_off_anywhere_harms_nobody(hub: str) -> Non
         await worker.message("delegate", task_id=task)
         await worker.request(type="result", task_id=task, success=True)
         assert (await requester.message("result"))["state"] == "completed"
+
+
+# Payloads
+
+
+async def next_text(client: RawClient, type: str) -> str:
+    """Return the text of the next message of a type."""
+    async with asyncio.timeout(WAIT_S):
+        while json.loads(text := await client.connection.recv())["type"] != type:
+            pass
+    return text
+
+
+@pytest.mark.parametrize("payload", PAYLOADS_AS_WRITTEN, ids=range(len(PAYLOADS_AS_WRITTEN)))
+async def test_payload_is_forwarded_byte_by_byte(codec_hub: str, payload: str) -> None:
+    async with pair(codec_hub) as (requester, worker, capability, task):
+        await requester.connection.send(
+            f'{{"type":"delegate","input": {payload} ,"task_id":"{task}","capability":"{capability}"}}'
+        )
+        assert f'"input":{payload},' in await next_text(worker, "delegate")
+        await worker.connection.send(f'{{"detail":\n{payload}\t, "type":"status","task_id":"{task}"}}')
+        assert f'"detail":{payload}' in await next_text(requester, "status")
+        await requester.send(type="status", id="q", task_id=task)
+        report = await next_text(requester, "status")
+        assert f'"input":{payload}' in report
+        assert f'"detail":{payload}' in report
+        await worker.connection.send(f'{{"type":"result","task_id":"{task}","success":true,"\\u006futput":{payload}}}')
+        assert f'"output":{payload}' in await next_text(requester, "result")
+        await requester.send(type="status", id="q", task_id=task)
+        assert f'"output":{payload}' in await next_text(requester, "status")
+        await requester.connection.send(f'{{"type":"broadcast","message":{payload},"capability":"{capability}"}}')
+        assert f'"message":{payload},' in await next_text(worker, "broadcast")
+
+
+async def test_payloads_are_redelivered_byte_by_byte(codec_hub: str) -> None:
+    capability = fresh("capability")
+    async with clients(codec_hub, 4) as (requester, returned, worker, second):
+        joined = await requester.register("requester")
+        await worker.register("worker", capability, max_tasks=100)
+        for number, payload in enumerate(PAYLOADS_AS_WRITTEN):
+            await requester.connection.send(
+                f'{{"type":"delegate","task_id":"{capability}-{number}","capability":"{capability}",'
+                f'"max_retries":1,"input":{payload}}}'
+            )
+            await next_text(worker, "delegate")
+        await second.register("second", capability, max_tasks=100)
+        await worker.send(type="deregister")
+        for number, payload in enumerate(PAYLOADS_AS_WRITTEN):
+            text = await next_text(second, "delegate")
+            delivered = json.loads(text)
+            assert (delivered["task_id"], delivered["attempt"]) == (f"{capability}-{number}", 2)
+            assert f'"input":{payload},' in text
+        await requester.connection.close()
+        for number, payload in enumerate(PAYLOADS_AS_WRITTEN):
+            await second.connection.send(
+                f'{{"type":"result","task_id":"{capability}-{number}","success":true,"output":{payload}}}'
+            )
+        await second.request(type="status")
+        await returned.send(type="register", name="requester", agent_id=joined["agent_id"], resume=joined["resume"])
+        found = [await next_text(returned, "result") for _ in PAYLOADS_AS_WRITTEN]
+        for text, payload in zip(found, PAYLOADS_AS_WRITTEN, strict=True):
+            assert f'"output":{payload}' in text
