@@ -7137,11 +7137,12 @@ LATE_REGISTRATION_S = 120.0  # How long the hub may still receive a registration
 LEAVING_S = 2.0  # For the hub to acknowledge that an agent leaves, and for handlers to clean up.
 LATE_S = 5.0  # After a task's deadline, for its outcome to arrive.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
-DRAIN_S = 30.0  # For running tasks to end when an agent is asked to stop.
+DRAIN_S = 4.0  # For running tasks to end when an agent is asked to stop. Containers are killed after 10 s.
 HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 0.01, TTL_MAX_S  # Limits to the interval that the hub asks for.
 TASKS_OVER = 100  # A worker holds up to twice its max_tasks, for tasks that have just ended still count, and so many.
 LATE_CODES = (Code.TASK_OVER, Code.NOT_ASSIGNED, Code.STALE_ATTEMPT)  # The task ended meanwhile: nobody's mistake.
 REASON_MAX = 4096  # Characters of the reason of a cancellation.
+LEAVES_MAX = 5  # Exceptions of a group that the requester is told.
 UPDATES_MAX = 1000  # Progress reports, and broadcasts, kept for a slow consumer; then the oldest are dropped.
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -7578,7 +7579,7 @@ class HandlerSignature:
             annotation = hints.get(parameter.name)
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
                 text = f"a handler is called with keyword arguments, so {parameter} must be a keyword parameter"
-                raise ValueError(f"{function.__name__}: {text}")
+                raise ValueError(f"{name_of(function)}: {text}")
             if parameter.kind is parameter.VAR_KEYWORD:
                 is_open = True
             elif annotation is Task:
@@ -7626,15 +7627,27 @@ class Handler:
         signature = HandlerSignature.of(function, hints)
         for given in (options.input_schema, options.output_schema):
             if given is not None and not isinstance(check_json(given), dict):
-                raise ValueError(f"{function.__name__}: a schema must be a JSON object")
+                raise ValueError(f"{name_of(function)}: a schema must be a JSON object")
         description = options.description or (inspect.getdoc(function) or "").partition("\n")[0]
         capability = Capability(
-            check_text("a capability's name", options.name or function.__name__, VISIBLE_PATTERN),
+            check_text("a capability's name", options.name or name_of(function), VISIBLE_PATTERN),
             description[:4096],
             signature.schema if options.input_schema is None else options.input_schema,
             schema_of(hints.get("return")) or None if options.output_schema is None else options.output_schema,
         )
-        return cls(function, capability, signature, inspect.iscoroutinefunction(function))
+        return cls(function, capability, signature, is_async(function))
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function; of a partial, that of its function; of another object, that of its class."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Return whether a function, or an object that can be called, is declared with `async def`."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -7999,14 +8012,13 @@ class Worker:
         """Do a task and send its result; none if the task has ended meanwhile."""
         result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
         try:
-            result.output = payload_of(await self._call(task))
+            result.output = output_payload(await self._call(task))
             result.success = True
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            current = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+        except BaseException as error:  # A handler that exits, panics or cancels itself fails like any other.
+            if is_of_the_loop(error):
                 if not task.cancelled:
                     raise
-            else:  # A handler that exits, or is cancelled by something of its own, fails like any other.
+            else:
                 result.error = handler_error(error, task)
         if not task.cancelled:
             self._send(result)
@@ -8014,9 +8026,14 @@ class Worker:
     async def _call(self, task: Task) -> Any:
         handler = self._functions.handler_for(task.capability)
         arguments = handler.signature.arguments(task)
-        if handler.is_async:
-            return await handler.function(**arguments)
-        output = await self._threads.run(functools.partial(handler.function, **arguments))
+        return await self._await(handler.function, handler.is_async, **arguments)
+
+    async def _await(self, function: Callable[..., Any], is_async: bool, *given: Any, **arguments: Any) -> Any:
+        """Call a function, in a thread if it is a plain one, and await what it returns if that is awaitable."""
+        if is_async:
+            output = function(*given, **arguments)
+        else:
+            output = await self._threads.run(functools.partial(function, *given, **arguments))
         return await output if inspect.isawaitable(output) else output
 
     def _send(self, result: Result) -> None:
@@ -8062,11 +8079,10 @@ class Worker:
             message = self._broadcasts.popleft()
             arguments = (value_of(message.message), message.sender or "")
             try:
-                if inspect.iscoroutinefunction(handler):
-                    await handler(*arguments)
-                else:
-                    await self._threads.run(functools.partial(handler, *arguments))
-            except Exception:
+                await self._await(handler, is_async(handler), *arguments)
+            except BaseException as error:
+                if is_of_the_loop(error):
+                    raise
                 log_agent.exception("the broadcast handler failed")
 
 
@@ -8669,18 +8685,98 @@ def _ignore(reply: object) -> None:
 
 def handler_error(error: BaseException, task: Task) -> ErrorInfo:
     """Return what the requester is told of an exception that a handler raised, and log all of it here."""
-    if isinstance(error, TaskFailed) and error.task_id is None:
-        try:
-            code = check_text("code", error.code, VISIBLE_PATTERN)
-        except ValueError:
-            code = Code.FAILED
-        return ErrorInfo(code, error_text(error.message))
-    log_agent.error(
-        "handler failed task=%s capability=%s", escape_unprintable(task.task_id), task.capability, exc_info=error
-    )
-    if isinstance(error, KeyError):
-        return ErrorInfo(Code.FAILED, error_text(repr(error)))  # Its text is the key and nothing else.
-    return ErrorInfo(Code.FAILED, error_text(str(error) or type(error).__name__))
+    try:
+        leaves = list(itertools.islice(leaf_errors(error), LEAVES_MAX + 1))
+        own = leaves[0] if len(leaves) == 1 else None
+        if isinstance(own, TaskFailed) and own.task_id is None:
+            return ErrorInfo(own_code(own), error_text(text_of(own.message)))
+        log_agent.error(
+            "handler failed task=%s capability=%s", escape_unprintable(task.task_id), task.capability, exc_info=error
+        )
+        more = ["and more"] if len(leaves) > LEAVES_MAX else []
+        return ErrorInfo(Code.FAILED, error_text("; ".join([*map(with_cause, leaves[:LEAVES_MAX]), *more])))
+    except BaseException as failure:  # The exception's own code failed: the task must still end.
+        log_agent.error("an exception of type %s cannot be shown: %s", type(error).__name__, type(failure).__name__)
+        return ErrorInfo(Code.FAILED, error_text(type(error).__name__))
+
+
+def leaf_errors(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception, or those that a group of exceptions holds at any depth."""
+    left = [error]
+    while left:
+        one = left.pop()
+        if isinstance(one, BaseExceptionGroup):
+            left.extend(reversed(one.exceptions))
+        else:
+            yield one
+
+
+def own_code(error: TaskFailed) -> str:
+    """Return the code that a handler chose; `failed` if the protocol does not allow it."""
+    try:
+        return check_text("code", error.code, VISIBLE_PATTERN)
+    except (ValueError, TypeError):
+        return Code.FAILED
+
+
+def with_cause(error: BaseException) -> str:
+    """Return `Type: text` of an exception, and of its cause if that says more."""
+    text = text_of(error)
+    cause = "" if error.__cause__ is None else text_of(error.__cause__)
+    return text if cause in text else f"{text} (caused by {cause})"
+
+
+def text_of(value: Any) -> str:
+    """Return a string as it is, and of anything else its type and its text, which may be impossible to get."""
+    if isinstance(value, str):
+        return value
+    try:
+        text = str(value)
+    except BaseException as failure:
+        text = f"its text cannot be read ({type(failure).__name__})"
+    return f"{type(value).__name__}: {text}" if text else type(value).__name__
+
+
+def is_of_the_loop(error: BaseException) -> bool:
+    """Return whether the loop ends the current coroutine by this exception, rather than the coroutine's own code."""
+    try:
+        current = asyncio.current_task()
+    except RuntimeError:
+        current = None
+    if current is None:  # The coroutine is closed, or collected, when no loop runs it.
+        return True
+    return isinstance(error, asyncio.CancelledError) and current.cancelling() > 0
+
+
+def output_payload(output: Any) -> bytes | None:
+    """Return a handler's output as a payload. Raises TaskFailed, which names the part that is not JSON."""
+    try:
+        return payload_of(output)
+    except (ValueError, RecursionError) as error:
+        fault = fault_in(output) or f"output: {error}"
+        log_agent.error("a handler's output is not JSON: %s", escape_unprintable(error_text(fault)))
+        raise TaskFailed(fault) from None
+
+
+def fault_in(output: Any) -> str | None:
+    """Return which part of an output is not JSON, and why; None if only its encoding failed."""
+    path, fault, parts = "output", None, iter([("", output)])
+    for _ in range(DEPTH_MAX + 2):
+        for step, part in parts:
+            try:
+                check_json(part)
+            except (ValueError, RecursionError) as error:
+                path, fault = path + step, str(error)
+                break
+        else:
+            break
+        if isinstance(part, dict):
+            parts = ((f".{text_of(key)}", value) for key, value in part.items())
+        elif isinstance(part, list | tuple):
+            parts = ((f"[{index}]", value) for index, value in enumerate(part))
+        else:
+            break
+    return fault and f"{path}: {fault}"
 
 
 def error_text(text: str) -> str:

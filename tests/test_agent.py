@@ -694,20 +694,43 @@ async def test_exception_fails_the_task_with_its_text(hub: LocalHub, caplog: pyt
         raise LookupError("no such \x1b[31mthing")
 
     async with working(hub, work) as me:
-        assert await failure_of(me.delegate("work")) == ("failed", "no such \x1b[31mthing")
+        assert await failure_of(me.delegate("work")) == ("failed", "LookupError: no such \x1b[31mthing")
     (record,) = [record for record in caplog.records if record.name == "agenthub.agent" and record.exc_info]
     assert "LookupError" in caplog.text
     assert record.levelname == "ERROR"
+
+
+class Unreadable(Exception):
+    def __repr__(self) -> str:
+        raise SystemExit
+
+    __str__ = __repr__
+
+
+class Unmade(TaskFailed):
+    """One whose constructor does not call that of TaskFailed."""
+
+    def __init__(self, text: str) -> None:
+        Exception.__init__(self, text)
+
+
+def group(*errors: BaseException) -> BaseException:
+    return BaseExceptionGroup("several", errors)
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
 
 
 @pytest.mark.parametrize("is_async", [True, False])
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (ValueError("wrong"), ("failed", "wrong")),
+        (ValueError("wrong"), ("failed", "ValueError: wrong")),
         (ValueError(), ("failed", "ValueError")),
-        (KeyError("a"), ("failed", "KeyError('a')")),
-        (TimeoutError("of the handler's own"), ("failed", "of the handler's own")),
+        (KeyError("a"), ("failed", "KeyError: 'a'")),
+        (TimeoutError("of the handler's own"), ("failed", "TimeoutError: of the handler's own")),
         (StopIteration(1), ("failed", None)),
         (StopAsyncIteration(1), ("failed", None)),
         (TaskFailed("not today", code="closed"), ("closed", "not today")),
@@ -717,8 +740,21 @@ async def test_exception_fails_the_task_with_its_text(hub: LocalHub, caplog: pyt
         (asyncio.CancelledError(), ("failed", None)),
         (TaskFailed("x", code=""), ("failed", None)),
         (TaskFailed("x", code="x" * 129), ("failed", None)),
+        (BaseException("panic"), ("failed", "BaseException: panic")),
+        (GeneratorExit(), ("failed", "GeneratorExit")),
+        (KeyboardInterrupt(), ("failed", "KeyboardInterrupt")),
+        (Unreadable(), ("failed", "Unreadable: its text cannot be read (SystemExit)")),
+        (TaskFailed({"a": 1}), ("failed", "dict: {'a': 1}")),  # type: ignore[arg-type]
+        (TaskFailed(IndexError("list")), ("failed", "IndexError: list")),  # type: ignore[arg-type]
+        (TaskFailed("x", code=5), ("5", "x")),  # type: ignore[arg-type]
+        (Unmade("x"), ("failed", "Unmade")),
+        (group(KeyError("a"), group(IndexError("b"))), ("failed", "KeyError: 'a'; IndexError: b")),
+        (group(*[OSError("no")] * 9), ("failed", "; ".join(["OSError: no"] * 5) + "; and more")),
+        (group(TaskFailed("not today", code="closed")), ("closed", "not today")),
+        (caused(ValueError("outer"), OSError("inner")), ("failed", "ValueError: outer (caused by OSError: inner)")),
+        (caused(ValueError("an OSError: inner"), OSError("inner")), ("failed", "ValueError: an OSError: inner")),
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=lambda value: type(value).__name__,
 )
 async def test_any_exception_fails_its_task_alone(is_async: bool, error: BaseException, expected: Any) -> None:
     def fail() -> None:
@@ -784,6 +820,46 @@ async def test_output_that_is_not_json_fails_its_task_alone(hub: LocalHub, outpu
         assert code == "failed"
         assert await soon(me.delegate("nothing")) == "nothing"
         assert online(hub) == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "path"),
+    [({"items": [1, 2, 3, {4}]}, "output.items[3]: "), (datetime.date.min, "output: "), ([{(1, 2): 2}], "output[0]: ")],
+    ids=str,
+)
+async def test_failure_names_the_part_of_the_output_that_is_not_json(output: Any, path: str) -> None:
+    def work() -> Any:
+        return output
+
+    async with LocalHub() as hub, working(hub, work) as me:
+        code, text = await failure_of(me.delegate("work"))
+        assert (code, path in text) == ("failed", True), text
+
+
+class CallableObject:
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    async def __call__(self, message: Any, sender: str) -> Any:
+        self.seen.append(message)
+        return message
+
+
+@pytest.mark.parametrize("shape", ["object", "partial", "decorated"])
+async def test_awaitable_that_comes_back_is_awaited(hub: LocalHub, shape: str) -> None:
+    seen: list[Any] = []
+    handler: Any = CallableObject(seen)
+    if shape == "partial":
+        handler = functools.partial(handler.__call__)
+    elif shape == "decorated":
+        handler = lambda message, sender, inner=handler: inner(message, sender)  # noqa: E731
+    worker = Agent("worker", **at(hub))
+    worker.on_broadcast(handler)
+    worker.capability("work")(handler)
+    async with worker, Agent("requester", **at(hub)) as me:
+        assert await soon(me.delegate("work", {"message": 1, "sender": "me"})) == 1
+        await me.broadcast(2)
+        await eventually(lambda: seen == [1, 2])
 
 
 @pytest.mark.parametrize("output", [None, False, 0, 1.5, "", "é\n\x00", [], {"a": [None]}, (1, 2), 2**64 - 1, -(2**63)])
@@ -1275,7 +1351,7 @@ async def test_handle_raises_the_failure_to_all_who_wait(hub: LocalHub) -> None:
     async with working(hub, work) as me:
         handle = await me.submit("work")
         ends = await soon(asyncio.gather(*(handle.result() for _ in range(3)), return_exceptions=True))
-        assert [str(end) for end in ends] == ["wrong"] * 3
+        assert [str(end) for end in ends] == ["ValueError: wrong"] * 3
         assert [end.task_id for end in ends] == [handle.task_id] * 3
 
 
@@ -1483,7 +1559,7 @@ async def test_async_handler_is_told_to_await_instead_of_run(hub: LocalHub) -> N
     async with working(hub, work) as me:
         assert await failure_of(me.delegate("work")) == (
             "failed",
-            "an async handler must use await instead of task.run",
+            "RuntimeError: an async handler must use await instead of task.run",
         )
 
 
@@ -1511,7 +1587,7 @@ async def test_failure_of_a_child_is_a_failure_like_any_other(hub: LocalHub) -> 
         raise TaskFailed("no", code="of-its-own")
 
     async with working(hub, outer), working(hub, inner) as me:
-        assert await failure_of(me.delegate("outer")) == ("failed", "no")
+        assert await failure_of(me.delegate("outer")) == ("failed", "TaskFailed: no")
 
 
 async def test_stopping_ends_a_plain_handler_that_waits_for_a_child(hub: LocalHub, slow: Slow) -> None:

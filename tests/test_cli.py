@@ -872,7 +872,7 @@ def test_call_of_what_nobody_can_do_is_one_line(url: str, capsys: pytest.Capture
 
 def test_failed_task_is_one_line_with_its_text(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("call", "fail") == 1
-    assert complaint_of(capsys) == "agenthub: went \\x1b[31mwrong\\nbadly\n"
+    assert complaint_of(capsys) == "agenthub: ValueError: went \\x1b[31mwrong\\nbadly\n"
 
 
 def test_expired_task_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
