@@ -157,6 +157,7 @@ class CloseCode(enum.IntEnum):
     NOT_READING = 4002
 
 Made = TypeVar("Made", bound=type)
+Kind = TypeVar("Kind")
 
 class ValidationError(ValueError):
     """A value does not fit. `path` leads to the wrong part; `kinds` are its possible types, if its type is wrong."""

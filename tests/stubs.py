@@ -27,11 +27,12 @@ def made_stubs() -> str:
 
 
 def with_aliases(stubs: str) -> str:
-    """Add the aliases that stubgen leaves out, without the limits, which are not for type checkers."""
+    """Add what stubgen leaves out: aliases, without their limits, and what `record` does."""
     source = (ROOT / "agenthub.py").read_text(encoding="utf-8")
     aliases = re.findall(r"^(\w+) = Annotated\[(.+), \w+\(.*\)\](?:  # .*)?$", source, re.MULTILINE)
     aliases += re.findall(r"^(\w+) = (Callable\[.+\])$", source, re.MULTILINE)
     missing = [f"{name} = {kind}" for name, kind in aliases if not re.search(rf"^{name}\b", stubs, re.MULTILINE)]
+    stubs = stubs.replace("@record\n", "@dataclass(slots=True, kw_only=True)\n")  # stubgen leaves out the function.
     head, import_line, rest = stubs.partition("\n\n")
     return "\n".join([head, "", *missing, import_line, rest])
 

@@ -374,6 +374,21 @@ def test_import_and_help_bring_in_nothing_heavy(program: str) -> None:
     assert json.loads(found.stdout) == []
 
 
+COMPILED_MAX = 180  # Functions that dataclasses and named tuples compile on import; each takes 0.1 ms.
+
+
+def test_import_compiles_few_functions() -> None:
+    program = (
+        "import logging, sys, json, inspect, dataclasses, heapq\n"
+        "compiled = []\n"
+        "sys.addaudithook(lambda event, args: event == 'compile' and args[1] == '<string>' and compiled.append(args))\n"
+        "import agenthub\n"
+        "print(len(compiled))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(found.stdout) <= COMPILED_MAX
+
+
 def test_program_runs_the_file_once() -> None:
     program = (
         "import runpy, sys, agenthub\n"
