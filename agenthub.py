@@ -2131,6 +2131,11 @@ class TaskRecord:
         return self.request.agent_id, self.request.capability
 
     @property
+    def is_orphan(self) -> bool:
+        """Whether the hub died before it had cancelled this subtask: its parent task has ended, or is retried."""
+        return self.request.parent_id is not None and (self.parent is None or self.parent.state is PENDING)
+
+    @property
     def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
         return self.request.wait or self.request.max_retries > 0
@@ -2165,6 +2170,19 @@ class TaskRecord:
             progress=self.progress,
             detail=self.detail,
         )
+
+    def check_result(self, agent: AgentRecord, message: Result, now: float) -> None:
+        """Refuse a result unless it is from the assignee, of the present attempt, or its requester cancels with it."""
+        if self.assignee is agent:
+            if message.attempt is not None and message.attempt != self.attempt:
+                text = f"attempt: {message.attempt} is not the present one, which is {self.attempt}"
+                raise Refused(text, code=Code.STALE_ATTEMPT)
+            if self.deadline <= now:  # `tick` is about to end it.
+                raise Refused("the deadline of that task has passed", code=Code.TASK_OVER)
+        elif self.requester is not agent or message.success:
+            if message.attempt is not None and message.attempt < self.attempt:
+                raise Refused("attempt: a newer one has begun; stop working on this one", code=Code.STALE_ATTEMPT)
+            raise Refused("this agent is not the assignee of that task", code=Code.NOT_ASSIGNED)
 
     def least_report(self, reply_to: str | None) -> StatusReply:
         """Return a reply to its requester or assignee that is no longer than its outcome."""
@@ -3047,6 +3065,7 @@ class Hub:
         self._waiting: dict[AgentRecord, int] = {}  # Pending tasks by requester; none is 0.
         self._deferred: dict[str, AgentRecord] = {}  # Can take a task once all that is due has ended.
         self._deadlines: LazyHeap[TaskRecord | AgentRecord | Connection] = LazyHeap()
+        self._steps_left = TICK_BATCH  # Of this call.
         self._unfinished: collections.deque[Iterator[None]] = collections.deque()  # What `tick` goes on with.
         # Records that are kept for a second must not wait thirty for the reaper.
         self._sweep_interval_s = min(settings.reap_s, max(0.1, settings.retention_s / 10))
@@ -3173,6 +3192,7 @@ class Hub:
     def _take_step(self) -> Step:
         """Return the effects and changes since the last step."""
         effects, self._effects = self._effects, []
+        self._steps_left = TICK_BATCH
         if self._is_journaled and (self.tasks.changed or self.directory.changed):
             return Step(effects, self._take_changes())
         return Step(effects)
@@ -3210,6 +3230,8 @@ class Hub:
                 self._restore_open(task)
         for task, is_delivered in sorted(ended, key=lambda one: one[0].ended_at):
             self._restore_ended(task, is_delivered)
+        orphans = [task for task in self.tasks.open.values() if task.is_orphan]
+        self._begin(self._cancel(orphans))
         for agent in known.values():  # The hub died before it had released all of them.
             if agent.state in LEFT_STATES and (agent.running or agent.awaited):
                 self._begin(self._release_all(agent))
@@ -3348,8 +3370,9 @@ class Hub:
         self._begin(self._release_all(agent))
 
     def _begin(self, steps: Iterator[None]) -> None:
-        """Take at most TICK_BATCH steps, and leave the others to `tick`."""
-        for _ in range(TICK_BATCH):
+        """Take as many steps as this call may still take, and leave the others to `tick`."""
+        while self._steps_left > 0:
+            self._steps_left -= 1
             if next(steps, True):  # None is left.
                 return
         self._unfinished.append(steps)
@@ -3645,7 +3668,7 @@ class Hub:
     def _on_result(self, connection: Connection, message: Result) -> None:
         agent = connection.agent or refuse_unregistered()
         task = self._open_task(message.task_id)
-        self._check_result(agent, task, message)
+        task.check_result(agent, message, self._now)
         if self._message_bytes > self._passed_on_max:
             self._check_size(message)
         self.tasks.grow(task, self._message_bytes)
@@ -3657,19 +3680,6 @@ class Hub:
             self._settle(task, TaskEvent.CANCELLED, error=ErrorInfo(Code.CANCELLED, reason))
         self._acknowledge(connection, message, task)
         self._follow_up(task, worker)
-
-    def _check_result(self, agent: AgentRecord, task: TaskRecord, message: Result) -> None:
-        """Refuse a result unless it is from the assignee, of the present attempt, or its requester cancels with it."""
-        if task.assignee is agent:
-            if message.attempt is not None and message.attempt != task.attempt:
-                text = f"attempt: {message.attempt} is not the present one, which is {task.attempt}"
-                raise Refused(text, code=Code.STALE_ATTEMPT)
-            if task.deadline <= self._now:  # `tick` is about to end it.
-                raise Refused("the deadline of that task has passed", code=Code.TASK_OVER)
-        elif task.requester is not agent or message.success:
-            if message.attempt is not None and message.attempt < task.attempt:
-                raise Refused("attempt: a newer one has begun; stop working on this one", code=Code.STALE_ATTEMPT)
-            raise Refused("this agent is not the assignee of that task", code=Code.NOT_ASSIGNED)
 
     def _conclude(self, task: TaskRecord, message: Result) -> None:
         """Apply the result of a task's assignee."""
@@ -3713,9 +3723,8 @@ class Hub:
         deliver its outcome or hand it out again, and fill the slot that is free now.
         """
         if task.children:
-            error = ErrorInfo(Code.CANCELLED, "its parent task has ended")
-            while task.children:
-                self._end(next(iter(task.children.values())), TaskEvent.CANCELLED, error)
+            children, task.children = list(task.children.values()), None
+            self._begin(self._cancel(children))
         if task.state is PENDING:
             taker = self._place(task, avoiding=worker)
             if taker is not None:
@@ -3728,6 +3737,18 @@ class Hub:
             self._assign_waiting(worker)
             if worker.state is DRAINING:
                 self._leave_if_drained(worker)
+
+    def _cancel(self, children: list[TaskRecord]) -> Iterator[None]:
+        """Cancel subtasks whose parent task has ended or is retried, one a step."""
+        error = ErrorInfo(Code.CANCELLED, "its parent task has ended")
+        deadlines = [child.deadline for child in children]
+        for child in children:  # Until its turn comes, nobody gets it and no result counts.
+            child.deadline = min(child.deadline, self._now)
+        for child, deadline in zip(children, deadlines, strict=True):
+            child.deadline = deadline
+            if child.state not in FINAL_STATES:
+                self._end(child, TaskEvent.CANCELLED, error)
+            yield
 
     def _end(self, task: TaskRecord, event: TaskEvent, error: ErrorInfo) -> None:
         """End a task by other means than a result."""

@@ -677,6 +677,9 @@ class TaskRecord:
     def target(self) -> tuple[str | None, str | None]:
         """The queue in which it waits for an agent: an agent_id, a capability, or both."""
     @property
+    def is_orphan(self) -> bool:
+        """Whether the hub died before it had cancelled this subtask: its parent task has ended, or is retried."""
+    @property
     def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
     def ack(self, reply_to: str | None = None) -> TaskAck: ...
@@ -684,6 +687,8 @@ class TaskRecord:
         """Return the message that hands it to a worker, with the time to live that is left."""
     def progress_report(self) -> StatusReply:
         """Return the message that passes its progress on to its requester."""
+    def check_result(self, agent: AgentRecord, message: Result, now: float) -> None:
+        """Refuse a result unless it is from the assignee, of the present attempt, or its requester cancels with it."""
     def least_report(self, reply_to: str | None) -> StatusReply:
         """Return a reply to its requester or assignee that is no longer than its outcome."""
     def outcome(self) -> TaskOutcome: ...

@@ -1379,6 +1379,22 @@ def test_agent_that_is_back_before_all_its_tasks_were_released_keeps_the_others(
         assert back.succeed(task_id).state == "completed"
 
 
+def test_subtasks_of_a_task_that_ends_are_cancelled_in_batches() -> None:
+    world = HubHarness()
+    requester, parent = world.join("requester"), world.join("parent", "plan")
+    worker = world.join("worker", "step", max_tasks=10)
+    requester.delegate("t", "plan")
+    count = 3 * TICK_BATCH
+    for number in range(count):
+        parent.delegate(f"t{number}", "step", parent_id="t")
+    assert len(delivered(worker)) == 10
+    assert in_batches(world, lambda: parent.succeed("t")) >= 3
+    assert settled(requester) == [("t", "completed", None)]
+    assert sorted(settled(parent)) == sorted((f"t{number}", "failed", "cancelled") for number in range(count))
+    assert delivered(worker) == []
+    assert parent.delegate("next", "step").state == "in_progress"
+
+
 def test_kept_outcomes_are_delivered_in_batches() -> None:
     world = HubHarness()
     worker, requester = world.join("worker", "greet", max_tasks=5000), world.join("requester")

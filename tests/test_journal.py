@@ -2108,3 +2108,20 @@ def test_release_of_many_tasks_goes_on_after_a_restart(tmp_path: Path, max_tasks
     assert outcomes == {f"t{number}": "agent_lost" for number in range(count)}
     assert worker.agent_id not in after.hub.directory.agents
     after.journal.close()
+
+
+def test_cancelling_many_subtasks_goes_on_after_a_restart(tmp_path: Path) -> None:
+    world = JournaledHarness(tmp_path / "hub.db")
+    requester, parent = world.join("requester"), world.join("parent", "plan")
+    requester.delegate("t", "plan")
+    count = agenthub.TICK_BATCH + 20
+    for number in range(count):
+        parent.delegate(f"t{number}", "step", parent_id="t", wait=True, ttl=200.0)
+    parent.succeed("t")
+    parent.received()
+    after = world.restart()
+    back = after.back(parent)
+    after.pass_time(1)
+    outcomes = {one.task_id: one.error.code for one in back.received() if isinstance(one, TaskOutcome)}
+    assert outcomes == {f"t{number}": "cancelled" for number in range(count)}
+    after.journal.close()

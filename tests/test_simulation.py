@@ -198,8 +198,10 @@ class ForgetsTheQueueInARestart(Hub):
 
 
 class AcceptsAnOlderAttempt(Hub):
-    def _check_result(self, agent: AgentRecord, task: TaskRecord, message: Result) -> None:
-        super()._check_result(agent, task, dataclasses.replace(message, attempt=None))
+    def _on_result(self, connection: Connection, message: Result) -> None:
+        super()._on_result(connection, dataclasses.replace(message, attempt=None))
+
+    _RECEIVERS: typing.ClassVar[Any] = {**Hub._RECEIVERS, Result: _on_result}
 
 
 class AcceptsAFormerAssignee(Hub):
