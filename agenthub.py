@@ -941,26 +941,36 @@ def accept(value: Any) -> Any:
     return value
 
 
-def validator_for(annotation: Any, of_class: Callable[[Any], Validator] = lambda kind: accept) -> Validator:
-    """Return the validator of an annotation. `of_class` makes those of the types that JSON does not have."""
+def validator_for(
+    annotation: Any,
+    of_class: Callable[[Any], Validator] = lambda kind: accept,
+    validate_integer: Validator | None = None,
+) -> Validator:
+    """Return the validator of an annotation. `of_class` makes those of the types that JSON does not have.
+
+    The numbers that are integers are by default those of Python, for which 3.0 is none.
+    """
+    part = functools.partial(validator_for, of_class=of_class, validate_integer=validate_integer)
     kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind is Annotated and typing.get_origin(arguments[0]) is list:
         (item,) = typing.get_args(arguments[0])
-        return list_validator(validator_for(item, of_class), arguments[1])
+        return list_validator(part(item), arguments[1])
     if kind is Annotated:
         limit: Limit | JsonLimit = arguments[1]
-        return limit.validator(validator_for(arguments[0], of_class))
+        return limit.validator(part(arguments[0]))
     if kind in (typing.Union, types.UnionType):
-        branches = [validator_for(branch, of_class) for branch in arguments if branch is not types.NoneType]
+        branches = [part(branch) for branch in arguments if branch is not types.NoneType]
         return union_validator(branches, is_nullable=types.NoneType in arguments)
     if kind is Literal:
         return literal_validator(arguments)
     if kind is list and arguments:
-        return list_validator(validator_for(arguments[0], of_class), Limit())
+        return list_validator(part(arguments[0]), Limit())
     if kind is dict and arguments:
-        return dict_validator(validator_for(arguments[1], of_class))
+        return dict_validator(part(arguments[1]))
     if kind is float:
         return validate_number
+    if kind is int and validate_integer is not None:
+        return validate_integer
     if json_type(kind) is not None:
         return type_validator(kind)
     return accept if kind is Any else of_class(kind)
@@ -978,6 +988,15 @@ def type_validator(kind: type) -> Validator:
         return value
 
     return validate
+
+
+def validate_whole(value: Any) -> Any:
+    """Return an integer as JSON Schema has it: also 3.0 is one."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not int:
+        raise ValidationError.of_type(int)
+    return value
 
 
 def validate_number(value: Any) -> Any:
@@ -7608,33 +7627,44 @@ class HandlerSignature:
     validate: Validator | None  # Of an input, likewise.
     task_parameter: str | None  # Takes the Task.
     sole_parameter: str | None  # Takes an input that is not an object: the only parameter, or the only required one.
+    optional: frozenset[str] = frozenset()  # Have a default.
 
     @classmethod
     def of(cls, function: Callable[..., Any], hints: dict[str, Any]) -> HandlerSignature:
-        """Read a function's signature. Raises ValueError if it cannot be called with keyword arguments."""
+        """Read a function's signature. Raises ValueError if a task's input cannot become its keyword arguments."""
         task_parameter = None
         properties: dict[str, Any] = {}
         fields: list[tuple[str, Validator, bool]] = []
         is_open = False
+        bound = function.keywords if isinstance(function, functools.partial) else {}  # Not for a requester to see.
         for parameter in inspect.signature(function).parameters.values():
-            annotation = hints.get(parameter.name)
+            annotation = hints.get(parameter.name, Any)
+            if parameter.name in bound:
+                continue
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
                 text = f"a handler is called with keyword arguments, so {parameter} must be a keyword parameter"
                 raise ValueError(f"{name_of(function)}: {text}")
             if parameter.kind is parameter.VAR_KEYWORD:
                 is_open = True
-            elif annotation is Task:
+            elif is_task(annotation):
                 task_parameter = parameter.name
             else:
-                properties[parameter.name] = parameter_schema(parameter, annotation)
-                fields.append((parameter.name, validator_for(annotation), parameter.default is parameter.empty))
+                try:
+                    if parameter.default is None and not isinstance(annotation, str):
+                        annotation = annotation | None  # As in `limit: int = None`.
+                    properties[parameter.name] = parameter_schema(parameter, annotation)
+                    validate = validator_for(annotation, validator_of_class, validate_whole)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{name_of(function)}: {parameter.name}: {error}") from None
+                fields.append((parameter.name, validate, parameter.default is parameter.empty))
         if task_parameter is not None and not properties and not is_open:
             return cls(None, None, task_parameter, None)  # It reads the input from the task.
         required = [name for name, _, is_required in fields if is_required]
         schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": is_open}
         candidates = required or list(properties)
         sole_parameter = candidates[0] if len(candidates) == 1 else None
-        return cls(schema, object_validator(dict, fields, is_open=is_open), task_parameter, sole_parameter)
+        optional = frozenset(properties) - frozenset(required)
+        return cls(schema, object_validator(dict, fields, is_open=is_open), task_parameter, sole_parameter, optional)
 
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
@@ -7645,6 +7675,8 @@ class HandlerSignature:
                 given = {}
             elif not isinstance(given, dict) and self.sole_parameter is not None:
                 given = {self.sole_parameter: given}
+            if isinstance(given, dict):  # Null means missing, where there is a default.
+                given = {key: one for key, one in given.items() if one is not None or key not in self.optional}
             try:
                 self.validate(given)
             except ValidationError as error:
@@ -7664,12 +7696,16 @@ class Handler:
     @classmethod
     def of(cls, function: Callable[..., Any], options: HandlerOptions) -> Handler:
         """Make a function a handler. Raises ValueError if its signature, or what the options say, does not allow it."""
-        hints = hints_of(function)
+        inner = inner_function(function)
+        if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
+            text = "a generator cannot be a handler; return all of its items, and report steps by task.progress()"
+            raise ValueError(f"{name_of(function)}: {text}")
+        hints = hints_of(inner)
         signature = HandlerSignature.of(function, hints)
         for given in (options.input_schema, options.output_schema):
             if given is not None and not isinstance(check_json(given), dict):
                 raise ValueError(f"{name_of(function)}: a schema must be a JSON object")
-        description = options.description or (inspect.getdoc(function) or "").partition("\n")[0]
+        description = options.description or (inspect.getdoc(inner) or "").partition("\n")[0]
         capability = Capability(
             check_text("a capability's name", options.name or name_of(function), VISIBLE_PATTERN),
             description[:4096],
@@ -7691,20 +7727,54 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
+def inner_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function within decorators, partials and objects that can be called: it has the annotations."""
+    while not hasattr(function := inspect.unwrap(function), "__code__"):
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(type(function).__call__, "__code__"):
+            function = type(function).__call__
+        else:
+            break
+    return function
+
+
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return a function's annotations, evaluated, without those that cannot be evaluated."""
+    """Return a function's annotations, evaluated; those that cannot be evaluated as strings."""
     try:
         return typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError, SyntaxError):
+    except Exception:
         pass  # A name that is imported for type checkers only; below, the others are evaluated one by one.
     hints = {}
-    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    scope = getattr(function, "__globals__", {})
     for name, annotation in inspect.get_annotations(function).items():
         try:
             hints[name] = eval(annotation, scope) if isinstance(annotation, str) else annotation
         except Exception:
             log_agent.debug("an annotation cannot be evaluated: %s", name, exc_info=True)
+            hints[name] = annotation
     return hints
+
+
+TASK_ANNOTATION = re.compile(r"\W*(?:(?:\w+\.)*(?:Optional|Task|None)\b\W*)*")
+
+
+def is_task(annotation: Any) -> bool:
+    """Return whether a parameter takes the Task: `Task`, `Task | None`, or the text of these."""
+    if isinstance(annotation, str):
+        return "Task" in annotation and TASK_ANNOTATION.fullmatch(annotation) is not None
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return annotation is Task or (is_union and Task in typing.get_args(annotation))
+
+
+def validator_of_class(kind: Any) -> Validator:
+    """Return the validator of a type that JSON does not have: the type of some JSON values, as Sequence, or of none."""
+    if isinstance(kind, str):
+        raise ValueError(f"its annotation {kind!r} cannot be evaluated; import the name also at run time")
+    is_of_json = not isinstance(kind, type) or typing.is_typeddict(kind) or getattr(kind, "_is_protocol", False)
+    if not is_of_json and not any(issubclass(one, kind) for one in JSON_TYPES):
+        raise ValueError(f"{kind.__qualname__} is not JSON; take what JSON has, and convert it in the handler")
+    return accept
 
 
 def parameter_schema(parameter: inspect.Parameter, annotation: Any) -> dict[str, Any]:
@@ -7751,13 +7821,14 @@ class CapabilityDecorator:
         input_schema: dict[str, Any] | None = None,
         output_schema: dict[str, Any] | None = None,
     ) -> Any:
-        options = HandlerOptions(None if callable(name) else name, description, input_schema, output_schema)
+        given_name = name if isinstance(name, str) else None
+        options = HandlerOptions(given_name, description, input_schema, output_schema)
 
         def decorate(function: Function) -> Function:
             self._register(function, options)
             return function
 
-        return decorate(name) if callable(name) else decorate
+        return decorate if name is None or isinstance(name, str) else decorate(name)  # A classmethod is not callable.
 
 
 def mark_handler(function: Callable[..., Any], options: HandlerOptions) -> None:
@@ -8441,8 +8512,11 @@ class Agent:
         self._functions = HandlerRegistry()
         self._resume: str | None = None
         self._connection: HubConnection | None = None
-        for function_name, function in inspect.getmembers(type(self), inspect.isfunction):
-            options = getattr(function, "__agenthub__", None)
+        for function_name in dir(type(self)):
+            function = inspect.getattr_static(type(self), function_name)  # Of a static or class method, not of a call.
+            options = getattr(function, "__agenthub__", None) or getattr(
+                getattr(function, "__func__", None), "__agenthub__", None
+            )
             if options is not None and hasattr(Agent, function_name):
                 raise ValueError(
                     f"{function_name}: an Agent has a method of that name; rename yours, and give the capability its "
@@ -8450,6 +8524,10 @@ class Agent:
                 )
             if options is not None:
                 self._functions.add(getattr(self, function_name), options)
+        try:
+            validator_for(Metadata)(self.metadata)
+        except ValidationError as error:
+            raise ValueError(str(error.within("metadata"))) from None
         self._registration()  # Raises ValueError now rather than when it is sent.
 
     # What it offers.

@@ -1741,9 +1741,10 @@ class HandlerSignature:
     validate: Validator | None
     task_parameter: str | None
     sole_parameter: str | None
+    optional: frozenset[str] = ...
     @classmethod
     def of(cls, function: Callable[..., Any], hints: dict[str, Any]) -> HandlerSignature:
-        """Read a function's signature. Raises ValueError if it cannot be called with keyword arguments."""
+        """Read a function's signature. Raises ValueError if a task's input cannot become its keyword arguments."""
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
 

@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import contextvars
 import datetime
+import enum
 import functools
 import gc
 import logging
 import random
+import re
 import signal
 import sys
 import threading
 import typing
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -274,10 +276,18 @@ async def test_two_agents_of_one_class_keep_their_own_handlers() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_tasks": 0}, {"max_tasks": 10_001}, {"name": "x" * 129}, {"url": "http://example.org"}]
+    "options",
+    [
+        {"max_tasks": 0},
+        {"max_tasks": 10_001},
+        {"metadata": {"a": datetime.date.min}},
+        {"metadata": {"a": "x" * 5000}},
+        {"name": "x" * 129},
+        {"url": "http://example.org"},
+    ],
 )
 def test_bad_argument_is_a_value_error_at_construction(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must|looks like"):
+    with pytest.raises(ValueError, match=r"must|looks like|metadata: (holds a date|is larger)"):
         Agent(**options)
 
 
@@ -325,6 +335,14 @@ def test_signature_and_docstring_become_the_capability() -> None:
     )
 
 
+class Pair(typing.TypedDict):
+    x: int
+
+
+class Level(enum.Enum):
+    LOW = 1
+
+
 @pytest.mark.parametrize(
     ("annotation", "schema"),
     [
@@ -345,9 +363,8 @@ def test_signature_and_docstring_become_the_capability() -> None:
         (typing.List, {"type": "array"}),  # noqa: UP006  # users write it like this too
         (typing.Dict, {"type": "object"}),  # noqa: UP006  # users write it like this too
         (typing.List[int], {"type": "array", "items": {"type": "integer"}}),  # noqa: UP006  # users write it like this too
-        (datetime.datetime, {}),
-        (tuple[int, str], {}),
-        ("no.such.name", {}),
+        (Sequence[str], {}),
+        (Pair, {}),
     ],
 )
 def test_annotation_becomes_a_schema(annotation: Any, schema: dict[str, Any]) -> None:
@@ -357,6 +374,88 @@ def test_annotation_becomes_a_schema(annotation: Any, schema: dict[str, Any]) ->
     found = offered(work).input_schema
     assert found is not None
     assert found["properties"]["x"] == schema
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        (datetime.datetime, "work: x: datetime is not JSON"),
+        (list[datetime.date], "work: x: date is not JSON"),
+        (dict[str, Level] | None, "work: x: Level is not JSON"),
+        (tuple[int, str], "work: x: tuple is not JSON"),
+        (asyncio.Task, "work: x: Task is not JSON"),
+        ("no.such.name", "work: x: its annotation 'no.such.name' cannot be evaluated"),
+        ("list[Task]", "work: x: Task is not JSON"),
+    ],
+)
+def test_annotation_that_json_does_not_have_is_a_value_error(annotation: Any, text: str) -> None:
+    def work(x: Any) -> None: ...
+
+    work.__annotations__ = {"x": annotation}
+    with pytest.raises(ValueError, match=re.escape(text)):
+        offered(work)
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [Task, "Task", "Task | None", "Optional[agenthub.Task]", Task | None, "somewhere.Task", "None | other.Task"],
+)
+async def test_task_is_recognized_by_its_annotation(annotation: Any) -> None:
+    def work(task: Any = None) -> Any:
+        return task.input
+
+    work.__annotations__ = {"task": annotation}
+    async with LocalHub() as hub, working(hub, work) as me:
+        assert await soon(me.delegate("work", 5)) == 5
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_generator_is_a_value_error(is_async: bool) -> None:
+    def work() -> Any:
+        yield 1
+
+    async def work_async() -> Any:
+        yield 1
+
+    with pytest.raises(ValueError, match="a generator cannot be a handler"):
+        offered(functools.partial(work_async if is_async else work))
+
+
+def test_partial_shows_what_is_left_to_give() -> None:
+    def work(x: int, *, key: str, y: int = 2) -> None:
+        """Work."""
+
+    found = offered(functools.partial(work, key="secret"))
+    assert (found.name, found.description) == ("work", "Work.")
+    assert found.input_schema is not None
+    assert list(found.input_schema["properties"]) == ["x", "y"]
+
+
+async def test_static_and_class_methods_do_tasks() -> None:
+    class Both(Agent):
+        @capability
+        @staticmethod
+        def outer(x: int) -> int:
+            return x
+
+        @staticmethod
+        @capability
+        def inner(x: int) -> int:
+            return x + 1
+
+        @classmethod
+        @capability
+        def of_class(cls, x: int) -> str:
+            return f"{cls.__name__}{x}"
+
+        @capability
+        @classmethod
+        def of_class_too(cls, x: int) -> str:
+            return f"{cls.__name__}{x}"
+
+    async with LocalHub() as hub, Both(hub=hub), Agent("me", hub=hub) as me:
+        found = [await soon(me.delegate(name, 1)) for name in ("outer", "inner", "of_class", "of_class_too")]
+    assert found == [1, 2, "Both1", "Both1"]
 
 
 def test_default_that_is_not_json_makes_an_argument_optional_without_showing() -> None:
@@ -508,6 +607,10 @@ def number(x: float) -> Any:
     return x
 
 
+def limited(limit: int = None) -> Any:  # type: ignore[assignment]  # noqa: RUF013  # users write it like this too
+    return limit
+
+
 def open_ended(x: int, **rest: Any) -> Any:
     return [x, rest]
 
@@ -530,6 +633,10 @@ def task_too(x: int, task: Task) -> Any:
         (plain, {"x": 1}, [1, 2]),
         (plain, {"x": 1, "y": 3}, [1, 3]),
         (plain, 1, [1, 2]),
+        (plain, {"x": 1, "y": None}, [1, 2]),
+        (plain, {"x": 3.0}, [3, 2]),
+        (limited, {"limit": None}, None),
+        (limited, {}, None),
         (optional, {"x": "a"}, "a"),
         (optional, {"x": None}, None),
         (optional, {}, None),
@@ -563,6 +670,8 @@ async def test_input_becomes_arguments(function: Callable[..., Any], given: Any,
         (plain, None, "input.x: is required"),
         (plain, {"x": "1"}, "input.x: must be of type integer"),
         (plain, {"x": True}, "input.x: must be of type integer"),
+        (plain, {"x": 1.5}, "input.x: must be of type integer"),
+        (limited, {"limit": "1"}, "input.limit: must be of type integer or null"),
         (plain, {"x": None}, "input.x: must be of type integer"),
         (plain, {"x": 1, "z": 3}, "input: has a field that is not one of x, y"),
         (plain, [1, 2], "input.x: must be of type integer"),

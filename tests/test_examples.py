@@ -754,7 +754,7 @@ def test_review_goes_on_when_an_agent_fails(
     assert review_folder.main([str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert printed.out == "0 findings in 0 of 1 file, 1 skipped\n"
-    assert printed.err.splitlines()[-1] == f"skipped {tmp_path.as_posix()}/a.py: out of order"
+    assert printed.err.splitlines()[-1] == f"skipped {tmp_path.as_posix()}/a.py: RuntimeError: out of order"
 
 
 class Terminal(io.StringIO):
