@@ -7859,7 +7859,8 @@ class HandlerRegistry:
             return
         handler = Handler.of(function, options)
         name = handler.capability.name
-        if name in self.handlers:
+        former = self.handlers.get(name)
+        if former is not None and not is_redefinition(former.function, function):
             raise ValueError(f"{name}: this capability already has a handler; give one of them another name")
         self.handlers[name] = handler
 
@@ -7874,14 +7875,21 @@ class HandlerRegistry:
         return handler
 
 
+def is_redefinition(former: Callable[..., Any], function: Callable[..., Any]) -> bool:
+    """Return whether a function is defined in the place of another, as when the cell of a notebook runs again."""
+    places = [(one.__module__, getattr(one, "__qualname__", "<lambda>")) for one in (former, function)]
+    return places[0] == places[1] and not places[0][1].endswith("<lambda>")
+
+
 class Execution:
     """One attempt at a task by a handler of this agent."""
 
-    __slots__ = ("_work", "attempt", "is_stopped", "task_id")
+    __slots__ = ("_work", "attempt", "capability", "is_stopped", "task_id")
 
     def __init__(self, message: Delegated) -> None:
         self.task_id = message.task_id
         self.attempt = message.attempt
+        self.capability = message.capability
         self.is_stopped = False  # The task has ended without the handler, so its result is not wanted.
         self._work: asyncio.Task[None] | None = None
 
@@ -7889,6 +7897,10 @@ class Execution:
         """Run the handler."""
         self._work = asyncio.create_task(coroutine)
         return self._work
+
+    def is_running_in(self, work: set[asyncio.Task[None]]) -> bool:
+        """Return whether the handler runs in one of these."""
+        return self._work in work
 
     def stop(self) -> None:
         """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
@@ -8102,13 +8114,21 @@ class Worker:
             self._running[task_id].stop()
 
     async def stop(self) -> None:
-        """Cancel the running handlers, and again those that are not done after LEAVING_S seconds."""
+        """Cancel the running handlers, and again after LEAVING_S seconds; log those that do not end even then."""
         for execution in self._running.values():
             execution.stop()
         work = self._work - {asyncio.current_task()}
+        for within_s in (LEAVING_S, LEAVING_S / 2):
+            if work:
+                _, work = await asyncio.wait(work, timeout=within_s)
+            for one in work:
+                one.cancel()
         if work:
-            await asyncio.wait(work, timeout=LEAVING_S)
-        await cancel_and_wait(work)
+            log_agent.error("handlers ignore that they are cancelled, and are left behind: %s", self._names_of(work))
+
+    def _names_of(self, work: set[asyncio.Task[None]]) -> str:
+        left = [one for one in self._running.values() if one.is_running_in(work)]
+        return escape_unprintable(", ".join(f"{one.capability} task={one.task_id}" for one in left[:LEAVES_MAX]))
 
     def _log_too_many(self) -> None:
         agent_id = escape_unprintable(self._agent.agent_id or "")
@@ -8586,6 +8606,10 @@ class Agent:
         `drain_s` limits that, in seconds; a second signal ends it at once. The event `loop` is uvloop's where that is
         installed; "asyncio" is the standard library's, and "uvloop" raises PackageMissing where it is not installed.
         """
+        if asyncio._get_running_loop() is not None:
+            raise RuntimeError(
+                "an event loop runs already, as in a notebook: use `await agent.start()` instead of run()"
+            )
         with contextlib.suppress(KeyboardInterrupt):
             run_loop(serve(self, drain_s=drain_s), loop)
 

@@ -1803,10 +1803,13 @@ class Execution:
 
     task_id: Incomplete
     attempt: Incomplete
+    capability: Incomplete
     is_stopped: bool
     def __init__(self, message: Delegated) -> None: ...
     def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run the handler."""
+    def is_running_in(self, work: set[asyncio.Task[None]]) -> bool:
+        """Return whether the handler runs in one of these."""
     def stop(self) -> None:
         """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
 
@@ -1880,7 +1883,7 @@ class Worker:
     def task_ended(self, task_id: str) -> None:
         """Cancel the handler of a task that has ended without it."""
     async def stop(self) -> None:
-        """Cancel the running handlers, and again those that are not done after LEAVING_S seconds."""
+        """Cancel the running handlers, and again after LEAVING_S seconds; log those that do not end even then."""
     def receive_broadcast(self, message: BroadcastReply) -> None:
         """Queue a broadcast for its handler, which takes one after the other."""
 

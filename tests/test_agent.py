@@ -1742,6 +1742,46 @@ async def test_capability_added_during_the_registration_is_announced(hub: LocalH
         assert await asyncio.wait_for(handle.result(), 3) == "nothing"
 
 
+async def test_stop_leaves_a_handler_behind_that_ignores_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(agenthub, "LEAVING_S", 0.05)
+    begun, let_go = asyncio.Event(), asyncio.Event()
+
+    async def stubborn() -> None:
+        begun.set()
+        while not let_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await let_go.wait()
+
+    async with LocalHub() as hub:
+        worker = Agent("worker", hub=hub)
+        worker.capability(stubborn)
+        async with worker, Agent("me", hub=hub) as me:
+            await me.submit("stubborn", task_id="t1")
+            await soon(begun.wait())
+            await soon(worker.stop())
+            assert "left behind: stubborn task=t1" in caplog.text
+            let_go.set()
+
+
+async def test_run_says_what_to_do_where_a_loop_runs() -> None:
+    with pytest.raises(RuntimeError, match="await agent"):
+        Agent("me").run()
+
+
+async def test_second_definition_in_the_same_place_replaces_the_first(hub: LocalHub) -> None:
+    worker = Agent("worker", **at(hub))
+    for number in (1, 2):
+
+        @worker.capability
+        def work(number: int = number) -> int:
+            return number
+
+    async with worker, Agent("me", **at(hub)) as me:
+        assert await soon(me.delegate("work")) == 2
+
+
 async def test_agent_is_used_twice(hub: LocalHub) -> None:
     worker = Agent("worker", **at(hub))
     worker.capability(nothing)
