@@ -7197,6 +7197,8 @@ LATE_REGISTRATION_S = 120.0  # How long the hub may still receive a registration
 LEAVING_S = 2.0  # For the hub to acknowledge that an agent leaves, and for handlers to clean up.
 LATE_S = 5.0  # After a task's deadline, for its outcome to arrive.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
+BACKOFF_RETURN_S = 6.0  # The limit while a hub that was there is expected back,
+RETURN_MIN_S, RETURN_MAX_S = 120.0, 3600.0  # which is for as long as it was there, within these limits.
 DRAIN_S = 4.0  # For running tasks to end when an agent is asked to stop. Containers are killed after 10 s.
 HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 0.01, TTL_MAX_S  # Limits to the interval that the hub asks for.
 TASKS_OVER = 100  # A worker holds up to twice its max_tasks, for tasks that have just ended still count, and so many.
@@ -7379,23 +7381,28 @@ def expect_reply(reply: HubMessage | AgentHubError, reply_type: type[Reply]) -> 
 class Backoff:
     """How long to wait before the next attempt: a random time up to a limit that doubles from 0.5 s to 30 s.
 
-    Starts over only after a connection that lasted longer than the present limit; otherwise agents would storm a hub
-    that accepts their connections and drops them.
+    A hub that was there is expected back soon: until then the limit is 6 s. Starts over only after a connection that
+    lasted longer than the present limit; otherwise agents would storm a hub that accepts their connections and drops
+    them.
     """
 
     def __init__(self) -> None:
         self._limit_s = BACKOFF_FIRST_S
+        self._expected_s = 0.0  # How much longer the hub is expected back soon.
 
     def next_s(self) -> float:
         """Return how many seconds to wait, and double the limit."""
         delay_s = random.uniform(0, self._limit_s)
-        self._limit_s = min(2 * self._limit_s, BACKOFF_MAX_S)
+        self._expected_s -= delay_s
+        limit_max_s = min(BACKOFF_RETURN_S, BACKOFF_MAX_S) if self._expected_s > 0 else BACKOFF_MAX_S
+        self._limit_s = min(2 * self._limit_s, limit_max_s)
         return delay_s
 
     def lasted(self, connection_s: float) -> None:
         """Start over after a connection of so many seconds, if that was long enough."""
         if connection_s > self._limit_s:
             self._limit_s = BACKOFF_FIRST_S
+            self._expected_s = min(max(RETURN_MIN_S, connection_s), RETURN_MAX_S)
 
 
 Follower = Callable[[StatusReply | TaskOutcome | Registered | AgentHubError], None]

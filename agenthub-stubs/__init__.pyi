@@ -1669,8 +1669,9 @@ class Session:
 class Backoff:
     """How long to wait before the next attempt: a random time up to a limit that doubles from 0.5 s to 30 s.
 
-    Starts over only after a connection that lasted longer than the present limit; otherwise agents would storm a hub
-    that accepts their connections and drops them.
+    A hub that was there is expected back soon: until then the limit is 6 s. Starts over only after a connection that
+    lasted longer than the present limit; otherwise agents would storm a hub that accepts their connections and drops
+    them.
     """
     def __init__(self) -> None: ...
     def next_s(self) -> float:

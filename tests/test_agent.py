@@ -2692,6 +2692,21 @@ def test_backoff_starts_over_after_a_connection_that_lasted(monkeypatch: pytest.
     assert bounds == [0.5, 1, 2, 4, 0.5]
 
 
+@pytest.mark.parametrize(("connection_s", "expected_s"), [(1, 120), (600, 600), (1e6, 3600)])
+def test_agent_tries_every_few_seconds_while_its_hub_is_expected_back(
+    monkeypatch: pytest.MonkeyPatch, connection_s: float, expected_s: float
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    backoff, waited_s = agenthub.Backoff(), 0.0
+    backoff.lasted(connection_s)
+    while waited_s < expected_s:
+        delay_s = backoff.next_s()
+        assert delay_s <= 6  # 300 agents are back within 10 s, each at a random moment.
+        waited_s += delay_s
+    assert [backoff.next_s() for _ in range(5)][-1] == 30
+
+
 # Outcomes.
 
 
