@@ -1639,7 +1639,8 @@ def nests_deeper_than(raw: bytes, depth: int) -> bool:
 
 # Rejected messages.
 
-SCAN_BYTES = 65_536  # How much of a message that is not JSON is searched for its id.
+SCAN_BYTES = 16_384  # How much of a message that is not JSON is searched for its id,
+SCAN_TOKENS = 256  # and in how many tokens: each takes a step in Python, and such messages need no credentials.
 # An unterminated string matches to the end; rescanning inside it would be quadratic.
 JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
 
@@ -1661,7 +1662,7 @@ def _parse_leniently(raw: bytes, id_field: str) -> dict[str, Any]:
 def _find_string_field(wanted: str, raw: bytes) -> Any:
     """Return the value of a string at the top level of JSON that may be malformed or cut off; None if not found."""
     depth, name, is_value = 0, b"", False
-    for match in JSON_TOKENS.finditer(raw):
+    for match in itertools.islice(JSON_TOKENS.finditer(raw), SCAN_TOKENS):
         token = match[0]
         if token in b"[{":
             depth += 1
@@ -4319,7 +4320,7 @@ def fixed_columns(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
 
 BACKLOG_BYTES_MAX = 8 * 1_048_576  # Sent to a peer and not read by it.
 CLIENT_MESSAGE_BYTES_MAX = 256 * 1_048_576  # The largest message that an agent accepts, whatever its hub allows.
-UNAUTHENTICATED_BYTES_MAX = 131_072  # The largest message of a connection that has not authenticated.
+UNAUTHENTICATED_BYTES_MAX = 16_384  # The largest message of a connection that has not authenticated.
 PRIVATE_CHARACTERS_MAX = 1_048_576  # In a file with a token, or an access file.
 REJECTION_BYTES_MAX = 2048  # Of the body of a response that rejects a handshake: its first line is shown.
 REJECTION_CHARACTERS_MAX = 500  # Of such a line, and of a Location.

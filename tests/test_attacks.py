@@ -101,6 +101,13 @@ async def test_unfinished_message_of_an_unauthenticated_client_is_refused_by_its
         assert await client.closed() == 1009
 
 
+def test_malformed_message_is_searched_for_its_id_in_a_bounded_number_of_steps() -> None:
+    for filling in (b"," * 10, b"," * 2 * agenthub.SCAN_TOKENS):
+        with pytest.raises(agenthub.InvalidMessage) as caught:
+            agenthub.decoder_from_agent()(b"{" + filling + b'"id":"1",')
+        assert caught.value.reply_to == ("1" if len(filling) < agenthub.SCAN_TOKENS else None)
+
+
 async def test_hub_without_tokens_has_no_unauthenticated_clients() -> None:
     async with HubServer(port=0) as hub, raw_client(hub.url) as client:
         await client.connection.send(STATUS + " " * (hub.settings.message_bytes_max - len(STATUS)))

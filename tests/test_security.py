@@ -283,7 +283,7 @@ NO_TOKENS: list[Any] = [
     f" {TOKEN}",
     TOKEN.upper(),
     "",
-    "x" * 100_000,
+    "x" * 10_000,
     [TOKEN],
     {"token": TOKEN},
     5,
