@@ -4327,6 +4327,8 @@ REJECTION_CHARACTERS_MAX = 500  # Of such a line, and of a Location.
 BLANKS = "\ufeff \t\r\n"  # Around a token or a URL, from editors, secrets and files of variables; BOM included.
 
 HANDSHAKE_S = 10.0  # From the connection to the end of the handshake.
+TICK_LATE_S = 1.0  # A tick later than this waits until what came in meanwhile is read,
+CATCH_UP_S = 0.5  # which takes at most this long.
 STALLED_S = 10.0  # For a peer to read any of the bytes that wait for it.
 CLOSING_S = 2.0  # For a peer to answer a close, or to read what it was sent before; then the socket is cut.
 
@@ -4563,6 +4565,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         self._timer: asyncio.TimerHandle | None = None  # For the handshake, then for the close.
         self._is_handling = False
         self._is_flush_scheduled = False
+        self._at_end: Callable[[], None] | None = None  # What to do when all that came before the end is handled.
 
     @property
     def unread_bytes(self) -> int:
@@ -4581,10 +4584,22 @@ class WebSocketLink(Link, AsyncioProtocol):
             self._read()
 
     def eof_received(self) -> None:
-        # With TLS this comes even while reading is paused, and the transport closes next: handle the rest now.
-        while self.pause_reasons and PauseReason.AUTH_BACKOFF not in self.pause_reasons:
-            self.pause_reasons.clear()
-            self._read()
+        # With TLS this comes even while reading is paused, and the transport closes next.
+        self._end_when_read(self._on_eof)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._at_end is None:
+            self._protocol.discard()
+        self._end_when_read(functools.partial(self._on_end, error))
+
+    def _end_when_read(self, at_end: Callable[[], None]) -> None:
+        """Call `at_end` when what came in before is handled, at the same pace as before the end."""
+        self._at_end = at_end
+        self.resume_reading(PauseReason.SLOW_CONSUMER)  # Nothing is sent to it any more.
+        if not self.pause_reasons or self._is_closing or PauseReason.AUTH_BACKOFF in self.pause_reasons:
+            at_end()
+
+    def _on_eof(self) -> None:
         self._protocol.receive_eof()
         self._flush()
         # The transport closes itself now, but not before all is written, which may be never.
@@ -4594,7 +4609,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         if self._timer is None:
             self._timer = self._loop.call_later(CLOSING_S, self.abort)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def _on_end(self, error: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._protocol.discard()
@@ -4642,8 +4657,12 @@ class WebSocketLink(Link, AsyncioProtocol):
         self.pause_reasons.discard(reason)
         if not self.pause_reasons and not self._is_handling:
             self._read()
-        if not self.pause_reasons and self._transport is not None:
+        if self.pause_reasons or self._transport is None:
+            return
+        if self._at_end is None:
             self._transport.resume_reading()
+        else:
+            self._at_end()
 
     # Reading
 
@@ -6323,6 +6342,8 @@ class Authenticator:
         these two headers: https://datatracker.ietf.org/doc/html/rfc6455#section-10.2.
         """
         hosts, origins = request.headers.get_all("Host"), request.headers.get_all("Origin")
+        if not hosts and is_health_check(request):  # HTTP/1.0 of a load balancer. Every browser sends a Host.
+            hosts = list(self._names or ())[:1]
         if self._names is not None and not (len(hosts) == 1 and host_name(hosts[0]) in self._names):
             self.reject(link, "host")
             return 403, "this hub does not accept that Host header; --allow-host adds a name\n"
@@ -6439,6 +6460,11 @@ def bearer_in(request: Any) -> str | None:
     headers = request.headers.get_all("Authorization")
     scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     return token.strip() if scheme.lower() == "bearer" else None
+
+
+def is_health_check(request: Any) -> bool:
+    """Return whether an HTTP request is `GET /healthz`."""
+    return bool(request.path.partition("?")[0] == "/healthz")
 
 
 def host_name(header: str) -> str:
@@ -6702,8 +6728,16 @@ class LocalHub:
             raise
         if agents or tasks:
             log_hub.info("restored %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
+            self._log_age(self._loop.time() - last)
         self._commit = GroupCommit(self.hub, journal, self._carry_out)
         self._commit.add(step)
+
+    def _log_age(self, age_s: float) -> None:
+        """Log how long ago the last change was: deadlines go by the machine's clock, which may have been set."""
+        if age_s < 0:
+            log_hub.warning("the journal's last change is %.0f s in the future: the clock was set back", -age_s)
+        else:
+            log_hub.info("the journal's last change was %.0f s ago by the machine's clock", age_s)
 
     def shut_down(self) -> None:
         """Accept no new task from now on."""
@@ -6829,6 +6863,10 @@ class LocalHub:
 
     def _tick(self) -> None:
         now = max(self._loop.time(), self._tick_at)  # A timer may fire up to the clock's resolution early.
+        if now - self._tick_at > TICK_LATE_S:  # The process was stopped: heartbeats of that time wait in the sockets.
+            self._tick_at = now + CATCH_UP_S
+            self._timers.set(self._tick, self._tick_at)
+            return
         self._tick_at = math.inf
         try:
             self._apply(self.hub.tick(now))
@@ -7099,7 +7137,7 @@ class HubServer(LocalHub):
         refusal = self._authenticator.check_request(link, request)
         if refusal is not None:
             return refusal
-        if request.path.partition("?")[0] == "/healthz":
+        if is_health_check(request):
             return self._health(link, request)
         for limit, number, whose in (
             (self.settings.connections_max, len(self._sockets), "the hub"),
@@ -9276,8 +9314,15 @@ def _hub_server(args: argparse.Namespace, tls: ssl.SSLContext | None) -> HubServ
         backlog_bytes_max=args.backlog,
         connections_per_address_max=args.max_connections_per_address,
         messages_per_s_max=args.rate,
-        journal=Journal(args.db, sync=args.sync) if args.db is not None else None,
+        journal=_journal(args),
     )
+
+
+def _journal(args: argparse.Namespace) -> Journal | None:
+    """Return the journal of the options; raise ValueError for one that would not survive the hub."""
+    if args.db == ":memory:":
+        raise ValueError("--db :memory: would persist nothing; give a file, or leave --db out")
+    return Journal(args.db, sync=args.sync) if args.db is not None else None
 
 
 def _access(args: argparse.Namespace) -> Access | None:

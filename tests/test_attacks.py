@@ -394,11 +394,13 @@ async def test_end_of_the_socket_takes_nothing_away_that_came_before_it(is_close
     assert len(raw) > 3 * agenthub.SLICE_BYTES
     pair.link.data_received(raw + (DONE if is_closed else b""))
     assert pair.link.pause_reasons == {"turn over"}
-    pair.link.eof_received()  # TLS calls this even if reading is paused.
+    pair.link.eof_received()  # TLS calls this even if reading is paused,
+    pair.link.connection_lost(None)  # and closes its transport next.
+    assert len(pair.owner.messages) * len(frame(b'{"type":"heartbeat","id":"0000"}')) < 2 * agenthub.SLICE_BYTES
+    assert not pair.link.gone.is_set()
+    await until(pair.link.gone.is_set)
     assert [message.id for message in pair.owner.messages] == [str(number) for number in range(2000)]
     assert [code for code, _ in pair.owner.ends] == [1000 if is_closed else 1006]
-    pair.link.connection_lost(None)
-    assert len(pair.owner.ends) == 1
 
 
 # Tokens, namespaces and names.
@@ -689,5 +691,9 @@ async def test_end_of_the_socket_takes_nothing_away_from_who_sends_too_much() ->
     rationed.link.data_received(frame(HEARTBEAT) * 300 + DONE)
     rationed.clock.run_soon()
     rationed.link.eof_received()
+    rationed.link.connection_lost(None)
+    assert rationed.count < 300  # Not all at once, as the end of the socket was no reason to hurry.
+    rationed.clock.pass_time(agenthub.PAUSE_MAX_S)
     assert rationed.count == 300
+    assert rationed.link.gone.is_set()
     assert rationed.owner.ends == [(1000, "")]

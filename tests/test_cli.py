@@ -1039,3 +1039,8 @@ def test_table_pads_its_columns_and_leaves_no_blanks_at_the_end() -> None:
 )
 def test_foreign_text_is_made_printable(text: str, shown: str) -> None:
     assert agenthub.escape_unprintable(text) == shown
+
+
+def test_journal_in_memory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agenthub_main("hub", "--port", "0", "--db", ":memory:") == 2
+    assert "--db :memory: would persist nothing" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import re
 import signal
 import socket
@@ -355,6 +356,20 @@ async def test_silent_agent_is_closed_with_4001_and_its_grace_time_runs() -> Non
                 assert again["tasks"] == [{"task_id": "task", "attempt": 1}]
 
 
+@posix_signals
+async def test_hub_that_was_stopped_reads_heartbeats_before_it_judges_silence() -> None:
+    with hub_process("--heartbeat", "0.5") as (url, process):
+        async with raw_client(url) as client:
+            await client.register("ann", "work")
+            os.kill(process.pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(3.0)  # Twice the silence that closes a connection.
+                await client.send(type="heartbeat", id="alive")
+            finally:
+                os.kill(process.pid, signal.SIGCONT)
+            assert (await client.until(lambda reply: reply.get("reply_to") == "alive"))["type"] == "heartbeat_ack"
+
+
 async def test_any_message_is_a_sign_of_life() -> None:
     texts = ['{"type": "heartbeat"}', '{"type": "discover"}', "nonsense", ""]
     with hub_process("--heartbeat", "0.2") as (url, _):
@@ -394,6 +409,13 @@ async def test_healthz_answers_200_on_the_same_port() -> None:
         for request in ("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "nonsense\r\n\r\n"):
             assert not (await http(url, request)).startswith("HTTP/1.1 200 ")
         assert (await http(url, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")).startswith("HTTP/1.1 200 ")
+
+
+async def test_load_balancer_may_ask_for_health_by_http_1_0_without_a_host() -> None:
+    async with HubServer(port=0) as hub:
+        assert " 200 " in (await http(hub.url, "GET /healthz HTTP/1.0\r\n\r\n")).splitlines()[0]
+        for request in ("GET / HTTP/1.0\r\n\r\n", "GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n"):
+            assert " 200 " not in (await http(hub.url, request)).splitlines()[0]
 
 
 async def test_taken_port_is_one_line_and_exit_1() -> None:
