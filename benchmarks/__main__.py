@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.measure import Options, Row, Unavailable, describe, format_table, progress, require
 
-WORKLOADS = ("throughput", "latency", "idle", "growth", "start", "journal", "peers", "sdk")
+WORKLOADS = ("throughput", "latency", "idle", "memory", "growth", "start", "journal", "peers", "sdk")
 QUICK_SECONDS = 0.2
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import os
@@ -190,6 +191,7 @@ OPERATIONS: dict[str, Callable[[FilledHub], None]] = {
 # The processes of the hubs, which read function calls from stdin, one JSON array per line.
 
 _filled: list[FilledHub] = []
+_pauses_s: list[float] = []  # The duration of each garbage collection.
 
 
 def fill(agents: int, kind: str, open_tasks: int) -> None:
@@ -208,10 +210,28 @@ def cost_us(operation: str, budget_s: float) -> float:
     return passed_s / done * 1e6
 
 
+def pauses(budget_s: float) -> Row:
+    """Return the longest pause of the garbage collector while tasks run, and that of a collection of all objects."""
+    _pauses_s.clear()
+    cost_us("delegate and result", budget_s)
+    longest_s = max(_pauses_s, default=0.0)
+    gc.unfreeze()
+    gc.collect()
+    return {"longest_pause_ms": longest_s * 1e3, "full_collection_ms": _pauses_s[-1] * 1e3}
+
+
+def time_pause(phase: str, info: dict[str, int]) -> None:
+    if phase == "start":
+        _pauses_s.append(-time.perf_counter())
+    else:
+        _pauses_s[-1] += time.perf_counter()
+
+
 def run_calls() -> None:
     """Run the calls from stdin and print their results, with garbage collections as rare as in a hub."""
+    gc.callbacks.append(time_pause)
     collect_only_new_objects()
-    known = {"fill": fill, "cost_us": cost_us, "expire": expire}
+    known = {"fill": fill, "cost_us": cost_us, "pauses": pauses, "expire": expire}
     for line in sys.stdin:
         name, *args = json.loads(line)
         print(json.dumps(known[name](*args)), flush=True)
@@ -219,7 +239,7 @@ def run_calls() -> None:
 
 @contextlib.contextmanager
 def hub_process() -> Iterator[Callable[..., Any]]:
-    """Yield a function that calls `fill`, `cost_us` and `expire` by name in a separate process."""
+    """Yield a function that calls `fill`, `cost_us`, `pauses` and `expire` by name in a separate process."""
     with running(sys.executable, "-m", "benchmarks.growth", stdin=subprocess.PIPE) as process:
 
         def call(*request: Any) -> Any:
@@ -257,7 +277,10 @@ def _by_open_tasks(agents: tuple[int, ...], open_tasks: int, options: Options) -
         for operation in ("delegate and result", "discover by name", "discover by keyword"):
             progress(f"growth: {operation}")
             cost[operation] = _costs(operation, hubs, options)
-    return [
+        progress("growth: pauses")
+        turns = {case: functools.partial(call, "pauses", options.seconds * BUDGET_S) for case, call in hubs.items()}
+        collected = {case: medians(rows) for case, rows in alternate(options.rounds, turns).items()}
+    rows: list[Row] = [
         {
             "operation": operation,
             "agents": many,
@@ -269,6 +292,16 @@ def _by_open_tasks(agents: tuple[int, ...], open_tasks: int, options: Options) -
         for operation, costs in cost.items()
         for (many, kind), figure in costs.items()
         if operation == "delegate and result" or kind != "waiting in queue"
+    ]
+    return rows + [
+        {
+            "operation": "garbage collection",
+            "agents": many,
+            "open_tasks": 0 if kind == "none" else open_tasks,
+            "in_state": kind,
+            **collected[many, kind],
+        }
+        for many, kind in cases
     ]
 
 

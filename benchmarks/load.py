@@ -413,6 +413,37 @@ async def broadcasts(url: str, pid: int, recipients: int, seconds: float) -> Row
         }
 
 
+async def fill(url: str, payload: bytes, tasks: int, memory: Callable[[], int]) -> Row:
+    """Submit tasks that wait for an absent agent; return how much `memory` and the hub's own count grew."""
+    async with Clients(url) as clients:
+        replies: list[Any] = []
+        (requester,) = await clients.join(1, lambda client, kind, fields: replies.append(fields))
+
+        async def submit(first: int, last: int) -> Row:
+            """Submit these tasks, and return the hub's status."""
+            for number in range(first, last):
+                requester.send(
+                    b'{"type":"delegate","id":"r","task_id":"t%d","capability":"absent","wait":true,"ttl":3600,"input":%s}'
+                    % (number, payload)
+                )
+                if number % 16 == 0:
+                    await clients.until(lambda number=number: len(replies) >= number - 48, WAIT_S)
+            requester.send(b'{"type":"status","id":"s"}')
+            if not await clients.until(lambda: bool(replies) and "hub" in replies[-1], WAIT_S):
+                raise LoadFailed("the hub did not accept all tasks")
+            hub: Row = replies.pop()["hub"]
+            return hub
+
+        before, began = await submit(0, 1), memory()
+        after = await submit(1, tasks + 1)
+        return {
+            "tasks": tasks,
+            "payload_bytes": len(payload),
+            "memory_bytes": memory() - began,
+            "counted_bytes": after["records_bytes"] - before["records_bytes"],
+        }
+
+
 class TimerSpec(ctypes.Structure):
     """struct itimerspec of timerfd_settime(2)."""
 

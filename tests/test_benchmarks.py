@@ -55,6 +55,18 @@ def test_quick_run_prints_a_table_and_writes_where_it_was_measured(tmp_path: Pat
         assert column in done.stdout
     operations = {row["operation"] for row in report["workloads"]["growth"]["rows"]}
     assert {"delegate and result", "discover by name", "broadcast, decided", "expiry in one second"} <= operations
+    assert "garbage collection" in operations
+
+
+@pytest.mark.long
+def test_memory_of_ten_shapes_is_compared_with_what_is_counted(tmp_path: Path) -> None:
+    if any(importlib.util.find_spec(package) is None for package in ("picows", "uvloop", "orjson")):
+        pytest.skip("the load driver needs picows, uvloop and orjson")
+    done = benchmarks("--quick", "memory", "--json", str(tmp_path / "x.json"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())["workloads"]["memory"]["rows"]
+    assert len(rows) == 10
+    assert all(row["counted_bytes_per_task"] > row["payload_bytes"] for row in rows)
 
 
 def test_unknown_workload_is_an_error_of_usage() -> None:
