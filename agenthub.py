@@ -1801,7 +1801,7 @@ def _in_order(schema: dict[str, Any]) -> dict[str, Any]:
 # an agent is final: it may resume its session as long as the hub still has a record of it.
 #
 # `next_state` and `next_agent_state` are the only readers of the tables; TaskTable.transition and
-# Directory.transition are the only places that assign a state. README.md's diagrams are generated
+# Directory.transition are the only places that assign a state. docs/guide.md's diagrams are generated
 # from the tables.
 #
 # LazyHeap stands here because both the hub and the SDK keep their deadlines in one.

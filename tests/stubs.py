@@ -1,4 +1,4 @@
-"""Make agenthub-stubs from agenthub.py: `python -m tests.stubs`; with --check, only say whether they are stale.
+"""Make agenthub-stubs and docs/cli.md from agenthub.py: `python -m tests.stubs`; --check only reports stale ones.
 
 A `py.typed` does nothing for a module that is a single file; a folder of stubs gives its users the types.
 """
@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tests.pages import CLI, cli_page
 
 ROOT = Path(__file__).parent.parent
 STUBS = ROOT / "agenthub-stubs" / "__init__.pyi"
@@ -38,13 +40,15 @@ def with_aliases(stubs: str) -> str:
 
 
 def main() -> int:
-    stubs = made_stubs()
-    if "--check" not in sys.argv[1:]:
-        STUBS.parent.mkdir(exist_ok=True)
-        STUBS.write_text(stubs, encoding="utf-8")
-    elif STUBS.read_text(encoding="utf-8") != stubs:
-        print("agenthub-stubs is stale: python -m tests.stubs", file=sys.stderr)
-        return 1
+    made = {STUBS: made_stubs(), CLI: cli_page()}
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: python -m tests.stubs", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(made[path], encoding="utf-8")
     return 0
 
 

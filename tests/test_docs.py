@@ -28,9 +28,12 @@ from agenthub import (
     encode,
     json_schema,
 )
+from tests.pages import CLI, cli_page
 from tests.support import ROOT, WAIT_S, hub_process, running
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
@@ -96,8 +99,8 @@ def diagram(table: Mapping[Any, Mapping[Any, Any]], first: str, final: frozenset
     return "\n".join(["stateDiagram-v2", f"    [*] --> {first}", *steps, *ends]) + "\n"
 
 
-def test_the_diagrams_in_the_readme_are_the_tables_of_the_states_of_tasks_and_agents() -> None:
-    assert blocks(README, "mermaid") == [
+def test_the_diagrams_in_the_guide_are_the_tables_of_the_states_of_tasks_and_agents() -> None:
+    assert blocks(GUIDE, "mermaid") == [
         diagram(TRANSITIONS, TaskState.PENDING, FINAL_STATES),
         diagram(AGENT_TRANSITIONS, AgentState.ONLINE, LEFT_STATES),
     ]
@@ -137,25 +140,26 @@ def wait_for_capability(url: str, capability: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=WAIT_S)
 
 
-def test_the_other_python_of_the_readme_runs() -> None:
-    for block in blocks(README, "python")[2:]:
+def test_the_python_of_the_guide_runs() -> None:
+    assert len(blocks(GUIDE, "python")) == 2
+    for block in blocks(GUIDE, "python"):
         subprocess.run([sys.executable, "-c", block], check=True, cwd=ROOT, timeout=WAIT_S)
 
 
-def test_each_command_of_the_readme_is_understood() -> None:
-    lines = re.findall(r"^(?:python -m )?agenthub (\w.*)$", "\n".join(blocks(README, "sh")), re.MULTILINE)
+def test_each_command_of_the_pages_is_understood() -> None:
+    text = "\n".join(block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "sh"))
+    lines = re.findall(r"^(?:python -m )?agenthub (\w.*)$", text, re.MULTILINE)
     assert len(lines) == 3
     for line in lines:
         argument_parser().parse_args(shlex.split(line))
 
 
-def test_the_readme_names_every_command_and_option() -> None:
-    (commands,) = (action.choices for action in argument_parser()._actions if action.choices)
-    for name, parser in commands.items():
-        assert f"`agenthub {name}" in README
-        for action in parser._actions:
-            for option in action.option_strings:
-                assert option in ("-h", "--help") or option in README, option
+def test_the_page_of_the_command_line_is_made_from_its_parser() -> None:
+    assert CLI.read_text(encoding="utf-8") == cli_page(), "stale: python -m tests.stubs"
+
+
+def test_the_readme_fits_on_few_screens() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_first_two_commands_of_the_readme_are_the_main_job_and_the_tests() -> None:
@@ -164,9 +168,9 @@ def test_the_first_two_commands_of_the_readme_are_the_main_job_and_the_tests() -
     assert second == "python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox\n"
 
 
-def test_the_mcp_json_of_the_readme_is_that_of_the_example() -> None:
+def test_the_mcp_json_of_the_guide_is_that_of_the_example() -> None:
     example = (ROOT / "examples" / "claude_code" / ".mcp.json").read_text(encoding="utf-8")
-    assert [json.loads(block) for block in blocks(README, "json")] == [json.loads(example)]
+    assert [json.loads(block) for block in blocks(GUIDE, "json")] == [json.loads(example)]
 
 
 def anchors(page: Path) -> set[str]:
@@ -178,7 +182,7 @@ def anchors(page: Path) -> set[str]:
 def test_every_link_within_the_project_leads_somewhere() -> None:
     pages = [ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")]
     pages += [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("README.md")]
-    assert len(pages) == 7
+    assert len(pages) == 11
     for page in pages:
         links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
         for target, anchor in links:
