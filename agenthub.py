@@ -35,7 +35,6 @@ HubSettings (section 4); a command, in section 9. docs/protocol.md describes the
 
 from __future__ import annotations
 
-import array
 import collections
 import contextlib
 import contextvars
@@ -387,6 +386,7 @@ class ValidationError(ValueError):
     def __init__(self, reason: str, *path: str, kinds: tuple[Any, ...] = (), code: str = Code.INVALID_MESSAGE) -> None:
         super().__init__(reason)
         self.reason, self.path, self.kinds, self.code = reason, path, kinds, code
+        self.document: dict[str, Any] | None = None  # The message that was rejected, as far as it was parsed.
 
     def __str__(self) -> str:
         return f"{'.'.join(self.path)}: {self.reason}" if self.path else self.reason
@@ -502,9 +502,13 @@ class JsonLimit:
 
     def check(self, value: Any) -> Any:
         """Return `value`; raise ValidationError if it exceeds this limit, or is not JSON that every language reads."""
-        text = json.dumps(check_json(value))
+        try:
+            text = json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            text = json.dumps(check_json(value))  # Says what is wrong.
         if self.bytes_max is not None and len(text) > self.bytes_max:
             raise ValidationError(f"is larger than {self.bytes_max} bytes")
+        check_json(value)
         if ESCAPED_NUL.search(text):
             raise ValidationError(PATTERNS[NO_NUL_PATTERN])
         return value
@@ -1127,6 +1131,7 @@ HEAD_OF_PAYLOAD = re.compile(
     rf'(?:{SPACE}"(?!(?:type|input|output|detail|message)")[^"\\]*+"{SPACE}:{SPACE}(?:"[^"\\]*+"|[-+.0-9a-zA-Z]++){SPACE},)*+'
     rf'{SPACE}"(input|output|detail|message)"{SPACE}:{SPACE}'
 )
+LARGE_BYTES = 65_536  # Of a message that may have so many parts that garbage is collected while it is parsed.
 QUOTE = ord('"')
 NEXT_VALUE = re.compile(rf"{SPACE}:{SPACE}")
 NEXT_NAME = re.compile(rf"{SPACE}[,{{}}]{SPACE}")
@@ -1169,7 +1174,11 @@ class BuiltinCodec:
                 raise ValidationError(f"must be a string, one of {types_known}", "type")
             if tag not in validators:
                 raise ValidationError(f"must be one of {types_known}", "type", code=Code.UNSUPPORTED_TYPE)
-            return validators[tag](document)
+            try:
+                return validators[tag](document)
+            except ValidationError as error:
+                error.document = document
+                raise
 
         return payload_parser(union, depth_max, read)
 
@@ -1320,10 +1329,12 @@ def parse_json(text: str) -> Any:
     """
     try:
         return decode_json(text)
-    except RecursionError:
-        raise ValidationError("Invalid JSON: it is nested too deep") from None
-    except ValueError as error:
-        raise ValidationError(f"Invalid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise not_json(error) from None
+
+
+def not_json(error: Exception) -> ValidationError:
+    return ValidationError(f"Invalid JSON: {'it is nested too deep' if isinstance(error, RecursionError) else error}")
 
 
 def has_constant(text: str) -> bool:
@@ -1338,6 +1349,16 @@ def refuse_constants(text: str) -> None:
         raise ValidationError(f"Invalid JSON: {constant} is not a number in JSON")
 
     json.loads(text, parse_constant=refuse)
+
+
+def holds_constant(text: str) -> bool:
+    """Return whether some JSON holds NaN or an infinity, other than in a string."""
+    try:
+        if has_constant(text):
+            refuse_constants(text)
+        return False
+    except ValidationError:
+        return True
 
 
 def text_in(raw: bytes) -> str:
@@ -1356,25 +1377,49 @@ def payload_parser(union: Any, depth_max: int, read: Callable[[str], Any]) -> Ca
     names_by_type = {type_of(message): name for message, name in payloads.items()}
 
     def parse(raw: bytes) -> Any:
+        if len(raw) < LARGE_BYTES or not gc.isenabled():
+            return parse_now(raw)
+        gc.disable()  # It would look at the parts of the message again and again while they are made.
+        try:
+            return parse_now(raw)
+        finally:
+            gc.enable()
+
+    def parse_now(raw: bytes) -> Any:
         text = text_in(raw)
+        if nests_deeper_than(raw, depth_max):  # Before it is parsed, which would take long.
+            head = HEAD_OF_PAYLOAD.match(text)
+            where = head[2] if head is not None and names_by_type.get(head[1]) == head[2] else "message"
+            raise ValidationError(f"is nested more than {DEPTH_MAX} deep", where)
         found = find_payload(text, names_by_type)
         message = read(text if found is None else f"{text[: found.start]}null{text[found.end :]}")
-        name = payloads[type(message)]
-        payload = None
-        if name is not None:
-            if found is None and getattr(message, name) is not None:
-                found = last_member(text, name)
-            if found is not None and found.value is not None:
-                payload = text[found.start : found.end].encode()
-                if type(found.value) not in SCALARS and (looks_suspicious(payload) or has_constant(text)):
-                    check_payload(name, found.value)
-            setattr(message, name, payload)
-        check_depth(raw, payload, depth_max)
-        if has_constant(text):
-            refuse_constants(text)
-        return message
+        try:
+            name = payloads[type(message)]
+            if name is not None:
+                if found is None and getattr(message, name) is not None:
+                    found = last_member(text, name)
+                setattr(message, name, payload_at(text, found, name))
+            if has_constant(text):
+                refuse_constants(text)
+            return message
+        except ValidationError as error:
+            error.document = {name: getattr(message, name, None) for name in ("id", "reply_to")}
+            raise
 
     return parse
+
+
+def payload_at(text: str, found: Member | None, name: str) -> bytes | None:
+    """Return the payload in field `name` of a message; raise ValidationError if not every language can read it."""
+    if found is None or found.value is None:
+        return None
+    payload = text[found.start : found.end].encode()
+    if type(found.value) not in SCALARS and (looks_suspicious(payload) or holds_constant(text)):
+        try:
+            check_json(found.value)
+        except ValidationError as error:
+            raise error.within(name) from None
+    return payload
 
 
 class Member(NamedTuple):
@@ -1392,8 +1437,8 @@ def find_payload(text: str, names_by_type: Mapping[str, str | None]) -> Member |
         return None
     try:
         value, end = scan_json(text, head.end())
-    except (ValueError, RecursionError):
-        return None  # Parsing all of it says what is wrong, and where.
+    except (ValueError, RecursionError) as error:
+        raise not_json(error) from None
     tail = text[end:]
     may_occur_again = f'"{head[2]}"' in tail or '"type"' in tail or "\\" in tail
     return None if may_occur_again else Member(value, head.end(), end)
@@ -1581,16 +1626,8 @@ def type_of(message: type) -> str:
 
 # What shows in the bytes. Walking through a parsed value in Python takes longer than parsing it did.
 
-STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # Signed: one level deeper, or back.
+BRACKETS = re.compile(rb"([\[{]+)|[\]}]+")
 NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
-
-
-def check_payload(name: str, value: Any) -> None:
-    """Raise ValidationError if the value of a field is not JSON that every language reads."""
-    try:
-        check_json(value)
-    except ValidationError as error:
-        raise error.within(name) from None
 
 
 def looks_suspicious(payload: bytes) -> bool:
@@ -1607,12 +1644,6 @@ def may_hold_large_number(raw: bytes) -> bool:
     if b"0e000" in shapes:
         return True
     return b"0" * 19 in shapes and (b"0" * 20 in shapes or b"-" + b"0" * 19 in shapes)
-
-
-def check_depth(raw: bytes, payload: bytes | None, depth_max: int) -> None:
-    """Raise ValidationError if a message nests deeper than `depth_max` outside of its payload, which was checked."""
-    if len(raw) - len(payload or b"") > 2 * depth_max and nests_deeper_than(raw, depth_max):
-        raise ValidationError(f"a field is nested more than {DEPTH_MAX} deep", "message")
 
 
 def nests_deeper_than(raw: bytes, depth: int) -> bool:
@@ -1633,8 +1664,14 @@ def nests_deeper_than(raw: bytes, depth: int) -> bool:
     else:
         marks = raw.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NOT_MARKS)
     # Removing "" leaves all other quotes in their roles, and every second part is a string.
-    steps = b"".join(marks.replace(b'""', b"").split(b'"')[::2]).translate(STEPS)
-    return max(itertools.accumulate(array.array("b", steps)), default=0) > depth
+    brackets = b"".join(marks.replace(b'""', b"").split(b'"')[::2])
+    level = 0
+    for run in BRACKETS.finditer(brackets):
+        if run[1] is None:
+            level -= len(run[0])
+        elif (level := level + len(run[1])) > depth:
+            return True
+    return False
 
 
 # Rejected messages.
@@ -1647,16 +1684,8 @@ JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]', re.DOTALL)
 
 def _rejection(error: ValidationError, raw: bytes, id_field: str) -> InvalidMessage:
     """Return the error that rejects a message. Its text names the field and never repeats a value."""
-    return InvalidMessage(str(error), code=error.code, reply_to=_reply_id(_parse_leniently(raw, id_field), id_field))
-
-
-def _parse_leniently(raw: bytes, id_field: str) -> dict[str, Any]:
-    """Return what can be read of a rejected message: all of it if it is a JSON object, else at most its id."""
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError):
-        document = {id_field: _find_string_field(id_field, raw[:SCAN_BYTES])}
-    return document if isinstance(document, dict) else {}
+    document = error.document or {id_field: _find_string_field(id_field, raw[:SCAN_BYTES])}
+    return InvalidMessage(str(error), code=error.code, reply_to=_reply_id(document, id_field))
 
 
 def _find_string_field(wanted: str, raw: bytes) -> Any:
@@ -6291,7 +6320,12 @@ class AuthAttempt(NamedTuple):
 
 
 def decode_auth_attempt(raw: bytes) -> AuthAttempt:
-    found = _parse_leniently(raw, "id").get("token")
+    """Read a message that may carry a token, and is short: it is parsed twice."""
+    try:
+        document = json.loads(raw)
+        found = document.get("token") if isinstance(document, dict) else None
+    except (ValueError, RecursionError):
+        found = None
     token = found if isinstance(found, str) or found is None else ""
     try:
         return AuthAttempt(decoder_from_agent()(raw), token)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import random
 import socket
 import sqlite3
 import struct
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -697,3 +700,41 @@ async def test_end_of_the_socket_takes_nothing_away_from_who_sends_too_much() ->
     assert rationed.count == 300
     assert rationed.link.gone.is_set()
     assert rationed.owner.ends == [(1000, "")]
+
+
+# What a message costs before it is known to be one.
+
+MEGABYTE = 1_000_000
+COSTLY = {
+    "nested too deep": b'{"type":"delegate","task_id":"t","input":[' + b"[" * 199 * 2500 + b"]" * 199 * 2500 + b"]}",
+    "malformed at the end": b'{"type":"delegate","task_id":"t","input":[' + b"{}," * 300_000 + b"]}",
+    "commas": b"{" + b"," * MEGABYTE,
+    "metadata that is too large": b'{"type":"register","name":"x","metadata":{"a":[' + b"{}," * 300_000 + b"{}]}}",
+}
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_rejected_message_is_parsed_once_and_not_walked(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = agenthub.decoder_from_agent()
+    with pytest.raises(agenthub.InvalidMessage):
+        decode(b'{"type":1}')  # What is made once is not counted.
+    calls: collections.Counter[str] = collections.Counter()
+
+    def trace(frame: Any, event: str, _: Any) -> None:
+        calls[frame.f_code.co_name] += 1
+
+    sys.setprofile(lambda frame, event, _: trace(frame, event, _) if event == "call" else None)
+    try:
+        with pytest.raises(agenthub.InvalidMessage):
+            decode(COSTLY[case])
+    finally:
+        sys.setprofile(None)
+    assert sum(calls.values()) < 200, calls.most_common(5)
+
+
+def test_parsing_a_large_message_does_not_collect_garbage() -> None:
+    parse = agenthub.BuiltinCodec.strict_parser(agenthub.AgentMessage, agenthub.DEPTH_MAX + 1)
+    collections_before = [one["collections"] for one in gc.get_stats()]
+    parse(b'{"type":"delegate","task_id":"t","input":[' + b"{}," * 300_000 + b"{}]}")
+    assert gc.isenabled()
+    assert sum(one["collections"] for one in gc.get_stats()) - sum(collections_before) <= 3  # Once it is done.

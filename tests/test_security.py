@@ -2413,7 +2413,9 @@ async def test_hub_that_lets_agents_in_and_drops_them_is_not_stormed(monkeypatch
         async with Agent("ann", url=hub.url) as ann:
             for number in range(6):
                 (link,) = await until(
-                    lambda: [one for one in hub._links if hub.hub._connections[one].agent.name == "ann"]
+                    lambda: [
+                        one for one in hub._links if "ann" in str(getattr(hub.hub._connections[one].agent, "name", ""))
+                    ]
                 )
                 link.abort()
                 await until(lambda number=number: len(bounds) > number)

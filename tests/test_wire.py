@@ -311,8 +311,8 @@ DEEP = [
 ]
 
 
-@pytest.mark.parametrize(("field", "start"), DEEP, ids=[field for field, _ in DEEP])
-async def test_100_000_nested_brackets_are_refused(hub: str, field: str, start: str) -> None:
+@pytest.mark.parametrize("start", [start for _, start in DEEP], ids=[field for field, _ in DEEP])
+async def test_100_000_nested_brackets_are_refused(hub: str, start: str) -> None:
     async with raw_client(hub) as client:
         await client.register("deep")
         for opening, closing in (("[", "]"), ('{"a":', "}"), ("[", "")):
@@ -320,7 +320,7 @@ async def test_100_000_nested_brackets_are_refused(hub: str, field: str, start: 
             await client.connection.send(text)
             refusal = await client.receive()
             assert (refusal["type"], refusal["code"]) == ("error", "invalid_message")
-            assert field in refusal["message"] or "Invalid JSON" in refusal["message"]
+            assert refusal["message"].endswith(("is nested more than 64 deep", "it is nested too deep"))
         await client.nothing_else()
 
 
@@ -965,7 +965,7 @@ async def test_waiting_task_ends_at_its_deadline(hub: str) -> None:
             began = time.monotonic()
             assert (await requester.delegate(task, ttl=0.2, wait=True, **target))["state"] == "pending"
             assert (await requester.message("result", task_id=task))["state"] == "timeout"
-            assert time.monotonic() - began >= 0.2
+            assert time.monotonic() - began >= 0.19  # Timers are as exact as the loop's clock.
 
 
 async def test_same_delegate_again_is_safe(hub: str) -> None:
