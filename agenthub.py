@@ -2667,7 +2667,7 @@ class Directory:
         self.gone: dict[str, AgentRecord] = {}  # Those of them in one of LEFT_STATES.
         self.pools: dict[str, Pool] = {}  # By capability; none of them is empty.
         self.index = CapabilityIndex()
-        self.bytes = 0  # Of all registrations.
+        self.registrations_bytes = 0
         self._away: dict[str, dict[str, AgentRecord]] = {}  # Agents without a connection, by origin, the oldest first.
         self.changed: dict[AgentRecord, bool] = {}  # Since the last step; False if the record was dropped.
         self._is_journaled = is_journaled
@@ -2739,7 +2739,7 @@ class Directory:
         self.mark(agent)
 
     def _count_bytes(self, agent: AgentRecord, size: int) -> None:
-        self.bytes += size - agent.bytes
+        self.registrations_bytes += size - agent.bytes
         agent.bytes = size
 
     def restore(self, row: AgentRow, running_max: int) -> AgentRecord:
@@ -3231,7 +3231,7 @@ class Hub:
             "refused": dict(self._refusals),
             "closed": dict(self._closes),
             "waiting": {agent.agent_id: waiting for agent, waiting in most_waiting},
-            "records_bytes": self.tasks.bytes + self.directory.bytes,
+            "records_bytes": self.tasks.bytes + self.directory.registrations_bytes,
             "shutting_down": self.shutting_down,
             "journal": ("full" if self.is_full else "ok") if self._is_journaled else "none",
         }
@@ -3630,7 +3630,7 @@ class Hub:
 
     def _reserve(self, needed: int, agent: AgentRecord | None) -> None:
         """Drop ended tasks if a new record needs their bytes; refuse it if that is not enough."""
-        needed += self.directory.bytes
+        needed += self.directory.registrations_bytes
         if self.tasks.bytes + needed > self.settings.records_bytes_max:
             if not self.tasks.has_room(needed):
                 text = (
@@ -3815,8 +3815,8 @@ class Hub:
             self.tasks.keep_delivered(task)  # Nobody is left to deliver it to.
         else:
             self.tasks.keep_undelivered(task)
-        if self.tasks.bytes + self.directory.bytes > self.settings.records_bytes_max:
-            self.tasks.make_room(self.directory.bytes, requester)
+        if self.tasks.bytes + self.directory.registrations_bytes > self.settings.records_bytes_max:
+            self.tasks.make_room(self.directory.registrations_bytes, requester)
 
     def _reap(self) -> None:
         """Drop ended tasks past their retention, and gone agents that nothing needs."""
@@ -4780,9 +4780,11 @@ class WebSocketLink(Link, AsyncioProtocol):
     def _flush(self) -> None:
         self._is_flush_scheduled = False
         transport, protocol = self._transport, self._protocol
-        if transport is None or transport.is_closing():
+        if transport is None:
             return
         raw = protocol.data_to_send()
+        if transport.is_closing():
+            return  # Nobody will read the answers to what came in before the end.
         if raw:
             transport.write(raw)
         if protocol.has_ended:

@@ -161,6 +161,8 @@ Kind = TypeVar("Kind")
 
 class ValidationError(ValueError):
     """A value does not fit. `path` leads to the wrong part; `kinds` are its possible types, if its type is wrong."""
+
+    document: dict[str, Any] | None
     def __init__(self, reason: str, *path: str, kinds: tuple[Any, ...] = (), code: str = ...) -> None: ...
     @classmethod
     def of_type(cls, *kinds: Any) -> ValidationError:
@@ -873,7 +875,7 @@ class Directory:
     gone: dict[str, AgentRecord]
     pools: dict[str, Pool]
     index: Incomplete
-    bytes: int
+    registrations_bytes: int
     changed: dict[AgentRecord, bool]
     def __init__(self, agents_max: int, *, is_journaled: bool) -> None: ...
     def mark(self, agent: AgentRecord, is_kept: bool = True) -> None:

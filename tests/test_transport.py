@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -743,3 +744,15 @@ async def test_agent_reads_what_the_hub_answers() -> None:
             while not owner.ends:
                 await asyncio.sleep(0.002)
     assert owner.ends == [(1000, "done")]
+
+
+async def test_answers_that_nobody_can_read_any_more_are_not_kept(pair: Pair) -> None:
+    pair.socket.is_ended = True
+    tracemalloc.start()
+    try:
+        for _ in range(2000):
+            pair.link.send(bytes(1000))
+            await asyncio.sleep(0)
+        assert tracemalloc.get_traced_memory()[0] < 500_000
+    finally:
+        tracemalloc.stop()
