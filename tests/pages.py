@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from agenthub import argument_parser
 
@@ -25,7 +27,9 @@ NOTES = {
 
 def cli_page() -> str:
     """Return the page of the command line as it should be."""
-    (commands,) = (action for action in argument_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    with mock.patch.dict(os.environ, clear=True):  # It may set a default.
+        parser = argument_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = [HEAD]
     for name, parser in commands.choices.items():
         about = "\n\n".join(filter(None, (parser.description, NOTES.get(name))))

@@ -415,10 +415,10 @@ def test_agent_of_a_file_that_the_hub_refuses_is_told(tmp_path: Path) -> None:
     path = tmp_path / "worker.py"
     path.write_text(
         "from agenthub import Agent\n"
-        "agent = Agent('worker', metadata={'too': 'x' * 5000})\n"
+        "agent = Agent('worker', metadata={'too': 'x' * 500})\n"
         "agent.capability('work')(lambda: 1)\n"
     )
-    with hub_process("--with", str(path), stderr=subprocess.PIPE) as (_, process):
+    with hub_process("--with", str(path), "--max-metadata-bytes", "100", stderr=subprocess.PIPE) as (_, process):
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         _, _, complaint = finished(process, 5)

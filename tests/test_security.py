@@ -1551,15 +1551,18 @@ HOSTS_OF_OTHERS = [
 
 async def test_hub_on_loopback_does_not_answer_to_the_names_of_others(caplog: pytest.LogCaptureFixture) -> None:
     async with hub_in_use(token=None) as hub:
-        for number, hosts in enumerate(HOSTS_OF_OTHERS, 1):
+        rejected = 0
+        for hosts in HOSTS_OF_OTHERS:
             headers = [named(hub, host) for host in hosts]
             assert await status_code(hub.url, *headers, *UPGRADE) == 403, hosts
-            assert await status_code(hub.url, *headers, path="/healthz") == 403, hosts
             assert await status_code(hub.url, *headers, path="/") == 403, hosts
-            assert hub.rejected == {"host": 3 * number}
+            # A load balancer that speaks HTTP/1.0 names no host, and a browser always does.
+            assert await status_code(hub.url, *headers, path="/healthz") == (403 if hosts else 200), hosts
+            rejected += 3 if hosts else 2
+            assert hub.rejected == {"host": rejected}
         assert is_logged(caplog, "rejected reason=host address=127.0.0.1")
         assert not is_logged(caplog, "evil")
-        assert (await health(hub.url))["turned_away"] == {"host": 3 * len(HOSTS_OF_OTHERS)}
+        assert (await health(hub.url))["turned_away"] == {"host": rejected}
 
 
 async def test_hub_on_loopback_answers_to_its_names_with_any_port() -> None:
