@@ -1138,10 +1138,12 @@ NEXT_NAME = re.compile(rf"{SPACE}[,{{}}]{SPACE}")
 
 
 class Codec(Protocol):
-    """One way to parse messages. `loads` parses a payload."""
+    """One way to parse messages."""
 
     name: str
-    loads: Callable[[bytes], Any]
+
+    def loads(self, payload: bytes, /) -> Any:
+        """Return the value of a payload."""
 
     def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         """Return the function that makes a message of `union` from bytes, its payload still bytes.
@@ -1195,7 +1197,7 @@ class PydanticCodec:
 
         self.name = f"pydantic {version}"
         self._rejected = pydantic.ValidationError, ValidationError
-        self.loads: Callable[[bytes], Any] = pydantic_core.from_json
+        self._from_json = pydantic_core.from_json
         self._adapter = pydantic.TypeAdapter
         self._discriminator = pydantic.Field(discriminator="type")
         self._config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
@@ -1219,6 +1221,12 @@ class PydanticCodec:
                 return decide(raw)
 
         return parse_or_leave
+
+    def loads(self, payload: bytes, /) -> Any:
+        try:
+            return self._from_json(payload)
+        except ValueError:  # Before the point, a number may have more digits than Pydantic takes.
+            return json.loads(payload)
 
 
 class MsgspecCodec:
