@@ -1205,14 +1205,7 @@ class PydanticCodec:
     def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         one_of = typing.cast(Any, Annotated[union, self._discriminator])
         adapter: pydantic.TypeAdapter[Any] = self._adapter(one_of, config=self._config)
-        validate = adapter.validator.validate_json
-
-        def read(text: str) -> Any:
-            if has_constant(text):  # Pydantic ignores them in a field that no message has.
-                raise ValidationError("may hold a number that is not finite")
-            return validate(text)
-
-        parse, rejected = payload_parser(union, depth_max, read), self._rejected
+        parse, rejected = payload_parser(union, depth_max, adapter.validator.validate_json), self._rejected
 
         def parse_or_leave(raw: bytes) -> Any:
             try:
@@ -1351,7 +1344,10 @@ def has_constant(text: str) -> bool:
 
 
 def refuse_constants(text: str) -> None:
-    """Raise ValidationError if some JSON holds NaN or an infinity, also in a field that no message has."""
+    """Raise ValidationError if some JSON holds NaN or an infinity, also in a field that no message has.
+
+    Pydantic ignores them there.
+    """
 
     def refuse(constant: str) -> NoReturn:
         raise ValidationError(f"Invalid JSON: {constant} is not a number in JSON")
