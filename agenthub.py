@@ -1125,16 +1125,19 @@ NUMBER_SHAPES = bytes.maketrans(b"123456789+E", b"0000000000e")  # 0 stands for 
 SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 SPACE = r"[ \t\n\r]*+"
-# The beginning of a message up to its payload, as most are: its type first, then strings without escapes, and numbers.
+# As most fields are before the payload: strings without escapes, and numbers.
+PLAIN_FIELDS = (
+    rf'(?:{SPACE}"(?!(?:type|input|output|detail|message)")[^"\\]*+"{SPACE}:{SPACE}'
+    rf'(?:"[^"\\]*+"|[-+.0-9a-zA-Z]++){SPACE},)*+{SPACE}'
+)
+# The beginning of a message up to its payload, as most are: its type first.
 HEAD_OF_PAYLOAD = re.compile(
-    rf'{SPACE}\{{{SPACE}"type"{SPACE}:{SPACE}"([a-z]+)"{SPACE},'
-    rf'(?:{SPACE}"(?!(?:type|input|output|detail|message)")[^"\\]*+"{SPACE}:{SPACE}(?:"[^"\\]*+"|[-+.0-9a-zA-Z]++){SPACE},)*+'
-    rf'{SPACE}"(input|output|detail|message)"{SPACE}:{SPACE}'
+    rf'{SPACE}\{{{SPACE}"type"{SPACE}:{SPACE}"([a-z]+)"{SPACE},{PLAIN_FIELDS}"(input|output|detail|message)"{SPACE}:{SPACE}'
 )
 LARGE_BYTES = 65_536  # Of a message that may have so many parts that garbage is collected while it is parsed.
 QUOTE = ord('"')
 NEXT_VALUE = re.compile(rf"{SPACE}:{SPACE}")
-NEXT_NAME = re.compile(rf"{SPACE}[,{{}}]{SPACE}")
+NEXT_FIELD = re.compile(rf"{SPACE}[,{{}}]{PLAIN_FIELDS}")
 
 
 class Codec(Protocol):
@@ -1451,14 +1454,14 @@ def find_payload(text: str, names_by_type: Mapping[str, str | None]) -> Member |
 def last_member(text: str, name: str) -> Member:
     """Return the last field of that name in a text that is a JSON object and has one."""
     found = None
-    separator = NEXT_NAME.match(text)
+    separator = NEXT_FIELD.match(text)
     while separator is not None and separator.end() < len(text) and text[separator.end()] == '"':
         key, end = scan_json(text, separator.end())
         start = NEXT_VALUE.match(text, end).end()  # type: ignore[union-attr]  # the text is a JSON object
         value, end = scan_json(text, start)
         if key == name:
             found = Member(value, start, end)
-        separator = NEXT_NAME.match(text, end)
+        separator = NEXT_FIELD.match(text, end)
     if found is None:
         raise AssertionError("no such field")
     return found
