@@ -1346,26 +1346,18 @@ def has_constant(text: str) -> bool:
     return "NaN" in text or "nfinity" in text
 
 
-def refuse_constants(text: str) -> None:
+def refuse_constants(text: str, name: str | None, payload: bytes | None) -> None:
     """Raise ValidationError if some JSON holds NaN or an infinity, also in a field that no message has.
 
-    Pydantic ignores them there.
+    Pydantic ignores them there. If the payload in field `name` holds one, the error says so.
     """
 
     def refuse(constant: str) -> NoReturn:
+        if name is not None and payload is not None:
+            check_payload(name, payload)
         raise ValidationError(f"Invalid JSON: {constant} is not a number in JSON")
 
     json.loads(text, parse_constant=refuse)
-
-
-def holds_constant(text: str) -> bool:
-    """Return whether some JSON holds NaN or an infinity, other than in a string."""
-    try:
-        if has_constant(text):
-            refuse_constants(text)
-        return False
-    except ValidationError:
-        return True
 
 
 def text_in(raw: bytes) -> str:
@@ -1401,32 +1393,23 @@ def payload_parser(union: Any, depth_max: int, read: Callable[[str], Any]) -> Ca
         found = find_payload(text, names_by_type)
         message = read(text if found is None else f"{text[: found.start]}null{text[found.end :]}")
         try:
-            name = payloads[type(message)]
+            name, payload = payloads[type(message)], None
             if name is not None:
                 if found is None and getattr(message, name) is not None:
                     found = last_member(text, name)
-                setattr(message, name, payload_at(text, found, name))
+                if found is not None and found.value is not None:
+                    payload = text[found.start : found.end].encode()
+                    if type(found.value) not in SCALARS and looks_suspicious(payload):
+                        check_payload(name, payload)
+                setattr(message, name, payload)
             if has_constant(text):
-                refuse_constants(text)
+                refuse_constants(text, name, payload)
             return message
         except ValidationError as error:
             error.document = {name: getattr(message, name, None) for name in ("id", "reply_to")}
             raise
 
     return parse
-
-
-def payload_at(text: str, found: Member | None, name: str) -> bytes | None:
-    """Return the payload in field `name` of a message; raise ValidationError if not every language can read it."""
-    if found is None or found.value is None:
-        return None
-    payload = text[found.start : found.end].encode()
-    if type(found.value) not in SCALARS and (looks_suspicious(payload) or holds_constant(text)):
-        try:
-            check_json(found.value)
-        except ValidationError as error:
-            raise error.within(name) from None
-    return payload
 
 
 class Member(NamedTuple):
@@ -1635,6 +1618,18 @@ def type_of(message: type) -> str:
 
 BRACKETS = re.compile(rb"([\[{]+)|[\]}]+")
 NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
+
+
+def check_payload(name: str, payload: bytes) -> None:
+    """Raise ValidationError if the payload in a field is not JSON that every language reads."""
+    if nests_deeper_than(payload, DEPTH_MAX):
+        raise ValidationError(f"is nested more than {DEPTH_MAX} deep", name)
+    # Without its names, an object keeps the values of fields that occur again: they are passed on too.
+    values = json.loads(payload, object_pairs_hook=lambda pairs: [value for _, value in pairs])
+    try:
+        check_json(values)
+    except ValidationError as error:
+        raise error.within(name) from None
 
 
 def looks_suspicious(payload: bytes) -> bool:

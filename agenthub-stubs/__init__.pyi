@@ -500,10 +500,11 @@ HubOutput = HubMessage | TaskAck | BroadcastDelivery
 Validator = Callable[[Any], Any]
 
 class Codec(Protocol):
-    """One way to parse messages. `loads` parses a payload."""
+    """One way to parse messages."""
 
     name: str
-    loads: Callable[[bytes], Any]
+    def loads(self, payload: bytes, /) -> Any:
+        """Return the value of a payload."""
     def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         """Return the function that makes a message of `union` from bytes, its payload still bytes.
 
@@ -527,9 +528,9 @@ class PydanticCodec:
     """
 
     name: Incomplete
-    loads: Callable[[bytes], Any]
     def __init__(self, version: str) -> None: ...
     def parser(self, union: Any, depth_max: int, decide: Callable[[bytes], Any]) -> Callable[[bytes], Any]: ...
+    def loads(self, payload: bytes, /) -> Any: ...
 
 class MsgspecCodec:
     """Parse messages with msgspec, from the same annotations. Of a payload it checks only the syntax."""

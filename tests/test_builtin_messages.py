@@ -151,7 +151,11 @@ def compare_with_json(message: Any, raw: bytes) -> None:
     assert message.type == document["type"], raw
     name = agenthub.payload_name(type(message))
     payload = getattr(message, name) if name is not None else None
-    assert payload is None or (payload in raw and payload == payload.strip()), raw
+    if payload is not None:
+        assert payload in raw, raw
+        assert payload == payload.strip(), raw
+        all_values = json.loads(payload, object_pairs_hook=lambda pairs: [value for _, value in pairs])
+        assert agenthub.check_json(all_values) is all_values, raw  # Also of fields that occur again.
 
 
 # Values of one annotation: valid ones, those at its limits, and those of other types
@@ -457,7 +461,8 @@ def misplaced(rng: Random, union: Any) -> bytes:
     for _ in range(rng.choice([0, 1, 1, 2])):
         odd: Any = rng.choice(MISPLACED) if rng.randrange(4) else nest(rng, b"1")
         for _ in range(rng.randrange(3)):
-            odd = rng.choice([[odd], [b"1", odd, b"[]"], Pairs([[writer.word(), b"0"], [b'""', odd]])])
+            twice = rng.sample([[b'"a"', odd], [b'"a"', b"0"]], 2)
+            odd = rng.choice([[odd], [b"1", odd, b"[]"], Pairs([[writer.word(), b"0"], [b'""', odd]]), Pairs(twice)])
         keys = [b'"unknown"', text(rng.choice(FIELDS)), *(key for key, _ in tree), *payload_keys, writer.key()]
         insert(key := rng.choice(keys), odd)
         if rng.randrange(2):
@@ -871,6 +876,20 @@ def test_payload_that_is_null_at_its_last_occurrence_is_none() -> None:
     for name in (b"input", rb"in\u0070ut"):
         raw = b'{"type":"delegate","task_id":"t","input":1,"%s":null}' % name
         assert {decode(raw).input for decode in decoders("from an agent").values()} == {None}
+
+
+@pytest.mark.parametrize(
+    "odd", [b"18446744073709551616", b"1e999", b"NaN", b"[" * 64 + b"]" * 64, b'"\\udc00"', b'"\xff"']
+)
+def test_value_that_is_refused_in_a_payload_is_refused_where_its_field_occurs_again(odd: bytes) -> None:
+    def refusals(payload: bytes) -> set[str]:
+        raw = b'{"type":"delegate","task_id":"t","input":[%s]}' % payload
+        return {re.sub(r"[0-9]+", "0", reading(decode, raw).text) for decode in decoders("from an agent").values()}
+
+    once = refusals(b'{"a":%s}' % odd)
+    assert len(once) == 1
+    assert "" not in once
+    assert refusals(b'{"a":%s,"a":1}' % odd) == refusals(b'{"a":%s,"\\u0061":1}' % odd) == once
 
 
 def test_payload_has_the_same_value_with_all_codecs() -> None:
