@@ -1963,41 +1963,41 @@ class LazyHeap(Generic[Item]):
     O(log n) time, amortized.
     """
 
-    __slots__ = ("_alive", "_entries", "_serial")
+    __slots__ = ("_serial", "alive", "entries")
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Any, int, Item]] = []
-        self._alive: dict[Item, int] = {}
+        self.entries: list[tuple[Any, int, Item]] = []
+        self.alive: dict[Item, int] = {}
         self._serial = 0
 
     def __len__(self) -> int:
-        return len(self._alive)
+        return len(self.alive)
 
     def push(self, item: Item, key: Any) -> None:
         """Add `item` at `key`, or move it there. Items with equal keys come out in the order of their pushes."""
         self._serial += 1
-        self._alive[item] = self._serial
-        heapq.heappush(self._entries, (key, self._serial, item))
-        if len(self._entries) > 2 * len(self._alive) + 64:
+        self.alive[item] = self._serial
+        heapq.heappush(self.entries, (key, self._serial, item))
+        if len(self.entries) > 2 * len(self.alive) + 64:
             self._sweep()
 
     def discard(self, item: Item) -> None:
         """Remove `item` if it is in the queue."""
-        if self._alive.pop(item, None) is not None and len(self._entries) > 2 * len(self._alive) + 64:
+        if self.alive.pop(item, None) is not None and len(self.entries) > 2 * len(self.alive) + 64:
             self._sweep()
 
     def first(self) -> tuple[Any, Item] | None:
         """Return the least key and its item, or None."""
-        while self._entries:
-            key, serial, item = self._entries[0]
-            if self._alive.get(item) == serial:
+        while self.entries:
+            key, serial, item = self.entries[0]
+            if self.alive.get(item) == serial:
                 return key, item
-            heapq.heappop(self._entries)
+            heapq.heappop(self.entries)
         return None
 
     def _sweep(self) -> None:
-        self._entries = [entry for entry in self._entries if self._alive.get(entry[2]) == entry[1]]
-        heapq.heapify(self._entries)
+        self.entries = [entry for entry in self.entries if self.alive.get(entry[2]) == entry[1]]
+        heapq.heapify(self.entries)
 
 
 # ============================================================================================
@@ -2053,8 +2053,8 @@ class LazyHeap(Generic[Item]):
 #     TaskTable.open, counts, bytes,          TaskTable.accept, transition, grow, keep_…, take_…
 #       AgentRecord.requested, children
 #     AgentRecord.running                     Hub._assign, _settle, _retry
-#     Hub._queues, _waiting, awaited          Hub._enqueue, _unqueue
-#     Hub._deadlines                          with a task while it is open, a connection while it
+#     Hub.queues, _waiting, awaited          Hub._enqueue, _unqueue
+#     Hub.deadlines                          with a task while it is open, a connection while it
 #                                             is, an agent in its grace period
 #
 # What bounds the memory: tasks are limited by `records_bytes_max` (the oldest delivered ones make
@@ -2500,48 +2500,48 @@ class PendingQueue:
     looking at the second head.
     """
 
-    __slots__ = ("_by_requester", "_heads", "_turns")
+    __slots__ = ("by_requester", "heads", "turns")
 
     def __init__(self) -> None:
-        self._by_requester: dict[AgentRecord, LazyHeap[TaskRecord]] = {}
-        self._turns: dict[AgentRecord, int] = {}
-        self._heads: LazyHeap[AgentRecord] = LazyHeap()
+        self.by_requester: dict[AgentRecord, LazyHeap[TaskRecord]] = {}
+        self.turns: dict[AgentRecord, int] = {}
+        self.heads: LazyHeap[AgentRecord] = LazyHeap()
 
     def __bool__(self) -> bool:
-        return bool(self._by_requester)
+        return bool(self.by_requester)
 
     def push(self, task: TaskRecord, turn: int) -> None:
         requester = task.requester
-        heap = self._by_requester.get(requester)
+        heap = self.by_requester.get(requester)
         if heap is None:
-            heap = self._by_requester[requester] = LazyHeap()
-            self._turns[requester] = turn
+            heap = self.by_requester[requester] = LazyHeap()
+            self.turns[requester] = turn
         heap.push(task, task.queue_key)
         self._update_head(requester, heap)
 
     def discard(self, task: TaskRecord) -> None:
-        heap = self._by_requester[task.requester]
+        heap = self.by_requester[task.requester]
         heap.discard(task)
         self._update_head(task.requester, heap)
 
     def take_turn(self, requester: AgentRecord, turn: int) -> None:
         """Put a requester that was served, here or in another queue, behind the others."""
-        heap = self._by_requester.get(requester)
+        heap = self.by_requester.get(requester)
         if heap is not None:
-            self._turns[requester] = turn
+            self.turns[requester] = turn
             self._update_head(requester, heap)
 
     def first(self, excluding: AgentRecord | None) -> tuple[tuple[int, int, int], TaskRecord] | None:
         """Return the first task in line whose requester is not `excluding`, and its place: least goes first."""
-        head = self._heads.first()
+        head = self.heads.first()
         if head is not None and head[1] is excluding:
             key, requester = head
-            self._heads.discard(requester)
-            head = self._heads.first()
-            self._heads.push(requester, key)
+            self.heads.discard(requester)
+            head = self.heads.first()
+            self.heads.push(requester, key)
         if head is None:
             return None
-        first = self._by_requester[head[1]].first()
+        first = self.by_requester[head[1]].first()
         if first is None:
             raise AssertionError("a requester without a task has no head")
         return head[0], first[1]
@@ -2549,11 +2549,11 @@ class PendingQueue:
     def _update_head(self, requester: AgentRecord, heap: LazyHeap[TaskRecord]) -> None:
         first = heap.first()
         if first is None:
-            del self._by_requester[requester], self._turns[requester]
-            self._heads.discard(requester)
+            del self.by_requester[requester], self.turns[requester]
+            self.heads.discard(requester)
         else:
             priority, sequence = first[0]
-            self._heads.push(requester, (priority, self._turns[requester], sequence))
+            self.heads.push(requester, (priority, self.turns[requester], sequence))
 
 
 def words_of(text: str) -> list[str]:
@@ -3092,7 +3092,7 @@ class Hub:
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
     does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, each step has
     the changes that must be on disk before its effects are carried out; `restore` reads them again after a restart.
-    `directory` and `tasks` are for reading.
+    `directory`, `tasks`, `connections`, `queues` and `deadlines` are for reading.
     """
 
     def __init__(
@@ -3114,12 +3114,12 @@ class Hub:
         self._running_max = max(1, self._passed_on_max // REF_BYTES)
         self._refusals: dict[str, int] = {}  # How many, by code.
         self._closes: dict[str, int] = {}  # How many connections ended, by close code.
-        self._connections: dict[Hashable, Connection] = {}
-        self._queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By `TaskRecord.target`; none is empty.
+        self.connections: dict[Hashable, Connection] = {}
+        self.queues: dict[tuple[str | None, str | None], PendingQueue] = {}  # By `TaskRecord.target`; none is empty.
         self._turn = 0  # How many tasks were handed out of the queues.
         self._waiting: dict[AgentRecord, int] = {}  # Pending tasks by requester; none is 0.
         self._deferred: dict[str, AgentRecord] = {}  # Can take a task once all that is due has ended.
-        self._deadlines: LazyHeap[TaskRecord | AgentRecord | Connection] = LazyHeap()
+        self.deadlines: LazyHeap[TaskRecord | AgentRecord | Connection] = LazyHeap()
         self._steps_left = TICK_BATCH  # Of this call.
         self._unfinished: collections.deque[Iterator[None]] = collections.deque()  # What `tick` goes on with.
         # Records that are kept for a second must not wait thirty for the reaper.
@@ -3134,8 +3134,8 @@ class Hub:
         `origin` is the address that it comes from; None is not limited.
         """
         self._advance(now)
-        connection = self._connections[link] = Connection(link, self._now, origin)
-        self._deadlines.push(connection, self._now + min(self.settings.join_s, self.settings.silence_s))
+        connection = self.connections[link] = Connection(link, self._now, origin)
+        self.deadlines.push(connection, self._now + min(self.settings.join_s, self.settings.silence_s))
         return self._take_step()
 
     def receive(
@@ -3150,7 +3150,7 @@ class Hub:
 
         With `refusal`, its sender lacks the right to send it: it is counted and answered with that, and does no more.
         """
-        connection = self._connections.get(link)
+        connection = self.connections.get(link)
         if connection is None:  # The hub has closed it, and this was still on its way.
             return Step([])
         if now > self._now:  # As in _advance, without the call: this is used for every message.
@@ -3175,7 +3175,7 @@ class Hub:
     def disconnected(self, link: Hashable, now: float, code: int = 1006) -> Step:
         """Remove a lost connection. Its agent's session is kept for the grace period."""
         self._advance(now)
-        connection = self._connections.get(link)
+        connection = self.connections.get(link)
         if connection is not None:
             self._forget_connection(connection, code)
         return self._take_step()
@@ -3186,11 +3186,11 @@ class Hub:
         if self._unfinished:
             self._begin(self._unfinished.popleft())
         for _ in range(TICK_BATCH):
-            due = self._deadlines.first()
+            due = self.deadlines.first()
             if due is None or due[0] > self._now:
                 self._assign_deferred()  # Only now: no task is handed out whose deadline has come.
                 break
-            self._deadlines.discard(due[1])
+            self.deadlines.discard(due[1])
             self._on_deadline(due[1])
         if self._now >= self._next_sweep:
             self._reap()
@@ -3209,7 +3209,7 @@ class Hub:
         """Return when `tick` is due next."""
         if self._deferred or self._unfinished:
             return self._now
-        first = self._deadlines.first()
+        first = self.deadlines.first()
         return self._next_sweep if first is None else min(first[0], self._next_sweep)
 
     def shut_down(self) -> None:
@@ -3223,7 +3223,7 @@ class Hub:
 
     def summary(self) -> dict[str, Any]:
         """Return what `status` reports of the hub itself."""
-        online = sum(1 for connection in self._connections.values() if connection.agent is not None)
+        online = sum(1 for connection in self.connections.values() if connection.agent is not None)
         most_waiting = heapq.nlargest(WAITING_MAX, self._waiting.items(), key=lambda one: one[1])
         return {
             "version": __version__,
@@ -3231,7 +3231,7 @@ class Hub:
             "uptime_s": round(self._now - self._started_at, 3),
             "agents": online,
             "agents_away": sum(1 for agent in self.directory.agents.values() if agent.connection is None),
-            "connections": len(self._connections),
+            "connections": len(self.connections),
             "tasks": {state.value: count for state, count in self.tasks.counts.items()},
             "ended": {state.value: count for state, count in self.tasks.totals.items()},
             "refused": dict(self._refusals),
@@ -3275,7 +3275,7 @@ class Hub:
         for agent_row in agents:
             agent = known[agent_row.agent_id] = self.directory.restore(agent_row, self._running_max)
             if agent_row.there:
-                self._deadlines.push(agent, self._now + self.settings.grace_s)
+                self.deadlines.push(agent, self._now + self.settings.grace_s)
         ended = []
         for row in sorted(tasks, key=lambda row: row.sequence):
             task = self.tasks.restore(row, agent_of, self._now)
@@ -3295,7 +3295,7 @@ class Hub:
 
     def _restore_open(self, task: TaskRecord) -> None:
         self.tasks.list_open(task)
-        self._deadlines.push(task, task.deadline)
+        self.deadlines.push(task, task.deadline)
         if task.state is PENDING:
             self._enqueue(task)
         elif task.assignee is not None:
@@ -3346,7 +3346,7 @@ class Hub:
         return agent
 
     def _attach(self, agent: AgentRecord, connection: Connection) -> None:
-        self._deadlines.discard(agent)
+        self.deadlines.discard(agent)
         self._set_known(connection)
         agent.connection, connection.agent, agent.origin = connection, agent, connection.origin
         agent.drain_id = None
@@ -3399,14 +3399,14 @@ class Hub:
         """Note that a connection has registered or asked something, so that it may stay."""
         if not connection.is_known:
             connection.is_known = True
-            self._deadlines.push(connection, self._now + self.settings.silence_s)
+            self.deadlines.push(connection, self._now + self.settings.silence_s)
 
     def _forget_connection(
         self, connection: Connection, code: int, event: AgentEvent = AgentEvent.CONNECTION_LOST
     ) -> None:
         """Remove a connection, and start the grace period of its agent unless that has deregistered."""
-        del self._connections[connection.link]
-        self._deadlines.discard(connection)
+        del self.connections[connection.link]
+        self.deadlines.discard(connection)
         key = str(code) if code in CLOSE_CODES else "other"
         count(self._closes, key)
         agent, connection.agent = connection.agent, None
@@ -3416,7 +3416,7 @@ class Hub:
             agent.connection = None
             self.directory.transition(agent, event)
             if event is AgentEvent.CONNECTION_LOST:
-                self._deadlines.push(agent, self._now + self.settings.grace_s)
+                self.deadlines.push(agent, self._now + self.settings.grace_s)
 
     def _remove_agent(self, agent: AgentRecord) -> None:
         """Take an agent out that is gone or deregistered. Its tasks are retried or fail."""
@@ -3481,7 +3481,7 @@ class Hub:
             text = f"neither registered nor asked anything within {self.settings.join_s:g} s"
             self._close(connection, CloseCode.SILENT, text)
         else:  # It has spoken since this deadline was set: moving it with each message would cost more.
-            self._deadlines.push(connection, silent_since)
+            self.deadlines.push(connection, silent_since)
 
     def _expire(self, task: TaskRecord) -> None:
         text = f"its time to live of {task.deadline - task.accepted_at:g} s has expired"
@@ -3519,7 +3519,7 @@ class Hub:
 
     def _audience(self, capability: str | None) -> Iterable[AgentRecord]:
         if capability is None:
-            return (one.agent for one in self._connections.values() if one.agent is not None)
+            return (one.agent for one in self.connections.values() if one.agent is not None)
         pool = self.directory.pools.get(capability)
         return pool.members.values() if pool is not None else ()
 
@@ -3580,7 +3580,7 @@ class Hub:
             return
         parent = self._admit(agent, message)
         task = self.tasks.accept(message, agent, parent, self._now, self._message_bytes)
-        self._deadlines.push(task, task.deadline)
+        self.deadlines.push(task, task.deadline)
         worker = self._place(task)
         self._acknowledge(connection, message, task)
         if worker is not None:
@@ -3660,9 +3660,9 @@ class Hub:
         return agent
 
     def _enqueue(self, task: TaskRecord) -> None:
-        queue = self._queues.get(task.target)
+        queue = self.queues.get(task.target)
         if queue is None:
-            queue = self._queues[task.target] = PendingQueue()
+            queue = self.queues[task.target] = PendingQueue()
         queue.push(task, self._turn)
         self._waiting[task.requester] = self._waiting.get(task.requester, 0) + 1
         named = self.directory.agents.get(task.request.agent_id or "")
@@ -3670,10 +3670,10 @@ class Hub:
             named.awaited[task.task_id] = task
 
     def _unqueue(self, task: TaskRecord) -> None:
-        queue = self._queues[task.target]
+        queue = self.queues[task.target]
         queue.discard(task)
         if not queue:
-            del self._queues[task.target]
+            del self.queues[task.target]
         self._waiting[task.requester] -= 1
         if not self._waiting[task.requester]:
             del self._waiting[task.requester]
@@ -3696,7 +3696,7 @@ class Hub:
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one."""
         while self.tasks.counts[PENDING] and agent.is_available:
-            found = ((self._queues.get(target), excluded) for target, excluded in agent.targets())
+            found = ((self.queues.get(target), excluded) for target, excluded in agent.targets())
             queues = [(queue, excluded) for queue, excluded in found if queue is not None]
             waiting = [one for queue, excluded in queues if (one := queue.first(excluded)) is not None]
             if not waiting:
@@ -3769,7 +3769,7 @@ class Hub:
             self._unqueue(task)
         self.tasks.transition(task, event)
         task.error, task.settled_by, task.ended_at = error, sender, self._now
-        self._deadlines.discard(task)
+        self.deadlines.discard(task)
         if task.assignee is not None:
             del task.assignee.running[task.task_id]
 
@@ -4047,7 +4047,7 @@ class Journal:
             raise ValueError(f"sync must be full or normal, not {sync!r}")
         self.path = os.fspath(path)
         self.sync = sync
-        self._database: sqlite3.Connection | None = None
+        self.database: sqlite3.Connection | None = None
         self._writes = 0  # The number of the last write; continued from the highest `told` in the file.
         self._clock_offset = math.nan  # Of the times in the file.
 
@@ -4063,16 +4063,16 @@ class Journal:
         """Open the file, or create it, and lock it for this process. Raises JournalError; then no file was changed."""
         import sqlite3
 
-        if self._database is not None:
+        if self.database is not None:
             raise JournalError(f"{self.path}: this journal is already open")
         try:
             self._create_file()
             self._check_format()
-            self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0)
+            self.database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0)
             self._lock()
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute(f"PRAGMA synchronous = {self.sync}")
-            self._database.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
+            self.database.execute("PRAGMA journal_mode = WAL")
+            self.database.execute(f"PRAGMA synchronous = {self.sync}")
+            self.database.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
         except OSError as error:
             raise JournalError(f"{self.path}: cannot be opened: {error.strerror}") from error
         except sqlite3.Error as error:
@@ -4153,9 +4153,9 @@ class Journal:
 
     def close(self) -> None:
         """Close the file, which unlocks it. No effect if it is closed."""
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+        if self.database is not None:
+            self.database.close()
+            self.database = None
 
     def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
         """Return all agents, all tasks, and the time of the last change to a task. Raises JournalError if damaged.
@@ -4284,9 +4284,9 @@ class Journal:
             self._reserve.unlink(missing_ok=True)
 
     def _connected(self) -> sqlite3.Connection:
-        if self._database is None:
+        if self.database is None:
             raise JournalError(f"{self.path}: not open; call open() first")
-        return self._database
+        return self.database
 
 
 def fixed_columns(row: TaskRow, clock_offset: float) -> tuple[Any, ...]:
@@ -4596,7 +4596,7 @@ class WebSocketLink(Link, AsyncioProtocol):
         self.pause_reasons: set[str] = set()
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None  # For the handshake, then for the close.
         self._is_handling = False
         self._is_flush_scheduled = False
@@ -4610,7 +4610,7 @@ class WebSocketLink(Link, AsyncioProtocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = typing.cast(asyncio.Transport, transport)
+        self.transport = typing.cast(asyncio.Transport, transport)
         self._timer = self._loop.call_later(HANDSHAKE_S, self.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -4678,12 +4678,12 @@ class WebSocketLink(Link, AsyncioProtocol):
             self._process_output()
 
     def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
     def pause_reading(self, reason: str) -> None:
-        if not self.pause_reasons and self._transport is not None:
-            self._transport.pause_reading()
+        if not self.pause_reasons and self.transport is not None:
+            self.transport.pause_reading()
         self.pause_reasons.add(reason)
 
     def resume_reading(self, reason: str) -> None:
@@ -4692,10 +4692,10 @@ class WebSocketLink(Link, AsyncioProtocol):
         self.pause_reasons.discard(reason)
         if not self.pause_reasons and not self._is_handling:
             self._read()
-        if self.pause_reasons or self._transport is None:
+        if self.pause_reasons or self.transport is None:
             return
         if self._at_end is None:
-            self._transport.resume_reading()
+            self.transport.resume_reading()
         else:
             self._at_end()
 
@@ -4785,7 +4785,7 @@ class WebSocketLink(Link, AsyncioProtocol):
 
     def _flush(self) -> None:
         self._is_flush_scheduled = False
-        transport, protocol = self._transport, self._protocol
+        transport, protocol = self.transport, self._protocol
         if transport is None:
             return
         raw = protocol.data_to_send()
@@ -4853,8 +4853,8 @@ class ServerLink(WebSocketLink):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._bucket = TokenBucket(self._rate, self._loop.time())
-        if self._transport is not None:
-            self._transport.set_write_buffer_limits(self._backlog_bytes_max // 2)
+        if self.transport is not None:
+            self.transport.set_write_buffer_limits(self._backlog_bytes_max // 2)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._stall_timer is not None:
@@ -4965,9 +4965,9 @@ class ServerLink(WebSocketLink):
     def _check_stalled(self, read_before: int) -> None:
         """Disconnect a peer that has read nothing since `read_before` bytes were read."""
         self._stall_timer = None
-        if self._transport is None or self._is_closing:
+        if self.transport is None or self._is_closing:
             return
-        waiting = self._transport.get_write_buffer_size()
+        waiting = self.transport.get_write_buffer_size()
         if waiting and self._written_bytes - waiting <= read_before:
             self._report_closed(CloseCode.NOT_READING, f"has read nothing for {STALLED_S:g} s")
             self.abort()
@@ -6372,7 +6372,7 @@ class Authenticator:
         self._names = names
         self._admit = admit
         self._backoff = AuthBackoff()
-        self._unauthenticated: dict[Link, Unauthenticated] = {}
+        self.unauthenticated: dict[Link, Unauthenticated] = {}
         self._loop = asyncio.get_running_loop()
 
     # The handshake
@@ -6431,18 +6431,18 @@ class Authenticator:
             return
         timer = self._loop.call_later(TOKEN_S, self._close, link, "authentication timed out")
         bearer = link.bearer if isinstance(link, ServerLink) else None
-        self._unauthenticated[link] = Unauthenticated(timer, bearer)
+        self.unauthenticated[link] = Unauthenticated(timer, bearer)
         if bearer is not None:
             self._authenticate(link, AuthAttempt(None, bearer), 0)
 
     def received(self, link: Link, attempt: AuthAttempt, message_bytes: int) -> None:
         if isinstance(attempt, InvalidMessage):  # Not UTF-8, or a binary message.
             attempt = AuthAttempt(attempt, None)
-        if link in self._unauthenticated:
+        if link in self.unauthenticated:
             self._authenticate(link, attempt, message_bytes)
 
     def closed(self, link: Link, code: int, reason: str) -> None:
-        pending = self._unauthenticated.pop(link, None)
+        pending = self.unauthenticated.pop(link, None)
         if pending is not None:
             pending.timer.cancel()
 
@@ -6456,7 +6456,7 @@ class Authenticator:
             return
 
         def decide() -> None:
-            if link in self._unauthenticated:
+            if link in self.unauthenticated:
                 self._decide(link, attempt, message_bytes)
             link.resume_reading(PauseReason.AUTH_BACKOFF)
 
@@ -6476,7 +6476,7 @@ class Authenticator:
             owner.received(link, attempt.message, message_bytes)
 
     def _refuse(self, link: Link, attempt: AuthAttempt) -> None:
-        pending = self._unauthenticated[link]
+        pending = self.unauthenticated[link]
         pending.attempts += 1
         if attempt.token is not None:
             self._backoff.add(link.address, self._loop.time())
@@ -6587,18 +6587,18 @@ class GroupCommit:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "agenthub-journal")
         self._changes: Changes | None = None  # To be in the next write ...
-        self._held: list[Effect] = []  # ... and the effects to be carried out after it.
+        self.held: list[Effect] = []  # ... and the effects to be carried out after it.
         self._costs: dict[Link, int] = {}  # Of the messages of each connection since the last write.
         self._is_closed = False
-        self._idle = asyncio.Event()  # Nothing is held back.
-        self._idle.set()
+        self.idle = asyncio.Event()  # Nothing is held back.
+        self.idle.set()
         self._timer: asyncio.TimerHandle | None = None
         self._check_disk()
 
     def add(self, step: Step) -> None:
         """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
         effects, changes = step
-        if changes is None and self._idle.is_set():
+        if changes is None and self.idle.is_set():
             self._carry_out(effects)
             return
         if self._changes is None:
@@ -6606,14 +6606,14 @@ class GroupCommit:
         elif changes is not None:
             self._changes.merge(changes)
         self._carry_out([effect for effect in effects if self._may_overtake(effect[1])])
-        self._held += [effect for effect in effects if not self._may_overtake(effect[1])]
-        if self._idle.is_set():
-            self._idle.clear()
+        self.held += [effect for effect in effects if not self._may_overtake(effect[1])]
+        if self.idle.is_set():
+            self.idle.clear()
             self._loop.call_soon(self._write)  # After this turn of the loop, so that what it brings is one write.
 
     def charge(self, link: Link, cost: int) -> None:
         """Charge a link for a message. If it has cost much during one write, it is not read until that is done."""
-        if not self._idle.is_set():
+        if not self.idle.is_set():
             total = self._costs[link] = self._costs.get(link, 0) + cost
             if total > COST_PER_WRITE_MAX:
                 link.pause_reading(PauseReason.JOURNAL)
@@ -6621,7 +6621,7 @@ class GroupCommit:
     async def close(self, within_s: float) -> None:
         """Write the changes that are left, for at most `within_s` seconds, and close the journal."""
         await self.flush(within_s)
-        if not self._idle.is_set():
+        if not self.idle.is_set():
             log_hub.error("the journal could not be written; the changes that it lacks were not acknowledged either")
         if self._timer is not None:
             self._timer.cancel()
@@ -6642,12 +6642,12 @@ class GroupCommit:
         """Return when nothing is held any more, or after `within_s` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self._idle.wait()
+                await self.idle.wait()
 
     @property
     def is_overfull(self) -> bool:
         """Whether so much is held that no more messages should be handled."""
-        return len(self._held) > HELD_MAX
+        return len(self.held) > HELD_MAX
 
     @staticmethod
     def _may_overtake(action: HubOutput | Close) -> bool:
@@ -6655,7 +6655,7 @@ class GroupCommit:
 
     def _write(self) -> None:
         """Write all changes until now, and then carry out all effects until now."""
-        held, self._held = self._held, []
+        held, self.held = self.held, []
         changes, self._changes = self._changes, None
         self._try(changes or Changes(), held)
 
@@ -6675,10 +6675,10 @@ class GroupCommit:
             self._carry_out(held)
         finally:  # A bug in one effect must not stop the journal.
             self._resume_reading()
-            if self._held or self._changes is not None:
+            if self.held or self._changes is not None:
                 self._write()
             else:
-                self._idle.set()
+                self.idle.set()
 
     def _resume_reading(self) -> None:
         costs, self._costs = self._costs, {}
@@ -6733,11 +6733,11 @@ class LocalHub:
     def __init__(self, settings: HubSettings | None = None, *, journal: Journal | None = None) -> None:
         self.settings = settings or HubSettings()
         self._journal = journal
-        self._commit: GroupCommit | None = None
-        self._links: dict[Link, None] = {}
+        self.commit: GroupCommit | None = None
+        self.links: dict[Link, None] = {}
         self._tick_at = math.inf  # When `_tick` is to be called; it may be early.
         self._is_arming = False
-        self._is_running = False
+        self.is_running = False
 
     async def __aenter__(self) -> typing.Self:
         await self.start()
@@ -6755,7 +6755,7 @@ class LocalHub:
         self.hub = Hub(self.settings, entropy=os.urandom, now=now, is_journaled=self._journal is not None)
         if self._journal is not None:
             await self._recover(self._journal)
-        self._is_running = True
+        self.is_running = True
         self._arm()
 
     async def _recover(self, journal: Journal) -> None:
@@ -6771,8 +6771,8 @@ class LocalHub:
         if agents or tasks:
             log_hub.info("restored %d agents and %d tasks from %s", len(agents), len(tasks), journal.path)
             self._log_age(self._loop.time() - last)
-        self._commit = GroupCommit(self.hub, journal, self._carry_out)
-        self._commit.add(step)
+        self.commit = GroupCommit(self.hub, journal, self._carry_out)
+        self.commit.add(step)
 
     def _log_age(self, age_s: float) -> None:
         """Log how long ago the last change was: deadlines go by the machine's clock, which may have been set."""
@@ -6787,15 +6787,15 @@ class LocalHub:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Accept no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
-        if not self._is_running:
+        if not self.is_running:
             return
         self.hub.shut_down()
         last = self._loop.time() + drain_s
         while self.hub.in_progress and self._loop.time() < last:
             await asyncio.sleep(0.02)
-        if self._commit is not None:
-            await self._commit.flush(CLOSING_S)
-        self._is_running = False
+        if self.commit is not None:
+            await self.commit.flush(CLOSING_S)
+        self.is_running = False
         self._timers.clear()
         links = self._stop_listening()
         for link in links:
@@ -6805,17 +6805,17 @@ class LocalHub:
                 await asyncio.gather(*(link.gone.wait() for link in links))
         for link in links:
             link.abort()
-        if self._commit is not None:
-            await self._commit.close(CLOSING_S)
-            self._commit = None
+        if self.commit is not None:
+            await self.commit.close(CLOSING_S)
+            self.commit = None
 
     def _stop_listening(self) -> list[Link]:
         """Accept no new link, and return all that are open."""
-        return list(self._links)
+        return list(self.links)
 
     async def connect(self, owner: LinkOwner) -> Link:
         """Open a link to this hub from within its process."""
-        if not self._is_running:
+        if not self.is_running:
             raise Disconnected("the hub of this process is not running")
         near, far = MemoryLink.pair((owner, decoder_from_hub()), (self, decoder_from_agent()))
         self.opened(far)
@@ -6824,16 +6824,16 @@ class LocalHub:
     # LinkOwner
 
     def opened(self, link: Link) -> None:
-        if not self._is_running:  # One of several namespaces may have stopped before the others.
+        if not self.is_running:  # One of several namespaces may have stopped before the others.
             link.close(CloseCode.GOING_AWAY, "the hub is shutting down")
             return
-        self._links[link] = None
+        self.links[link] = None
         self._apply(self.hub.connected(link, self._loop.time(), link.address or None))
 
     def received(self, link: Link, message: Any, message_bytes: int) -> None:
         if self._is_verbose:
             log_hub.debug("received type=%s bytes=%d", getattr(message, "type", "invalid"), message_bytes)
-        commit = self._commit
+        commit = self.commit
         if commit is not None and commit.is_overfull:
             link.close(CloseCode.GOING_AWAY, "the journal cannot be written; come back later")
             return
@@ -6857,7 +6857,7 @@ class LocalHub:
         return Refused(reason, code=Code.UNAUTHORIZED) if reason is not None else None
 
     def closed(self, link: Link, code: int, reason: str) -> None:
-        self._links.pop(link, None)
+        self.links.pop(link, None)
         self._apply(self.hub.disconnected(link, self._loop.time(), code))
         for message in link.take_unsent():
             self._return_unsent(message)
@@ -6865,10 +6865,10 @@ class LocalHub:
     # Steps of the hub, and its time.
 
     def _apply(self, step: Step) -> None:
-        if self._commit is None:
+        if self.commit is None:
             self._carry_out(step.effects)
         else:
-            self._commit.add(step)
+            self.commit.add(step)
         if not self._is_arming:  # Once, when all that came in at once has been handled.
             self._is_arming = True
             self._loop.call_soon(self._arm)
@@ -6877,7 +6877,7 @@ class LocalHub:
         sent: HubOutput | None = None
         raw = b""
         for link, action in effects:
-            if link not in self._links:  # It closed while its effects were held for the journal.
+            if link not in self.links:  # It closed while its effects were held for the journal.
                 self._return_unsent(action)
                 continue
             if action is not sent:  # A broadcast is one message to many, encoded once.
@@ -6899,7 +6899,7 @@ class LocalHub:
         """Have `_tick` called at the hub's next deadline, or before: an early tick costs less than moving it."""
         self._is_arming = False
         deadline = self.hub.next_deadline()
-        if deadline < self._tick_at and self._is_running:
+        if deadline < self._tick_at and self.is_running:
             self._tick_at = deadline
             self._timers.set(self._tick, deadline)
 
@@ -6961,7 +6961,7 @@ class HubServer(LocalHub):
             )
         self.host = host
         self.port = port
-        self._access = access
+        self.access = access
         bytes_max = self.settings.message_bytes_max
         self._first_bytes_max = bytes_max if access is None else min(bytes_max, UNAUTHENTICATED_BYTES_MAX)
         self._tls = tls
@@ -6972,11 +6972,11 @@ class HubServer(LocalHub):
             self._backlog_bytes_max = max(backlog_bytes_max, 2 * bytes_max)
         self._per_address_max = connections_per_address_max
         self._messages_per_s_max = messages_per_s_max
-        self._namespaces: dict[str, LocalHub] = {NAMESPACE_DEFAULT: self}
+        self.namespaces: dict[str, LocalHub] = {NAMESPACE_DEFAULT: self}
         self._reloading = asyncio.Lock()
         self._accepting: set[asyncio.Task[None]] = set()
-        self._sockets: dict[ServerLink, None] = {}  # All connections, also before and without a WebSocket handshake.
-        self._addresses: dict[str, int] = {}  # How many of them each address has.
+        self.sockets: dict[ServerLink, None] = {}  # All connections, also before and without a WebSocket handshake.
+        self.addresses: dict[str, int] = {}  # How many of them each address has.
 
     @property
     def url(self) -> str:
@@ -6985,7 +6985,7 @@ class HubServer(LocalHub):
     @property
     def rejected(self) -> dict[str, int]:
         """The number of rejected connections and attempts to authenticate, by reason."""
-        return dict(self._authenticator.rejected)
+        return dict(self.authenticator.rejected)
 
     @property
     def _name(self) -> str:
@@ -6994,17 +6994,17 @@ class HubServer(LocalHub):
     async def start(self) -> None:
         names = self._allow_hosts | {self._name.lower()} | set(LOOPBACK_NAMES if is_loopback(self.host) else ())
         is_any_name = not is_loopback(self.host) and not self._allow_hosts
-        self._authenticator = Authenticator(self._access, None if is_any_name else names, self._admit)
+        self.authenticator = Authenticator(self.access, None if is_any_name else names, self._admit)
         await super().start()
         try:
-            for namespace in self._access.namespaces if self._access is not None else ():
+            for namespace in self.access.namespaces if self.access is not None else ():
                 await self._start_namespace(namespace)
             self._count_descriptors()
             listeners = await self._listen()
         except BaseException:
             await self.stop()  # Unlocks the journals for another hub.
             raise
-        self._authenticator.origins = self._allow_origins | own_origins(
+        self.authenticator.origins = self._allow_origins | own_origins(
             names, self.port, is_secure=self._tls is not None
         )
         self._accepting = {self._loop.create_task(self._accept_all(listener)) for listener in listeners}
@@ -7017,11 +7017,11 @@ class HubServer(LocalHub):
         await asyncio.gather(*self._accepting, return_exceptions=True)  # Until the port is free again.
 
     def shut_down(self) -> None:
-        for namespace in self._namespaces.values():
+        for namespace in self.namespaces.values():
             namespace.hub.shut_down()
 
     def _other_namespaces(self) -> list[LocalHub]:
-        return [namespace for namespace in self._namespaces.values() if namespace is not self]
+        return [namespace for namespace in self.namespaces.values() if namespace is not self]
 
     async def reload(self, access: Access) -> None:
         """Replace the tokens, also for the present connections.
@@ -7030,14 +7030,14 @@ class HubServer(LocalHub):
         changed grant with 1001. Raises JournalError, and keeps the tokens, if the journal of a new namespace cannot be
         opened; ValueError if this hub was started without tokens.
         """
-        if self._access is None:
+        if self.access is None:
             raise ValueError("this hub was started without tokens; restart it with --token-file or --access")
         async with self._reloading:
             for namespace in access.namespaces:
                 await self._start_namespace(namespace)
             self._count_descriptors()
-        self._access = self._authenticator.access = access
-        for link in list(self._sockets):
+        self.access = self.authenticator.access = access
+        for link in list(self.sockets):
             if link.grant is None:
                 continue
             grant = access.grant_by_hash(link.grant.sha256)
@@ -7051,18 +7051,18 @@ class HubServer(LocalHub):
 
     async def _start_namespace(self, namespace: str) -> None:
         """Start the hub of a namespace, unless it runs already."""
-        if namespace not in self._namespaces and self._is_running:
+        if namespace not in self.namespaces and self.is_running:
             journal = self._journal.of_namespace(namespace) if self._journal is not None else None
             local_hub = LocalHub(self.settings, journal=journal)
             await local_hub.start()
-            self._namespaces[namespace] = local_hub
+            self.namespaces[namespace] = local_hub
 
     def _admit(self, link: Link, grant: Grant | None) -> LinkOwner:
         """Hand a link over to the hub of its namespace."""
-        local_hub = self._namespaces[grant.namespace if grant is not None else NAMESPACE_DEFAULT]
+        local_hub = self.namespaces[grant.namespace if grant is not None else NAMESPACE_DEFAULT]
         link.grant = grant
         link.set_owner(local_hub, decoder_from_agent())
-        if self._access is not None and isinstance(link, ServerLink):
+        if self.access is not None and isinstance(link, ServerLink):
             link.limit_messages(self.settings.message_bytes_max)
         local_hub.opened(link)
         return local_hub
@@ -7093,7 +7093,7 @@ class HubServer(LocalHub):
 
     def _count_descriptors(self) -> None:
         """Limit the number of sockets so that file descriptors are left for the journals."""
-        left = descriptors_max() - DESCRIPTORS_KEPT - DESCRIPTORS_OF_JOURNAL * len(self._namespaces)
+        left = descriptors_max() - DESCRIPTORS_KEPT - DESCRIPTORS_OF_JOURNAL * len(self.namespaces)
         if left < 1:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if left < self.settings.connections_max:
@@ -7103,8 +7103,8 @@ class HubServer(LocalHub):
     def _stop_listening(self) -> list[Link]:
         for task in self._accepting:
             task.cancel()
-        elsewhere = {link for other in self._other_namespaces() for link in other._links}
-        return [link for link in dict.fromkeys([*self._links, *self._sockets]) if link not in elsewhere]
+        elsewhere = {link for other in self._other_namespaces() for link in other.links}
+        return [link for link in dict.fromkeys([*self.links, *self.sockets]) if link not in elsewhere]
 
     async def _accept_all(self, listener: socket.socket) -> None:
         with listener:
@@ -7122,24 +7122,24 @@ class HubServer(LocalHub):
                     await asyncio.sleep(0)  # `sock_accept` does not wait while another client is in the queue.
 
     def _accept(self, connection: socket.socket, network: str) -> None:
-        over = self._addresses.get(network, 0) - self._per_address_max
-        if len(self._sockets) >= self._sockets_max or over >= CONNECTIONS_OVER:
-            count(self._authenticator.rejected, "connections")
+        over = self.addresses.get(network, 0) - self._per_address_max
+        if len(self.sockets) >= self._sockets_max or over >= CONNECTIONS_OVER:
+            count(self.authenticator.rejected, "connections")
             log_hub.warning("rejected reason=connections address=%s", network)
             connection.close()
             return
         link = ServerLink(
-            self._authenticator,
+            self.authenticator,
             self._answer,
             message_bytes_max=self._first_bytes_max,
             backlog_bytes_max=self._backlog_bytes_max,
             messages_per_s_max=self._messages_per_s_max,
             address=network,
-            decode=decode_auth_attempt if self._access is not None else None,
+            decode=decode_auth_attempt if self.access is not None else None,
             on_gone=self._on_gone,
         )
-        self._sockets[link] = None  # Now, not in the task: the next client is accepted before that runs.
-        self._addresses[network] = self._addresses.get(network, 0) + 1
+        self.sockets[link] = None  # Now, not in the task: the next client is accepted before that runs.
+        self.addresses[network] = self.addresses.get(network, 0) + 1
         task = self._loop.create_task(self._open(link, connection, network))
         self._accepting.add(task)
         task.add_done_callback(functools.partial(self._on_opened, link))
@@ -7166,40 +7166,40 @@ class HubServer(LocalHub):
 
     def _on_gone(self, link: ServerLink, reason: str = "handshake") -> None:
         """Forget a connection. May be called twice for one."""
-        if link in self._sockets:
-            if not link.is_answered and self._is_running:
-                self._authenticator.reject(link, reason)
-            del self._sockets[link]
-            self._addresses[link.address] -= 1
-            if not self._addresses[link.address]:
-                del self._addresses[link.address]
+        if link in self.sockets:
+            if not link.is_answered and self.is_running:
+                self.authenticator.reject(link, reason)
+            del self.sockets[link]
+            self.addresses[link.address] -= 1
+            if not self.addresses[link.address]:
+                del self.addresses[link.address]
 
     def _answer(self, link: ServerLink, request: Any) -> tuple[int, str] | None:
         """Return the answer to a plain HTTP request; None if the WebSocket handshake may go on."""
-        refusal = self._authenticator.check_request(link, request)
+        refusal = self.authenticator.check_request(link, request)
         if refusal is not None:
             return refusal
         if is_health_check(request):
             return self._health(link, request)
         for limit, number, whose in (
-            (self.settings.connections_max, len(self._sockets), "the hub"),
-            (self._per_address_max, self._addresses[link.address], "that address"),
+            (self.settings.connections_max, len(self.sockets), "the hub"),
+            (self._per_address_max, self.addresses[link.address], "that address"),
         ):
             if number > limit:
-                self._authenticator.reject(link, "connections")
+                self.authenticator.reject(link, "connections")
                 return 503, f"{whose} has its {limit} connections; try again later\n"
-        self._authenticator.check_bearer(link, request)
+        self.authenticator.check_bearer(link, request)
         return None
 
     def _health(self, link: ServerLink, request: Any) -> tuple[int, str]:
         """Return the hub's health; for a token with the right to observe, also the summary of its namespace."""
         observed: LocalHub | None = self
-        if self._access is not None:
-            grant = self._authenticator.grant_of(link, request)
-            observed = self._namespaces[grant.namespace] if grant is not None and "observe" in grant.may else None
+        if self.access is not None:
+            grant = self.authenticator.grant_of(link, request)
+            observed = self.namespaces[grant.namespace] if grant is not None and "observe" in grant.may else None
         hub = (observed or self).hub
         health = "shutting_down" if hub.shutting_down else "journal_full" if hub.is_full else "ok"
-        more = {**observed.hub.summary(), "turned_away": self._authenticator.rejected} if observed is not None else {}
+        more = {**observed.hub.summary(), "turned_away": self.authenticator.rejected} if observed is not None else {}
         return 503 if hub.shutting_down else 200, json.dumps({"status": health, **more}) + "\n"
 
 

@@ -5,6 +5,7 @@ import enum
 import functools
 import logging
 import os
+import sqlite3
 import ssl
 import typing
 from _typeshed import Incomplete
@@ -603,6 +604,9 @@ class LazyHeap(Generic[Item]):
     twice as many entries as items, plus 64. So memory is proportional to the number of items, and every operation takes
     O(log n) time, amortized.
     """
+
+    entries: list[tuple[Any, int, Item]]
+    alive: dict[Item, int]
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
     def push(self, item: Item, key: Any) -> None:
@@ -826,6 +830,10 @@ class PendingQueue:
     No agent gets its own task, and must not search for another's: the requester that it is not to serve is left out by
     looking at the second head.
     """
+
+    by_requester: dict[AgentRecord, LazyHeap[TaskRecord]]
+    turns: dict[AgentRecord, int]
+    heads: LazyHeap[AgentRecord]
     def __init__(self) -> None: ...
     def __bool__(self) -> bool: ...
     def push(self, task: TaskRecord, turn: int) -> None: ...
@@ -980,7 +988,7 @@ class Hub:
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
     does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, each step has
     the changes that must be on disk before its effects are carried out; `restore` reads them again after a restart.
-    `directory` and `tasks` are for reading.
+    `directory`, `tasks`, `connections`, `queues` and `deadlines` are for reading.
     """
 
     settings: HubSettings
@@ -989,6 +997,9 @@ class Hub:
     shutting_down: bool
     is_full: bool
     cost: int
+    connections: dict[Hashable, Connection]
+    queues: dict[tuple[str | None, str | None], PendingQueue]
+    deadlines: LazyHeap[TaskRecord | AgentRecord | Connection]
     def __init__(
         self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
     ) -> None: ...
@@ -1045,6 +1056,7 @@ class Journal:
 
     path: str
     sync: str
+    database: sqlite3.Connection | None
     def __init__(self, path: str | os.PathLike[str], *, sync: str = "full") -> None: ...
     def of_namespace(self, namespace: str) -> Journal:
         """Return the journal of another namespace: the file next to this one with `.NAMESPACE` appended."""
@@ -1153,6 +1165,7 @@ class WebSocketLink(Link, AsyncioProtocol):
     """
 
     pause_reasons: set[str]
+    transport: asyncio.Transport | None
     def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
     @property
     def unread_bytes(self) -> int:
@@ -1503,6 +1516,7 @@ class Authenticator:
     access: Incomplete
     origins: frozenset[str]
     rejected: dict[str, int]
+    unauthenticated: dict[Link, Unauthenticated]
     def __init__(
         self, access: Access | None, names: frozenset[str] | None, admit: Callable[[Link, Grant | None], LinkOwner]
     ) -> None: ...
@@ -1531,6 +1545,9 @@ class GroupCommit:
     One write at a time, in a thread of its own, so that a slow disk does not stop the loop; the steps taken meanwhile
     are merged into the next one. Heartbeats and `overloaded` errors do not wait.
     """
+
+    held: list[Effect]
+    idle: Incomplete
     def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None: ...
     def add(self, step: Step) -> None:
         """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
@@ -1556,6 +1573,9 @@ class LocalHub:
 
     settings: HubSettings
     hub: Hub
+    commit: GroupCommit | None
+    links: dict[Link, None]
+    is_running: bool
     def __init__(self, settings: HubSettings | None = None, *, journal: Journal | None = None) -> None: ...
     async def __aenter__(self) -> typing.Self: ...
     async def __aexit__(self, *_: object) -> None: ...
@@ -1584,6 +1604,10 @@ class HubServer(LocalHub):
 
     host: str
     port: int
+    access: Incomplete
+    namespaces: dict[str, LocalHub]
+    sockets: dict[ServerLink, None]
+    addresses: dict[str, int]
     def __init__(
         self,
         settings: HubSettings | None = None,
@@ -1605,6 +1629,7 @@ class HubServer(LocalHub):
     @property
     def rejected(self) -> dict[str, int]:
         """The number of rejected connections and attempts to authenticate, by reason."""
+    authenticator: Incomplete
     async def start(self) -> None: ...
     async def stop(self, drain_s: float = 0.0) -> None: ...
     def shut_down(self) -> None: ...

@@ -45,7 +45,7 @@ class Frames(asyncio.Protocol):
         self._out: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = typing.cast(asyncio.Transport, transport)
+        self.transport = typing.cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._unread += data
@@ -64,7 +64,7 @@ class Frames(asyncio.Protocol):
         fields = dict(line.lower().split(b": ", 1)[:1] + line.split(b": ", 1)[1:] for line in head.split(b"\r\n")[1:])
         accepted = base64.b64encode(hashlib.sha1(fields[b"sec-websocket-key"] + GUID).digest())
         answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        self._transport.write(b"%sSec-WebSocket-Accept: %s\r\n\r\n" % (answer, accepted))
+        self.transport.write(b"%sSec-WebSocket-Accept: %s\r\n\r\n" % (answer, accepted))
         self._is_open, self._unread = True, rest
 
     def _frame(self, at: int) -> int:
@@ -73,7 +73,7 @@ class Frames(asyncio.Protocol):
         if len(raw) < at + 14:  # The longest header. A close is shorter, and the last frame.
             short = len(raw) >= at + 6 and raw[at] == CLOSE
             if short:
-                self._transport.close()
+                self.transport.close()
             return 0
         length, start = raw[at + 1] & 0x7F, at + 6
         if length > 125:
@@ -85,7 +85,7 @@ class Frames(asyncio.Protocol):
         if raw[at] == TEXT:
             self.received(json.loads(apply_mask(raw[start:end], raw[start - 4 : start])))
         elif raw[at] == CLOSE:
-            self._transport.close()
+            self.transport.close()
         return end
 
     def send(self, raw: bytes) -> None:
@@ -93,7 +93,7 @@ class Frames(asyncio.Protocol):
 
     def flush(self) -> None:
         if self._out:
-            self._transport.write(b"".join(self._out))
+            self.transport.write(b"".join(self._out))
             self._out.clear()
 
     def received(self, message: dict[str, Any]) -> None:

@@ -740,7 +740,7 @@ async def play_bytes(loop: VirtualLoop, steps: list[tuple[Any, ...]], errors: li
         demand(socket.link.gone.is_set(), "a link outlives its server")
         demand(server.told.get(socket.link) in (None, "closed"), "the owner of a closed link was not notified")
         check_written(bytes(socket.written))
-    demand(not server.hub._connections, "the hub remembers a connection that has ended")
+    demand(not server.hub.connections, "the hub remembers a connection that has ended")
 
 
 def check_written(raw: bytes) -> None:
@@ -1068,7 +1068,7 @@ class Story:
         return [*hub.tasks.open.values(), *hub.tasks.delivered.values(), *hub.tasks.undelivered.values()]
 
     def agents_by_connection(self) -> dict[str, AgentRecord]:
-        connections = self.harness.hub._connections.items()
+        connections = self.harness.hub.connections.items()
         return {str(link): one.agent for link, one in connections if one.agent is not None}
 
     def look_at(self, step: agenthub.Step) -> None:

@@ -334,7 +334,7 @@ def snapshot(value: Any, seen: dict[int, int] | None = None) -> Any:
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, LazyHeap):
-        alive = [entry for entry in value._entries if value._alive.get(entry[2]) == entry[1]]
+        alive = [entry for entry in value.entries if value.alive.get(entry[2]) == entry[1]]
         return [(key, snapshot(item, seen)) for key, _, item in sorted(alive, key=lambda entry: entry[:2])]
     if id(value) in seen:
         return f"seen as {seen[id(value)]}"

@@ -215,7 +215,7 @@ class ClientLedger:
         self.counts: collections.Counter[str] = collections.Counter()
         self._marker = marker
         self._hold_s = hold_s
-        self._entries: dict[str, ClientEntry] = {}
+        self.entries: dict[str, ClientEntry] = {}
         self._to_judge: collections.deque[tuple[float, ClientEntry]] = collections.deque()
         self._numbers = itertools.count(1)
 
@@ -223,7 +223,7 @@ class ClientLedger:
         """Enter a task that is about to be delegated, with a unique input."""
         number = next(self._numbers)
         entry = ClientEntry(f"{name}-{number}", self.payload(number), ttl, max_retries, time.monotonic())
-        self._entries[entry.task_id] = entry
+        self.entries[entry.task_id] = entry
         self.counts["asked"] += 1
         return entry
 
@@ -240,7 +240,7 @@ class ClientLedger:
     def refused(self, entry: ClientEntry, code: str) -> None:
         """Drop a task that the hub rejected: any later message about it is a problem."""
         self.counts[f"refused {code}"] += 1
-        del self._entries[entry.task_id]
+        del self.entries[entry.task_id]
         if code not in ("no_agent", "unknown_agent", "overloaded"):
             self._add_problem(entry, f"refused with {code}")
         if entry.outcome is not None or entry.attempts:
@@ -255,7 +255,7 @@ class ClientLedger:
             self._to_judge.append((time.monotonic() + self._hold_s, entry))
 
     def delivered(self, message: dict[str, Any], agent_id: str) -> None:
-        entry = self._entries.get(message["task_id"])
+        entry = self.entries.get(message["task_id"])
         if entry is None:
             self.problems.append(f"a task that no requester has open was handed to {agent_id}: {message['task_id']}")
             return
@@ -271,14 +271,14 @@ class ClientLedger:
 
     def answered(self, task_id: str, attempt: int, **answer: Any) -> None:
         """Enter the result that a worker is about to send."""
-        entry = self._entries.get(task_id)
+        entry = self.entries.get(task_id)
         if entry is not None:
             entry.answers[attempt] = answer
             entry.note(f"attempt {attempt} answered")
 
     def accepted(self, task_id: str, attempt: int, state: str) -> None:
         """Enter that the hub has acknowledged a worker's result."""
-        entry = self._entries.get(task_id)
+        entry = self.entries.get(task_id)
         if entry is not None:
             entry.note(f"attempt {attempt} accepted as {state}")
             if state in FINAL:
@@ -286,7 +286,7 @@ class ClientLedger:
 
     def outcome(self, task_id: str, message: dict[str, Any], by_result: bool = True) -> None:
         """Enter an outcome that the requester got, by a `result` or when it asked with `status`."""
-        entry = self._entries.get(task_id)
+        entry = self.entries.get(task_id)
         if entry is None:
             self.problems.append(f"an outcome came long after the first one: {task_id}")
             return
@@ -317,12 +317,12 @@ class ClientLedger:
             problem = self._problem(entry)
             if problem is not None:
                 self._add_problem(entry, problem)
-            self._entries.pop(entry.task_id, None)
+            self.entries.pop(entry.task_id, None)
 
     def close(self) -> None:
         """Judge all; nothing may be left open."""
         self.judge(float("inf"))
-        for entry in list(self._entries.values()):
+        for entry in list(self.entries.values()):
             self.unaccounted(entry, "nothing")
 
     def _problem(self, entry: ClientEntry) -> str | None:

@@ -229,7 +229,7 @@ class Life(HubDriver):
         self.ledger = simulation.ledger
         self.is_dead = False
         self._changes: Changes | None = None
-        self._held: list[tuple[Effect, float]] = []
+        self.held: list[tuple[Effect, float]] = []
         self._is_busy = False
         self._armed_for: float | None = None
         self.apply(restored)
@@ -273,7 +273,7 @@ class Life(HubDriver):
             self._carry_out_all([(effect, at) for effect in effects])
         else:
             self._carry_out_all([(effect, at) for effect in effects if may_overtake(effect[1])])
-            self._held += [(effect, at) for effect in effects if not may_overtake(effect[1])]
+            self.held += [(effect, at) for effect in effects if not may_overtake(effect[1])]
             if not self._is_busy and not self.is_dead:
                 self._is_busy = True
                 self.simulation.after(self.simulation.latency_s() / 4, self._write)
@@ -282,7 +282,7 @@ class Life(HubDriver):
     def _write(self) -> None:
         if self.is_dead:
             return
-        held, self._held = self._held, []
+        held, self.held = self.held, []
         changes, self._changes = self._changes, None
         self._try(changes or Changes(), held)
 
@@ -292,9 +292,9 @@ class Life(HubDriver):
         random, plan = self.simulation.random, self.simulation.plan
         duration_s = random.uniform(0.0, 0.5) if random.random() < plan.slow_disk else random.uniform(0.0, 0.005)
         skew_s = self.simulation.skew_s
-        self.simulation.after(duration_s, self._commit, changes, held, self._offset(), skew_s)
+        self.simulation.after(duration_s, self.commit, changes, held, self._offset(), skew_s)
 
-    def _commit(self, changes: Changes, held: list[tuple[Effect, float]], offset: float, skew_s: float) -> None:
+    def commit(self, changes: Changes, held: list[tuple[Effect, float]], offset: float, skew_s: float) -> None:
         if self.is_dead or self.journal is None:
             return
         simulation = self.simulation
@@ -321,7 +321,7 @@ class Life(HubDriver):
         if self.is_dead:
             return
         self._carry_out_all(held)
-        if self._held or self._changes is not None:
+        if self.held or self._changes is not None:
             self._write()
         else:
             self._is_busy = False

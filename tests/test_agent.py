@@ -3185,7 +3185,7 @@ async def test_program_that_ends_leaves_nothing_open(tmp_path: Path) -> None:
 
 async def test_stopped_agent_has_closed_its_socket(wire: Wire) -> None:
     async with Agent("me", hub=wire):
-        transport = getattr(wire.link, "_transport", None)
+        transport = getattr(wire.link, "transport", None)
     if transport is not None:
         assert transport.get_extra_info("socket").fileno() == -1
 

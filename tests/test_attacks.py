@@ -231,7 +231,7 @@ async def test_connection_that_comes_to_a_hub_after_its_stop_is_closed_with_1001
     hub.opened(far)
     await asyncio.wait_for(near.gone.wait(), WAIT_S)
     assert [code for code, _ in owner.ends] == [1001]
-    assert hub._links == {}
+    assert hub.links == {}
 
 
 async def test_namespace_that_has_stopped_before_another_takes_no_one_in() -> None:
@@ -242,11 +242,11 @@ async def test_namespace_that_has_stopped_before_another_takes_no_one_in() -> No
                 await requester.register("requester")
                 await requester.delegate("task", capability="work")
                 stopping = asyncio.create_task(hub.stop(10 * WAIT_S))
-                await until(lambda: not hub._namespaces["other"]._is_running)
-                assert hub._is_running  # Its task has not ended.
+                await until(lambda: not hub.namespaces["other"].is_running)
+                assert hub.is_running  # Its task has not ended.
                 async with raw_client(hub.url, **bearer("other")) as late:
                     assert await late.closed() == 1001
-                assert hub._namespaces["other"].hub.summary()["agents"] == 0
+                assert hub.namespaces["other"].hub.summary()["agents"] == 0
                 await worker.send(type="result", task_id="task", success=True)
                 assert (await requester.message("result"))["success"]
         await asyncio.wait_for(stopping, WAIT_S)
@@ -263,13 +263,13 @@ async def test_hub_stops_at_once_in_the_midst_of_handshakes_of_tls(
         for _ in range(3):
             await stack.enter_async_context(plain_connection(hub.url))
         one = await stack.enter_async_context(plain_connection(hub.url))
-        await until(lambda: len(hub._sockets) == 4)
-        links = list(hub._sockets)
+        await until(lambda: len(hub.sockets) == 4)
+        links = list(hub.sockets)
         one.writer.transport.abort()
         await until(lambda: hub.rejected == {"tls": 1})  # The other client has disconnected.
         await asyncio.wait_for(hub.stop(), WAIT_S)
         assert all(link.gone.is_set() for link in links)
-        assert hub._sockets == hub._addresses == {}
+        assert hub.sockets == hub.addresses == {}
 
 
 # Simultaneous connections.
@@ -285,8 +285,8 @@ async def test_bounds_hold_for_connections_that_wait_all_at_once(bound: str, mon
         with contextlib.ExitStack() as stack:
             for _ in range(50):  # The hub's loop does not run meanwhile.
                 stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), timeout=WAIT_S))
-            most = await until(lambda: len(hub._sockets) + hub.rejected.get("connections", 0) == 50 and hub)
-            assert len(most._sockets) == sum(most._addresses.values()) == 5
+            most = await until(lambda: len(hub.sockets) + hub.rejected.get("connections", 0) == 50 and hub)
+            assert len(most.sockets) == sum(most.addresses.values()) == 5
             assert hub.rejected == {"connections": 45}
 
 
@@ -368,11 +368,11 @@ async def test_all_messages_arrive_in_order_and_then_the_close_however_they_come
     )
     link._loop = clock  # type: ignore[assignment]  # It has as much of a loop as a link needs.
     link.connection_made(Socket(link))
-    link._transport.resume_reading()
+    link.transport.resume_reading()
     messages, raw = conversation(luck)
     chunk_max = luck.choice([300, 3000, 100_000])
     while raw:
-        while not link._transport.is_reading and luck.random() < 0.95:
+        while not link.transport.is_reading and luck.random() < 0.95:
             clock.pass_time(luck.choice([0.0, 0.001, 1.0]))
         length = luck.randrange(1, chunk_max)
         link.data_received(raw[:length])
@@ -385,7 +385,7 @@ async def test_all_messages_arrive_in_order_and_then_the_close_however_they_come
     clock.pass_time(1000.0)
     assert owner.messages == messages
     assert owner.ends == [1000]
-    assert link._transport.is_ended
+    assert link.transport.is_ended
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
@@ -485,7 +485,7 @@ async def test_page_of_health_counts_wrong_tokens_and_does_not_tell_right_ones_f
         assert hub.rejected == {"unauthorized": 2}
         assert await health(hub.url, TOKEN) == await health(hub.url, WRONG) == {"status": "ok"}
         assert hub.rejected == {"unauthorized": 2}  # The token was not checked.
-        hub._authenticator._backoff = AuthBackoff()
+        hub.authenticator._backoff = AuthBackoff()
         assert "agents" in await health(hub.url, TOKEN)
 
 
@@ -493,7 +493,7 @@ async def test_two_reloads_at_once_open_a_new_namespace_once(tmp_path: Path) -> 
     former, latter = access_of(), access_of(a={"namespace": "new"})
     async with HubServer(port=0, access=former, journal=Journal(tmp_path / "hub.db", sync="normal")) as hub:
         await asyncio.gather(hub.reload(latter), hub.reload(latter))
-        assert list(hub._namespaces) == ["default", "new"]
+        assert list(hub.namespaces) == ["default", "new"]
         async with raw_client(hub.url, **bearer("a")) as client:
             assert (await client.register("a"))["type"] == "register"
 
@@ -502,7 +502,7 @@ async def test_reload_of_a_hub_that_has_stopped_opens_no_namespace(tmp_path: Pat
     async with HubServer(port=0, access=access_of(), journal=Journal(tmp_path / "hub.db", sync="normal")) as hub:
         pass
     await hub.reload(access_of(a={"namespace": "new"}))
-    assert list(hub._namespaces) == ["default"]
+    assert list(hub.namespaces) == ["default"]
     assert not (tmp_path / "hub.db.new").exists()
 
 
@@ -622,14 +622,14 @@ async def test_connection_that_asks_for_much_during_one_write_is_held_until_that
     async with HubServer(port=0, journal=journal) as hub, raw_client(hub.url) as client, raw_client(hub.url) as other:
         await client.register("ann")
         await other.register("bob")
-        link = next(link for link in hub._links if hub.hub._connections[link].agent.name == "ann")
+        link = next(link for link in hub.links if hub.hub.connections[link].agent.name == "ann")
         journal.gate.clear()
         try:
             asked = b"".join(message(type="status", id=str(number)) for number in range(100))
             task = message(type="delegate", task_id="task", capability="work", wait=True)
             client.connection.transport.write(task + asked + message(type="heartbeat", id="alive"))
             await until(lambda: "journal" in link.pause_reasons)
-            assert len(hub._commit._held) < 50
+            assert len(hub.commit.held) < 50
             assert (await other.request(type="heartbeat"))["type"] == "heartbeat_ack"  # Others are not paused.
             assert "journal" in link.pause_reasons
             if is_broken:  # Reading stays paused, and resumes at each attempt to write.
@@ -683,8 +683,8 @@ async def test_namespace_that_is_opened_during_the_stop_is_stopped_too(is_reload
     await hub.start()
     both = [hub.stop(), hub.reload(access_of(a={"namespace": "new"}))]
     await asyncio.gather(*(reversed(both) if is_reload_first else both))
-    running = [name for name, namespace in hub._namespaces.items() if namespace._is_running]
-    for namespace in hub._namespaces.values():
+    running = [name for name, namespace in hub.namespaces.items() if namespace.is_running]
+    for namespace in hub.namespaces.values():
         await namespace.stop()
     assert running == []
 

@@ -189,7 +189,7 @@ class Wire:
 async def hub() -> AsyncIterator[LocalHub]:
     async with LocalHub() as hub:
         yield hub
-        for link in list(hub._links):
+        for link in list(hub.links):
             link.abort()
 
 

@@ -2354,7 +2354,7 @@ def test_lazy_heap_behaves_like_a_sorted_list(steps: list[tuple[str, int, int]])
             heap.discard(expected[2])
             del model[expected[2]]
         assert len(heap) == len(model)
-        assert len(heap._entries) <= 2 * len(model) + 64
+        assert len(heap.entries) <= 2 * len(model) + 64
 
 
 def test_lazy_heap_never_compares_its_items() -> None:
@@ -2369,11 +2369,11 @@ def test_memory_of_a_lazy_heap_is_bounded_by_what_is_in_it() -> None:
     heap: LazyHeap[int] = LazyHeap()
     for number in range(10_000):
         heap.push(number % 10, number)
-        assert len(heap._entries) <= 2 * len(heap) + 64
+        assert len(heap.entries) <= 2 * len(heap) + 64
     for number in range(10):
         heap.discard(number)
     assert len(heap) == 0
-    assert len(heap._entries) <= 64
+    assert len(heap.entries) <= 64
     assert heap.first() is None
 
 
@@ -2432,7 +2432,7 @@ def test_pending_queue_gives_requesters_turns_and_keeps_the_order_of_each(steps:
             allowed = [task for task in model if task.requester is not excluded]
             first = queue.first(excluded)
             assert (first and first[1]) is (allowed[0] if allowed else None)
-    assert set(queue._by_requester) == set(queue._turns) == {task.requester for task in model}
+    assert set(queue.by_requester) == set(queue.turns) == {task.requester for task in model}
 
 
 def test_same_content_tells_kinds_of_numbers_apart_and_not_the_order_of_keys() -> None:

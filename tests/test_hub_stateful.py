@@ -499,15 +499,15 @@ class HubMachine(RuleBasedStateMachine):
             if task.state is TaskState.PENDING:
                 queue = pending.setdefault((task.request.agent_id, task.request.capability), {})
                 queue.setdefault(task.requester, set()).add(task)
-        queues = self.harness.hub._queues
+        queues = self.harness.hub.queues
         assert {
-            target: {requester: set(heap._alive) for requester, heap in queue._by_requester.items()}
+            target: {requester: set(heap.alive) for requester, heap in queue.by_requester.items()}
             for target, queue in queues.items()
         } == pending
         for target, queue in queues.items():
             heads = {requester: min(task.queue_key for task in tasks) for requester, tasks in pending[target].items()}
-            assert {requester: (key[0], key[2]) for requester, key in alive(queue._heads).items()} == heads
-            assert {requester: key[1] for requester, key in alive(queue._heads).items()} == queue._turns
+            assert {requester: (key[0], key[2]) for requester, key in alive(queue.heads).items()} == heads
+            assert {requester: key[1] for requester, key in alive(queue.heads).items()} == queue.turns
 
     @invariant()
     def no_task_waits_while_an_agent_is_free_for_it(self) -> None:
@@ -529,20 +529,20 @@ class HubMachine(RuleBasedStateMachine):
     def deadlines_are_those_of_tasks_connections_and_disconnected_agents(self) -> None:
         hub = self.harness.hub
         disconnected = {agent for agent in self.agents().values() if agent.state in (DISCONNECTED, INTERRUPTED)}
-        deadlines = alive(hub._deadlines)
-        assert set(deadlines) == {*hub.tasks.open.values(), *hub._connections.values(), *disconnected}
+        deadlines = alive(hub.deadlines)
+        assert set(deadlines) == {*hub.tasks.open.values(), *hub.connections.values(), *disconnected}
         assert all(deadlines[task] == task.deadline for task in hub.tasks.open.values())
         assert hub.next_deadline() <= min([task.deadline for task in hub.tasks.open.values()], default=FOREVER_S)
 
     @invariant()
     def connections_are_those_of_the_harness(self) -> None:
         hub = self.harness.hub
-        assert set(hub._connections) == set(self.harness.clients)
+        assert set(hub.connections) == set(self.harness.clients)
         for client in self.clients():
-            agent = hub._connections[client.connection].agent
+            agent = hub.connections[client.connection].agent
             assert (agent is None) == (client.registration is None)
             assert agent is None or (
-                agent.connection is hub._connections[client.connection] and agent.agent_id == client.agent_id
+                agent.connection is hub.connections[client.connection] and agent.agent_id == client.agent_id
             )
         for agent_id, agent in self.agents().items():
             assert agent.agent_id == agent_id
@@ -578,7 +578,7 @@ class HubMachine(RuleBasedStateMachine):
 
 
 def alive(heap: LazyHeap[Any]) -> dict[Any, Any]:
-    return {item: key for key, serial, item in heap._entries if heap._alive.get(item) == serial}
+    return {item: key for key, serial, item in heap.entries if heap.alive.get(item) == serial}
 
 
 def may_take(agent: AgentRecord, task: TaskRecord) -> bool:

@@ -109,8 +109,8 @@ class JournaledHarness(HubHarness):
         return self.join(fields.pop("name", "back"), *capabilities, **fields)
 
     def rows(self, table: str) -> int:
-        assert self.journal._database is not None
-        return int(self.journal._database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+        assert self.journal.database is not None
+        return int(self.journal.database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
 Start = Callable[..., JournaledHarness]
@@ -260,8 +260,8 @@ def kept_of(hub: Hub) -> dict[str, Any]:
 
     deadlines = [
         (key, getattr(item, "task_id", None) or item.agent_id)
-        for key, serial, item in hub._deadlines._entries
-        if hub._deadlines._alive.get(item) == serial and not isinstance(item, agenthub.Connection)
+        for key, serial, item in hub.deadlines.entries
+        if hub.deadlines.alive.get(item) == serial and not isinstance(item, agenthub.Connection)
     ]
     tasks = (*hub.tasks.open.values(), *hub.tasks.delivered.values(), *hub.tasks.undelivered.values())
     queued = sorted(
@@ -276,7 +276,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         "ended": list(hub.tasks.delivered),
         "undelivered": list(hub.tasks.undelivered),
         "queued": [(task.task_id, task.queue_key) for task in queued],
-        "queues": sorted(map(str, hub._queues)),
+        "queues": sorted(map(str, hub.queues)),
         "deadlines": sorted(deadlines),
         "sequence": hub.tasks.sequence,
         "bytes": (hub.tasks.bytes - sum(task.detail_bytes for task in tasks), hub.tasks.ended_bytes),
@@ -413,8 +413,8 @@ def test_many_lives_of_a_hub_lose_nothing(start: Start) -> None:
 
 
 def rows_of(world: JournaledHarness, query: str) -> list[Any]:
-    assert world.journal._database is not None
-    return world.journal._database.execute(query).fetchall()
+    assert world.journal.database is not None
+    return world.journal.database.execute(query).fetchall()
 
 
 def test_no_secret_is_in_the_file(couple: Couple) -> None:
@@ -965,9 +965,9 @@ def test_sync_is_as_it_was_asked_for(tmp_path: Path, sync: str, level: int) -> N
     journal = Journal(tmp_path / "hub.db", sync=sync)
     for _ in range(2):  # It is no property of the file.
         journal.open()
-        assert journal._database is not None
-        assert journal._database.execute("PRAGMA synchronous").fetchone() == (level,)
-        assert journal._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert journal.database is not None
+        assert journal.database.execute("PRAGMA synchronous").fetchone() == (level,)
+        assert journal.database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         journal.close()
     assert Journal(tmp_path / "hub.db").sync == "full"
 
@@ -1027,7 +1027,7 @@ def test_use_before_open_and_after_close_is_a_journal_error(tmp_path: Path) -> N
 def test_opening_twice_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "hub.db")
     journal.open()
-    connection = journal._database
+    connection = journal.database
     try:
         with pytest.raises(JournalError):
             journal.open()
@@ -1234,9 +1234,9 @@ def test_journal_of_another_version_that_was_not_closed_is_left_as_it_is(tmp_pat
     path = tmp_path / "hub.db"
     journal = Journal(tmp_path / "original")
     journal.open()
-    assert journal._database is not None
-    journal._database.execute("PRAGMA user_version = 2")
-    journal._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert journal.database is not None
+    journal.database.execute("PRAGMA user_version = 2")
+    journal.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     journal.write(changes_of(agents=[agent_row()]), 0.0)
     for suffix in ("", "-wal"):
         shutil.copy(f"{journal.path}{suffix}", f"{path}{suffix}")
@@ -1665,7 +1665,7 @@ async def test_failure_in_the_middle_of_the_effects_does_not_stop_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with slow_hub(tmp_path / "hub.db") as (hub, _, worker, requester):
-        commit = hub._commit
+        commit = hub.commit
         assert commit is not None
         carry_out = commit._carry_out
         failed: list[dict[str, Any]] = []
@@ -1838,8 +1838,8 @@ async def test_reserve_is_made_given_up_and_removed_at_the_end(tmp_path: Path, m
         journal.failure = None
         await requester.reply_to("t")
         monkeypatch.setattr(agenthub, "DISK_CHECK_S", 0.01)
-        assert hub._commit is not None
-        hub._commit._check_disk()
+        assert hub.commit is not None
+        hub.commit._check_disk()
         await eventually(lambda: not hub.hub.is_full)
         assert reserve.exists()
     assert sorted(files_of(tmp_path)) == ["hub.db"]
@@ -1865,14 +1865,14 @@ def test_reserve_that_does_not_fit_takes_up_nothing(tmp_path: Path, monkeypatch:
 async def test_file_that_may_not_grow_refuses_new_tasks_until_it_may(tmp_path: Path) -> None:
     path = tmp_path / "hub.db"
     async with slow_hub(path, open_tasks_max=100_000) as (hub, journal, worker, requester):
-        assert journal._database is not None
-        (pages,) = journal._database.execute("PRAGMA page_count").fetchone()
-        journal._database.execute(f"PRAGMA max_page_count = {pages + 20}").fetchone()
+        assert journal.database is not None
+        (pages,) = journal.database.execute("PRAGMA page_count").fetchone()
+        journal.database.execute(f"PRAGMA max_page_count = {pages + 20}").fetchone()
         accepted: list[str] = []
         for number in range(1000):
             requester.tell(Delegate(id=f"t{number}", task_id=f"t{number}", capability="work", input="x" * 2000))
             await requester.is_alive()
-            await eventually(lambda: hub.hub.is_full or hub._commit._idle.is_set())  # type: ignore[union-attr]  # it has a journal
+            await eventually(lambda: hub.hub.is_full or hub.commit.idle.is_set())  # type: ignore[union-attr]  # it has a journal
             if hub.hub.is_full:
                 break
             accepted.append(f"t{number}")
@@ -1880,7 +1880,7 @@ async def test_file_that_may_not_grow_refuses_new_tasks_until_it_may(tmp_path: P
         assert (await requester.ask(Delegate(task_id="refused", capability="work"))).code == "overloaded"
         held = f"t{number}"
         assert not [one for one in requester.inbox if getattr(one, "reply_to", None) == held]
-        journal._database.execute("PRAGMA max_page_count = 1000000").fetchone()
+        journal.database.execute("PRAGMA max_page_count = 1000000").fetchone()
         assert (await requester.reply_to(held)).state in ("pending", "in_progress")
         await eventually(lambda: not hub.hub.is_full)
         replies = [one.reply_to for one in requester.inbox if isinstance(one, agenthub.StatusReply)]
@@ -1989,7 +1989,7 @@ async def test_hub_whose_disk_hangs_ends_in_time(tmp_path: Path) -> None:
     finally:
         journal.gate.set()
         await stopping
-        await eventually(lambda: journal._database is None)
+        await eventually(lambda: journal.database is None)
 
 
 # The hub as a process

@@ -1090,7 +1090,7 @@ async def test_task_is_waited_for_again_after_the_hub_had_thrown_the_bridge_out(
 
     async with bridge_within(gated=gated) as (hub, client):
         task_id = await id_of(client, "gated")
-        (link,) = (one.link for one in hub.hub._connections.values() if one.agent and one.agent.name == "bridge")
+        (link,) = (one.link for one in hub.hub.connections.values() if one.agent and one.agent.name == "bridge")
         link.close(agenthub.CloseCode.NOT_ALLOWED, "go away")
         await link.gone.wait()
         await eventually(lambda: result_of(client, "hub_status"), lambda result: not result.is_error)

@@ -297,9 +297,9 @@ def test_token_in_the_environment_opens_the_hub(
     monkeypatch.setenv("AGENTHUB_TOKEN", TOKEN)
     assert agenthub_main("hub") == 0
     (server,) = servers
-    assert server._access is not None
-    assert server._access.grant(TOKEN) is not None
-    assert server._access.grant(WRONG) is None
+    assert server.access is not None
+    assert server.access.grant(TOKEN) is not None
+    assert server.access.grant(WRONG) is None
     assert TOKEN not in "".join(capsys.readouterr())
 
 
@@ -311,9 +311,9 @@ def test_token_file_that_only_its_owner_can_read_opens_the_hub(
     monkeypatch.setenv("AGENTHUB_TOKEN", WRONG)
     assert agenthub_main("hub", "--token-file", private_file(tmp_path / "token", f"{TOKEN}\n", mode)) == 0
     (server,) = servers
-    assert server._access is not None
-    assert server._access.grant(TOKEN) is not None
-    assert server._access.grant(WRONG) is None
+    assert server.access is not None
+    assert server.access.grant(TOKEN) is not None
+    assert server.access.grant(WRONG) is None
 
 
 @posix_only
@@ -471,7 +471,7 @@ async def test_who_says_no_token_in_time_is_closed_with_1008(
             assert await talking.closed() == 1008
         assert hub.rejected["unauthorized"] >= 2
         assert is_logged(caplog, "rejected reason=unauthorized")
-        assert hub._authenticator._unauthenticated == {}
+        assert hub.authenticator.unauthenticated == {}
 
 
 async def test_wrong_token_of_the_handshake_is_a_try() -> None:
@@ -672,13 +672,13 @@ async def test_answer_to_an_address_that_failed_too_often_is_held_back_and_other
             assert (await client.request(type="status", token=WRONG))["code"] == "unauthorized"
             for one in (client, later):
                 await one.send(type="status", id="held", token=WRONG)
-            await until(lambda: sum(bool(link.pause_reasons) for link in hub._authenticator._unauthenticated) == 2)
-            assert not any(link._transport.is_reading() for link in hub._authenticator._unauthenticated)
+            await until(lambda: sum(bool(link.pause_reasons) for link in hub.authenticator.unauthenticated) == 2)
+            assert not any(link.transport.is_reading() for link in hub.authenticator.unauthenticated)
             async with raw_client(hub.url, local_addr=("127.0.0.2", 0)) as other:
                 assert (await other.request(type="status", token=TOKEN))["hub"]["agents"] == 2
             # The delayed replies never came: the hub closes these connections like silent ones.
-            for link in list(hub._authenticator._unauthenticated):
-                hub._authenticator._close(link, "authentication timed out")
+            for link in list(hub.authenticator.unauthenticated):
+                hub.authenticator._close(link, "authentication timed out")
             for one in (client, later):
                 assert await one.closed() == 1008
                 assert one.seen == []
@@ -864,9 +864,9 @@ def test_access_file_may_have_a_thousand_tokens(tmp_path: Path, servers: list[Hu
     text = access_text(**{f"t{number}": {"namespace": f"n{number % 3}"} for number in range(1000)})
     assert agenthub_main("hub", "--access", private_file(tmp_path / "access.toml", text)) == 0
     (server,) = servers
-    assert server._access is not None
-    assert server._access.namespaces == ["n0", "n1", "n2"]
-    grant = server._access.grant("t999")
+    assert server.access is not None
+    assert server.access.namespaces == ["n0", "n1", "n2"]
+    grant = server.access.grant("t999")
     assert grant is not None
     assert (grant.name, grant.namespace) == ("t999", "n0")
 
@@ -1338,7 +1338,7 @@ async def test_handshake_of_tls_that_does_not_end_is_cut_and_counted(
             assert await silent.rest() == await one.rest() == b""
         await until(lambda: hub.rejected == {"tls": 2})
         assert is_logged(caplog, "rejected reason=tls")
-        assert len(hub._sockets) == 2
+        assert len(hub.sockets) == 2
 
 
 async def test_who_hangs_up_during_the_handshake_of_tls_is_forgotten(
@@ -1349,8 +1349,8 @@ async def test_who_hangs_up_during_the_handshake_of_tls_is_forgotten(
             async with plain_connection(url) as one:
                 await one.send(b"\x16\x03")
         await until(lambda: hub.rejected == {"tls": 3})
-        assert len(hub._sockets) == 2
-        assert hub._addresses == {"127.0.0.1": 2}
+        assert len(hub.sockets) == 2
+        assert hub.addresses == {"127.0.0.1": 2}
 
 
 def test_certificate_that_cannot_be_used_is_one_clear_line(
@@ -1616,7 +1616,7 @@ async def test_connection_that_becomes_no_websocket_in_time_is_cut(monkeypatch: 
             dripping = asyncio.create_task(drip(slow.writer))
             assert await silent.rest() == await slow.rest() == b""
             await dripping
-        await until(lambda: len(hub._sockets) == 2)
+        await until(lambda: len(hub.sockets) == 2)
 
 
 async def drip(writer: asyncio.StreamWriter) -> None:
@@ -1637,7 +1637,7 @@ async def test_handshake_that_is_too_slow_is_counted_and_logged(
         monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.1)
         async with plain_connection(hub.url) as silent:
             assert await silent.rest() == b""
-        await until(lambda: len(hub._sockets) == 2)
+        await until(lambda: len(hub.sockets) == 2)
         assert sum(hub.rejected.values()) == 1
         assert is_logged(caplog, "rejected reason=")
 
@@ -1654,7 +1654,7 @@ async def test_request_that_is_no_handshake_is_answered_and_closed() -> None:
                 await one.send(raw)
                 answer = await one.rest()
                 assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), answer
-        await until(lambda: len(hub._sockets) == 2)
+        await until(lambda: len(hub.sockets) == 2)
 
 
 def test_who_neither_registers_nor_asks_in_time_is_closed_with_4001() -> None:
@@ -1695,7 +1695,7 @@ async def test_connections_over_a_bound_are_answered_with_503_and_beyond_that_cu
 
             silent = await open_plain()  # The third connection, which stays silent.
             waiting = [await open_plain() for _ in range(2)]
-            await until(lambda hub=hub: len(hub._sockets) == 5)
+            await until(lambda hub=hub: len(hub.sockets) == 5)
             for _ in range(3):
                 assert await (await open_plain()).rest() == b""
             assert hub.rejected == {"connections": 3}
@@ -1705,7 +1705,7 @@ async def test_connections_over_a_bound_are_answered_with_503_and_beyond_that_cu
                 assert answer.startswith(b"HTTP/1.1 503 ")
                 assert text in answer
             assert hub.rejected == {"connections": 5}
-            await until(lambda hub=hub: len(hub._sockets) == 3)
+            await until(lambda hub=hub: len(hub.sockets) == 3)
             assert (await health(hub.url, TOKEN))["turned_away"] == {"connections": 5}
             assert not silent.reader.at_eof()
         assert is_logged(caplog, "rejected reason=connections address=127.0.0.1")
@@ -1719,8 +1719,8 @@ async def test_connections_that_come_in_one_turn_of_the_loop_are_bounded_like_ot
         async with hub_in_use(**options) as hub:
             flood = [socket.create_connection(("127.0.0.1", hub.port), WAIT_S) for _ in range(50)]
             try:
-                await until(lambda hub=hub: len(hub._sockets) + hub.rejected.get("connections", 0) >= 52)
-                assert len(hub._sockets) == 5
+                await until(lambda hub=hub: len(hub.sockets) + hub.rejected.get("connections", 0) >= 52)
+                assert len(hub.sockets) == 5
             finally:
                 for one in flood:
                     one.close()
@@ -1732,7 +1732,7 @@ async def test_connections_of_one_address_are_no_bound_for_another() -> None:
         assert await status_code(hub.url, "Host: localhost", *UPGRADE) == 503
         async with raw_client(hub.url, local_addr=("127.0.0.2", 0), **bearer(TOKEN)) as other:
             assert (await other.register("ann"))["type"] == "register"
-        await until(lambda: hub._addresses == {"127.0.0.1": 2})
+        await until(lambda: hub.addresses == {"127.0.0.1": 2})
 
 
 @posix_only
@@ -2417,7 +2417,7 @@ async def test_hub_that_lets_agents_in_and_drops_them_is_not_stormed(monkeypatch
             for number in range(6):
                 (link,) = await until(
                     lambda: [
-                        one for one in hub._links if "ann" in str(getattr(hub.hub._connections[one].agent, "name", ""))
+                        one for one in hub.links if "ann" in str(getattr(hub.hub.connections[one].agent, "name", ""))
                     ]
                 )
                 link.abort()

@@ -708,7 +708,7 @@ async def test_deaf_connection_is_closed_with_4002_at_the_backlog(
             while "4002" not in closed:
                 await scene.requester.request(type="broadcast", capability="deaf", message=MARK * 5000)
         await scene.nobody_noticed(closed={"4002": 1})
-        await until(lambda: len(scene.server._sockets) == 2)  # The hub aborts the connection without waiting.
+        await until(lambda: len(scene.server.sockets) == 2)  # The hub aborts the connection without waiting.
 
 
 async def test_connection_that_drains_nothing_is_closed_with_4002(
@@ -720,7 +720,7 @@ async def test_connection_that_drains_nothing_is_closed_with_4002(
             await scene.requester.request(type="broadcast", capability="deaf", message="x" * 100_000)
         await until(lambda: scene.server.hub.summary()["closed"])
         await scene.nobody_noticed(closed={"4002": 1})
-        await until(lambda: len(scene.server._sockets) == 2)
+        await until(lambda: len(scene.server.sockets) == 2)
 
 
 async def open_pair() -> Pair:
@@ -826,17 +826,15 @@ async def large_answers(scene: Scene) -> AsyncIterator[tuple[RawClient, Any]]:
         for number in range(14):
             agent = await stack.enter_async_context(raw_client(scene.server.url))
             await agent.register(f"big-{number}", big)
-        before = set(scene.server._links)
+        before = set(scene.server.links)
         deaf = await stack.enter_async_context(deaf_agent(scene.server.url, "deaf"))
-        (link,) = set(scene.server._links) - before
+        (link,) = set(scene.server.links) - before
         tracemalloc.start()
         try:
             yield deaf, link
             _, peak = tracemalloc.get_traced_memory()
             assert peak < 4 * agenthub.BACKLOG_BYTES_MAX
-            assert (
-                link._transport.get_write_buffer_size() <= agenthub.BACKLOG_BYTES_MAX + 2 * agenthub.MESSAGE_BYTES_MAX
-            )
+            assert link.transport.get_write_buffer_size() <= agenthub.BACKLOG_BYTES_MAX + 2 * agenthub.MESSAGE_BYTES_MAX
         finally:
             tracemalloc.stop()
 
@@ -847,7 +845,7 @@ async def test_requests_of_who_does_not_read_the_answers_are_left_alone(scene: S
         deaf.connection.transport.write(requests)
         await until(lambda: "slow consumer" in link.pause_reasons)
         await scene.bystanders_go_on()
-        assert link._transport.get_write_buffer_size() < agenthub.BACKLOG_BYTES_MAX
+        assert link.transport.get_write_buffer_size() < agenthub.BACKLOG_BYTES_MAX
         assert link.unread_bytes  # The remaining input waits, because the client may still start to read.
         await scene.nobody_noticed()
 
@@ -876,9 +874,9 @@ async def test_answers_that_waited_for_the_journal_do_not_go_beyond_the_backlog(
         deaf.connection.transport.write(message(type="delegate", task_id="t", capability="nobody", wait=True))
         await until(lambda: journal.is_waiting)
         deaf.connection.transport.write(b"".join(message(type="discover", id=str(number)) for number in range(100)))
-        commit = scene.server._commit
+        commit = scene.server.commit
         assert commit is not None
-        await until(lambda: len(commit._held) == 100 or link.pause_reasons)
+        await until(lambda: len(commit.held) == 100 or link.pause_reasons)
         journal.gate.set()
         await until(lambda: scene.server.hub.summary()["closed"] or link.pause_reasons)
         await scene.bystanders_go_on()
@@ -961,14 +959,14 @@ async def test_flood_is_read_at_the_rate_and_none_of_it_is_lost() -> None:
     burst = int(100 * agenthub.BURST_S)
     assert rationed.count == burst + 1
     assert rationed.link.pause_reasons == {"rate limit"}
-    assert rationed.link._transport.is_reading is False
+    assert rationed.link.transport.is_reading is False
     for second in range(1, 18):
         rationed.clock.pass_time(1.0)
         assert burst + 100 * second <= rationed.count <= burst + 100 * second + 2
     rationed.clock.pass_time(2.0)
     assert [message.id for message in rationed.owner.messages] == [str(number) for number in range(2000)]
     assert rationed.link.pause_reasons == set()
-    assert rationed.link._transport.is_reading is True
+    assert rationed.link.transport.is_reading is True
     assert rationed.owner.ends == []
 
 
@@ -1043,7 +1041,7 @@ async def test_bystanders_are_served_while_thousands_of_a_flooders_requests_wait
         replies = [await flooder.message() for _ in range(40)]
         await scene.nobody_noticed()
         assert [reply["reply_to"] for reply in replies] == [str(number) for number in range(40)]
-        (link,) = [one for one in scene.server._links if "rate limit" in one.pause_reasons]
+        (link,) = [one for one in scene.server.links if "rate limit" in one.pause_reasons]
         assert link.unread_bytes
         assert (await flooder.message())["reply_to"] == "40"  # The hub resumes reading where it stopped.
 

@@ -200,9 +200,9 @@ async def test_small_messages_do_not_wait_for_the_receipt_of_others() -> None:
     """With Nagle's algorithm (RFC 896) a round trip took 44 ms with 16 tasks in progress."""
     async with HubServer(port=0) as hub, raw_client(hub.url) as client:
         await client.request(type="status")
-        (link,) = hub._sockets
-        assert link._transport is not None
-        connection = link._transport.get_extra_info("socket")
+        (link,) = hub.sockets
+        assert link.transport is not None
+        connection = link.transport.get_extra_info("socket")
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 

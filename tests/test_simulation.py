@@ -192,8 +192,8 @@ class ForgetsTheQueueInARestart(Hub):
             self._unqueue(task)
 
     def _unqueue(self, task: TaskRecord) -> None:
-        queue = self._queues.get(task.target)
-        if queue is not None and task.requester in queue._by_requester:
+        queue = self.queues.get(task.target)
+        if queue is not None and task.requester in queue.by_requester:
             super()._unqueue(task)
 
 
@@ -276,7 +276,7 @@ class TrustsTheLastWrite(DiskJournal):
 class LivesPastItsDeadline(Hub):
     def _restore_open(self, task: TaskRecord) -> None:
         super()._restore_open(task)
-        self._deadlines.push(task, task.deadline + 1.0)
+        self.deadlines.push(task, task.deadline + 1.0)
 
 
 class KeepsEndedTasks(DiskJournal):
@@ -314,8 +314,8 @@ class NewestFirst(PendingQueue):
 
     def push(self, task: TaskRecord, turn: int) -> None:
         super().push(task, turn)
-        self._by_requester[task.requester].push(task, self.key_of(task))
-        self._update_head(task.requester, self._by_requester[task.requester])
+        self.by_requester[task.requester].push(task, self.key_of(task))
+        self._update_head(task.requester, self.by_requester[task.requester])
 
 
 class WithoutPriorities(NewestFirst):
@@ -328,7 +328,7 @@ class AssignsTheNewestFirst(Hub):
     queue_class = NewestFirst
 
     def _enqueue(self, task: TaskRecord) -> None:
-        self._queues.setdefault(task.target, self.queue_class())
+        self.queues.setdefault(task.target, self.queue_class())
         super()._enqueue(task)
 
 
