@@ -3804,6 +3804,7 @@ class Hub:
             if child.state not in FINAL_STATES:
                 self._end(child, TaskEvent.CANCELLED, error)
             yield
+        self._assign_deferred()  # Agents that became free while a subtask that nobody gets was first in line for them.
 
     def _end(self, task: TaskRecord, event: TaskEvent, error: ErrorInfo) -> None:
         """End a task by other means than a result."""

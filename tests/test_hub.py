@@ -2451,3 +2451,15 @@ def test_closing_says_why() -> None:
     world.pass_time(3)
     ((_, closed),) = world.history
     assert closed == Close(4001, "silent for three heartbeat intervals")
+
+
+def test_agent_that_a_cancelled_subtask_leaves_takes_the_next_task_at_once() -> None:
+    world = HubHarness()
+    first, second = world.join("first", "a", max_tasks=1), world.join("second", "a", max_tasks=1)
+    second.delegate("parent", "a")
+    for task_id in ("child", "other-child"):
+        first.delegate(task_id, "a", parent_id="parent", wait=True)
+    first.delegate("next", "a", wait=True)
+    second.received()
+    second.fail("parent", "never mind")
+    assert [message.task_id for message in second.received() if message.type == "delegate"] == ["next"]
