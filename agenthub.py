@@ -5939,6 +5939,8 @@ class PackageProtocol(WebSocketProtocol):
     def _read_head(self) -> Event | None:
         while data := self._take_body() if self._has_head else self._take_line():
             self._has_head = self._has_head or data == b"\r\n"
+            if data.startswith(b"GET /healthz"):  # `websockets` 15 takes HTTP/1.1 only, and load balancers send 1.0.
+                data = data.replace(b" HTTP/1.0\r\n", b" HTTP/1.1\r\n")
             self._inner.receive_data(data)
             events = self._inner.events_received()
             self._collect()
