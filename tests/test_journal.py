@@ -2091,6 +2091,14 @@ async def test_hub_without_a_journal_says_so_and_writes_no_file(tmp_path: Path) 
     assert files_of(tmp_path) == {}
 
 
+def codes_after_restart(world: JournaledHarness, client: Any) -> tuple[JournaledHarness, dict[str, str]]:
+    """Return the restarted hub, and the codes of the failed tasks that a client is told when it is back, by task_id."""
+    after = world.restart()
+    back = after.back(client)
+    after.pass_time(1)
+    return after, {one.task_id: one.error.code for one in back.received() if isinstance(one, TaskOutcome)}
+
+
 @pytest.mark.parametrize("max_tasks", [5, 5000])
 def test_release_of_many_tasks_goes_on_after_a_restart(tmp_path: Path, max_tasks: int) -> None:
     world = JournaledHarness(tmp_path / "hub.db", open_tasks_max=5000)
@@ -2101,11 +2109,8 @@ def test_release_of_many_tasks_goes_on_after_a_restart(tmp_path: Path, max_tasks
     worker.ask(Deregister())
     assert world.hub.summary()["ended"]["failed"] < count
     requester.received()
-    after = world.restart()
-    back = after.back(requester)
-    after.pass_time(1)
-    outcomes = {one.task_id: one.error.code for one in back.received() if isinstance(one, TaskOutcome)}
-    assert outcomes == {f"t{number}": "agent_lost" for number in range(count)}
+    after, codes = codes_after_restart(world, requester)
+    assert codes == {f"t{number}": "agent_lost" for number in range(count)}
     assert worker.agent_id not in after.hub.directory.agents
     after.journal.close()
 
@@ -2119,9 +2124,6 @@ def test_cancelling_many_subtasks_goes_on_after_a_restart(tmp_path: Path) -> Non
         parent.delegate(f"t{number}", "step", parent_id="t", wait=True, ttl=200.0)
     parent.succeed("t")
     parent.received()
-    after = world.restart()
-    back = after.back(parent)
-    after.pass_time(1)
-    outcomes = {one.task_id: one.error.code for one in back.received() if isinstance(one, TaskOutcome)}
-    assert outcomes == {f"t{number}": "cancelled" for number in range(count)}
+    after, codes = codes_after_restart(world, parent)
+    assert codes == {f"t{number}": "cancelled" for number in range(count)}
     after.journal.close()
