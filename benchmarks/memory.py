@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ def run(options: Options) -> list[Row]:
             return drive(fill(started.url, payload, tasks, lambda: memory_bytes(started.pid)))
 
     contestants: dict[str, Callable[[], Row]] = {
-        shape: lambda payload=payload: measure(payload)  # type: ignore[misc]
-        for shape, payload in shapes().items()
+        shape: functools.partial(measure, payload) for shape, payload in shapes().items()
     }
     progress(f"memory: {', '.join(contestants)}")
     measured = alternate(options.rounds, contestants)
