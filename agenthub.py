@@ -53,6 +53,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import signal
@@ -314,17 +315,20 @@ class IllegalTransition(AgentHubError):
 # The annotations of their fields are the only place where limits are written. Everything else is
 # derived from them: Pydantic's validators, the built-in ones, and the JSON Schema.
 #
-# Reading a message takes three steps, in `decoder`:
+# A payload (a field annotated Json) is any JSON. In a message that came in it is bytes: its JSON
+# text as it came, checked but not changed; the SDK parses it with `value_of` when it is first read.
+# In a message that is made here it may also be a value.
 #
-#   1. Pydantic, or BuiltinCodec where it is not installed, makes a message of the bytes or rejects
-#      them.
-#   2. What a parser lets through shows in the bytes: NaN, numbers that other languages cannot
-#      read, and deep nesting. So payloads are not walked after parsing, unless the bytes look
-#      suspicious.
-#   3. The built-in validator words the reason of every rejection. Pydantic's errors are not read,
-#      so the texts are the same with and without it.
+# Reading a message, in `decoder`:
 #
-# Writing leaves out the fields that are None, except in the classes of KEEP_NULLS.
+#   1. A codec makes a message of the bytes: MsgspecCodec or PydanticCodec where it is installed.
+#   2. What that rejects, or is not sure of, the built-in codec decides. It also words the reason of
+#      every rejection, so that the texts do not depend on what is installed.
+#   3. What a parser lets through shows in the bytes: NaN, numbers that other languages cannot
+#      read, and deep nesting. So payloads are not walked, unless their bytes look suspicious.
+#
+# Writing is one function a class, compiled from its fields (Encoders). It leaves out the fields
+# that are None, except in the classes of KEEP_NULLS.
 # ============================================================================================
 
 
@@ -1055,14 +1059,8 @@ def dict_validator(validate_item: Validator) -> Validator:
 
 def union_validator(branches: list[Validator], *, is_nullable: bool) -> Validator:
     """Return the validator of a value that fits one of several annotations: the first that accepts it."""
-    first = branches[0]
 
     def validate(value: Any) -> Any:
-        if value is not None:
-            try:
-                return first(value)
-            except ValidationError:
-                pass  # Perhaps another branch accepts it; and if none does, the error is of all of them.
         if value is None and is_nullable:
             return None
         errors = []
@@ -1264,7 +1262,8 @@ class MsgspecCodec:
         """Return a function that decodes all but the payload, without checking the patterns in `skipped`."""
         found = [self._struct_and_maker(message, skipped) for message in typing.get_args(union)]
         makers.update(found)
-        decoder = self._msgspec.json.Decoder(typing.Union[tuple(struct for struct, _ in found)])  # noqa: UP007
+        union_of_structs = functools.reduce(operator.or_, (struct for struct, _ in found))
+        decoder = self._msgspec.json.Decoder(union_of_structs)
         return typing.cast(Callable[[bytes], Any], decoder.decode)
 
     def _struct_and_maker(self, message: Any, skipped: Collection[str]) -> tuple[Any, Callable[[Any], Any]]:
@@ -1378,7 +1377,7 @@ def payload_parser(union: Any, depth_max: int, read: Callable[[str], Any]) -> Ca
     def parse(raw: bytes) -> Any:
         if len(raw) < LARGE_BYTES or not gc.isenabled():
             return parse_now(raw)
-        gc.disable()  # It would look at the parts of the message again and again while they are made.
+        gc.disable()  # Each run of the collector would visit all parts made so far.
         try:
             return parse_now(raw)
         finally:
@@ -1635,10 +1634,18 @@ def check_payload(name: str, payload: bytes) -> None:
 def looks_suspicious(payload: bytes) -> bool:
     """Return whether a payload may be nested too deep or hold a number that is too large, so that a look is needed."""
     if len(payload) > 1024 and payload.count(b",") < len(payload) // 256:  # Few long texts.
-        if b"\\" in payload:
-            payload = payload.replace(b"\\\\", b"").replace(b'\\"', b"")
-        payload = b"".join(payload.split(b'"')[::2])  # What is not in a string.
+        payload = outside_strings(without_escapes(payload))
     return nests_deeper_than(payload, DEPTH_MAX) or may_hold_large_number(payload)
+
+
+def without_escapes(raw: bytes) -> bytes:
+    """Return some JSON without its escaped quotes and backslashes: each quote in it begins or ends a string."""
+    return raw.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in raw else raw
+
+
+def outside_strings(raw: bytes) -> bytes:
+    """Return what is not in a string, of some JSON without escaped quotes: every second part."""
+    return b"".join(raw.split(b'"')[::2])
 
 
 def may_hold_large_number(raw: bytes) -> bool:
@@ -1659,7 +1666,9 @@ def nests_deeper_than(raw: bytes, depth: int) -> bool:
     marks = raw.translate(None, NOT_MARKS)
     if len(marks) <= depth:
         return False
-    if b"\\" not in raw:
+    if b"\\" in raw:
+        marks = without_escapes(raw).translate(None, NOT_MARKS)
+    else:
         # Most strings are empty now. If all are, what is left is brackets, and each round removes at most two levels.
         brackets = marks.replace(b'""', b"")
         if b'"' not in brackets:
@@ -1667,10 +1676,8 @@ def nests_deeper_than(raw: bytes, depth: int) -> bool:
                 brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
                 if len(brackets) <= depth - levels:
                     return False
-    else:
-        marks = raw.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NOT_MARKS)
-    # Removing "" leaves all other quotes in their roles, and every second part is a string.
-    brackets = b"".join(marks.replace(b'""', b"").split(b'"')[::2])
+    # Removing "" leaves all other quotes in their roles.
+    brackets = outside_strings(marks.replace(b'""', b""))
     level = 0
     for run in BRACKETS.finditer(brackets):
         if run[1] is None:
@@ -3939,7 +3946,7 @@ def quoted(name: str) -> str:
 
 
 def deadlock_text(message: Delegate, cycle: list[str]) -> str:
-    """Return why a task could never begin: it would close a cycle of agents, each of which waits for the next."""
+    """Return the text for a task that could never begin, because each agent of a cycle would wait for the next."""
     if len(cycle) > 4:
         cycle = [*cycle[:2], "…", *cycle[-2:]]
     target = quoted(message.capability) if message.capability is not None else "this agent"
@@ -8034,7 +8041,7 @@ class Task:
 
     @functools.cached_property
     def input(self) -> Any:
-        """What the task is to be done with: any JSON."""
+        """The input of the task: any JSON."""
         return value_of(self._payload)
 
     @property

@@ -1859,7 +1859,7 @@ class Task:
     def __init__(self, agent: Agent, connection: HubConnection, execution: Execution, message: Delegated) -> None: ...
     @functools.cached_property
     def input(self) -> Any:
-        """What the task is to be done with: any JSON."""
+        """The input of the task: any JSON."""
     @property
     def remaining_s(self) -> float:
         """Seconds until the deadline; 0 when it has passed."""
