@@ -5,12 +5,14 @@ import enum
 import functools
 import logging
 import os
+import socket
 import sqlite3
 import ssl
+import types
 import typing
 from _typeshed import Incomplete
 from asyncio import Protocol as AsyncioProtocol
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -30,6 +32,9 @@ Priority = int
 Retries = int
 Attempt = int
 TaskLimit = int
+SlotCount = int
+AskNumber = int
+Trace = dict[str, str]
 
 __all__ = [
     "Code",
@@ -41,6 +46,7 @@ __all__ = [
     "TaskTimeout",
     "PackageMissing",
     "JournalError",
+    "Fenced",
     "IllegalTransition",
     "CloseCode",
     "Capability",
@@ -58,6 +64,8 @@ __all__ = [
     "AGENT_TRANSITIONS",
     "HubSettings",
     "Hub",
+    "JournalLike",
+    "journal_of",
     "Journal",
     "Grant",
     "Access",
@@ -67,10 +75,14 @@ __all__ = [
     "on_broadcast",
     "Task",
     "Progress",
+    "Piece",
+    "TaskQuestion",
     "TaskHandle",
     "Agent",
     "serve",
     "main",
+    "DaemonExecutor@6434",
+    "CommandProtocol@13358",
 ]
 
 class Code(enum.StrEnum):
@@ -87,6 +99,8 @@ class Code(enum.StrEnum):
     NOT_ASSIGNED = "not_assigned"
     STALE_ATTEMPT = "stale_attempt"
     TASK_OVER = "task_over"
+    NO_ANSWERS = "no_answers"
+    NO_QUESTION = "no_question"
     TOO_LARGE = "too_large"
     TOO_DEEP = "too_deep"
     DEADLOCK = "deadlock"
@@ -98,7 +112,9 @@ class Code(enum.StrEnum):
     AGENT_LOST = "agent_lost"
     TIMEOUT = "timeout"
     NO_HANDLER = "no_handler"
+    PIECES_LOST = "pieces_lost"
     INVALID_INPUT = "invalid_input"
+    BUSY = "busy"
     HUB_LOST = "hub_lost"
 
 class AgentHubError(Exception):
@@ -142,6 +158,9 @@ class PackageMissing(AgentHubError, ImportError):
 
 class JournalError(AgentHubError):
     """A journal cannot be used: it is not one, damaged, of another version or in use. The file was not changed."""
+
+class Fenced(JournalError):
+    """Another hub has taken over the journal: this one must not write or say anything any more."""
 
 class IllegalTransition(AgentHubError):
     """The table of states has no such transition: a bug in the hub. Nothing has changed."""
@@ -220,6 +239,25 @@ class ErrorInfo:
     message: Text = ...
 
 @dataclass(slots=True)
+class Question:
+    """What a worker asks the requester of its task. The answer fits the JSON Schema, if there is one."""
+
+    text: Text
+    schema: Schema | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class TaskStep:
+    """A step in the life of a task, `at_s` seconds ago. `agent_id` is None if no agent had a part in it.
+
+    `event` is `accepted`, one of TaskEvent, `asked` or `answered`.
+    """
+
+    event: str
+    agent_id: str | None
+    attempt: int
+    at_s: float
+
+@dataclass(slots=True)
 class TaskRef:
     """A task in progress at an agent, and its current attempt."""
 
@@ -228,7 +266,10 @@ class TaskRef:
 
 @dataclass(slots=True)
 class AgentInfo:
-    """What agents see of one another. `running` and `max_tasks` are counts of tasks."""
+    """What agents see of one another. `running` and `max_tasks` are counts of tasks.
+
+    `online_s` is how many seconds ago it registered or resumed; an older hub does not say so.
+    """
 
     agent_id: str
     name: str
@@ -237,6 +278,7 @@ class AgentInfo:
     running: int
     max_tasks: int
     metadata: dict[str, Any]
+    online_s: float | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class TaskInfo:
@@ -270,6 +312,7 @@ class Register:
     description: Description = ...
     capabilities: Annotated[list[Name | Capability], None] = field(default_factory=list)
     max_tasks: TaskLimit = ...
+    occupied: SlotCount = ...
     metadata: Metadata = field(default_factory=dict)
     agent_id: Id | None = ...
     resume: ResumeSecret | None = ...
@@ -293,7 +336,10 @@ class Discover:
 
 @dataclass(slots=True, kw_only=True)
 class Delegate:
-    """Hand over a task to `agent_id`, or to the least loaded agent that offers `capability`. `ttl` is in seconds."""
+    """Hand over a task to `agent_id`, or to the least loaded agent that offers `capability`. `ttl` is in seconds.
+
+    With `answers` its worker may ask this agent something. `trace` is passed on unread: a W3C trace context, say.
+    """
 
     type: Literal["delegate"] = ...
     id: RequestId | None = ...
@@ -306,6 +352,8 @@ class Delegate:
     max_retries: Retries = ...
     parent_id: Id | None = ...
     wait: bool = ...
+    answers: bool = ...
+    trace: Trace | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class Result:
@@ -321,14 +369,24 @@ class Result:
 
 @dataclass(slots=True, kw_only=True)
 class Status:
-    """Ask for the hub's status, one task or the list of `tasks`; or report the `progress` of a task."""
+    """Ask for the hub's status, for one task, or for the list of `tasks` (at most `limit`, in that `state`).
+
+    From a task's worker: its `progress`, a `piece` of its output, or a `question`. From its requester: the `answer` to
+    the question with the number `ask`.
+    """
 
     type: Literal["status"] = ...
     id: RequestId | None = ...
     task_id: Id | None = ...
     tasks: bool = ...
+    limit: Annotated[int, None] = ...
+    state: Literal["pending", "in_progress", "completed", "failed", "timeout"] | None = ...
     progress: Fraction | None = ...
     detail: Json = ...
+    piece: Json = ...
+    question: Question | None = ...
+    ask: AskNumber | None = ...
+    answer: Json = ...
 
 @dataclass(slots=True, kw_only=True)
 class Broadcast:
@@ -349,7 +407,7 @@ class Heartbeat:
 @dataclass(slots=True, kw_only=True)
 class Registered:
     """The session: `resume` is its secret, `heartbeat_s` the interval, `tasks` those that the hub holds to be in
-    progress at this agent.
+    progress at this agent, `features` what this hub knows of FEATURES.
     """
 
     type: Literal["register"] = ...
@@ -359,6 +417,7 @@ class Registered:
     heartbeat_s: Annotated[float, None]
     max_bytes: Annotated[int, None]
     tasks: list[TaskRef]
+    features: list[str] = field(default_factory=list)
 
 @dataclass(slots=True, kw_only=True)
 class Deregistered:
@@ -391,6 +450,8 @@ class Delegated:
     max_retries: int
     parent_id: str | None = ...
     attempt: int
+    answers: bool = ...
+    trace: dict[str, str] | None = ...
 
 @dataclass(slots=True, kw_only=True)
 class TaskOutcome:
@@ -407,10 +468,11 @@ class TaskOutcome:
 
 @dataclass(slots=True, kw_only=True)
 class StatusReply:
-    """The status of the hub, of all tasks or of one; a worker's progress; or, to a worker, the end of its task.
+    """The status of the hub, of all tasks or of one; a worker's progress, a piece of its output or its question; or, to
+    a worker, an answer or the end of its task.
 
-    The fields of one task are those of TaskInfo. Only its requester and its assignee see `input`, `output`, `error`
-    and `detail`.
+    The fields of one task are those of TaskInfo, its `history`, and how many `pieces` were passed on. Only its
+    requester and its assignee see `input`, `output`, `error`, `detail` and the `question` that waits for an answer.
     """
 
     type: Literal["status"] = ...
@@ -437,6 +499,24 @@ class StatusReply:
     input: Any = ...
     output: Any = ...
     error: ErrorInfo | None = ...
+    piece: Any = ...
+    pieces: int | None = ...
+    ask: int | None = ...
+    question: Question | None = ...
+    answer: Any = ...
+    history: list[TaskStep] | None = ...
+
+@dataclass(slots=True, kw_only=True)
+class TaskAnswer:
+    """The fields of StatusReply that bring a worker the answer to its question."""
+
+    type: Literal["status"] = ...
+    task_id: str
+    state: str
+    attempt: int
+    sender: str
+    ask: int
+    answer: Json
 
 @dataclass(slots=True, kw_only=True)
 class TaskAck:
@@ -497,7 +577,7 @@ HubMessage = (
     | HeartbeatAck
     | Error
 )
-HubOutput = HubMessage | TaskAck | BroadcastDelivery
+HubOutput = HubMessage | TaskAck | TaskAnswer | BroadcastDelivery
 Validator = Callable[[Any], Any]
 
 class Codec(Protocol):
@@ -544,6 +624,7 @@ class MsgspecCodec:
 class Member(NamedTuple):
     """The value of a field at the top level of some JSON, and where in the text that is."""
 
+    name: str
     value: Any
     start: int
     end: int
@@ -551,6 +632,15 @@ class Member(NamedTuple):
 class Encoders(dict[type, Callable[[Any], bytes]]):
     """The function that writes the messages of a class, by class. Each is made at its first use."""
     def __missing__(self, message: type) -> Callable[[Any], bytes]: ...
+
+class SchemaCheck:
+    """Checks JSON against a JSON Schema, by the keywords that annotations become and some more.
+
+    Others are ignored: so is `pattern`, because a regular expression of another agent may take forever.
+    """
+    def __init__(self, schema: Any) -> None: ...
+    def check(self, value: Any) -> Any:
+        """Return `value`. Raises ValidationError, which names the wrong part."""
 
 class TaskState(enum.StrEnum):
     """The state of a task."""
@@ -638,6 +728,9 @@ class HubSettings:
     def envelope_bytes(self) -> int:
         """The bytes that the hub may add to a message when it passes it on."""
     @property
+    def passed_on_max(self) -> int:
+        """The bytes of the largest message that the hub passes on."""
+    @property
     def silence_s(self) -> float:
         """How long a connection may be silent before it is closed."""
 
@@ -648,6 +741,24 @@ class Close(NamedTuple):
     reason: str
 
 Effect = tuple[Any, HubOutput | Close]
+LifeStep = tuple[str, str, int, float]
+
+@dataclass(slots=True, kw_only=True)
+class Talk:
+    """A question of a task's worker, and its answer (None: not yet). A repeated one has the same `message_id`."""
+
+    ask: int
+    message_id: str | None
+    question: Question
+    answer: bytes | None = ...
+    bytes: int = ...
+
+class TaskLife(NamedTuple):
+    """What a journal keeps of a task beside its state."""
+
+    steps: tuple[LifeStep, ...] = ...
+    asked: int = ...
+    talk: Talk | None = ...
 
 @dataclass(slots=True, eq=False, repr=False)
 class TaskRecord:
@@ -677,6 +788,10 @@ class TaskRecord:
     children: dict[str, TaskRecord] | None = ...
     is_delivered: bool = ...
     is_journaled: bool = ...
+    pieces: int = ...
+    asked: int = ...
+    talk: Talk | None = ...
+    steps: tuple[LifeStep, ...] = ...
     @property
     def queue_key(self) -> tuple[int, int]:
         """Where it stands among its requester's tasks: the higher priority first, then the order of acceptance."""
@@ -690,10 +805,33 @@ class TaskRecord:
     def waits_for_agent(self) -> bool:
         """Whether it waits for the agent it names when that one is lost before it could start."""
     def ack(self, reply_to: str | None = None) -> TaskAck: ...
+    def ask_reply(self, reply_to: str) -> StatusReply:
+        """Return the reply to its question, with the number of that."""
     def delivery(self, worker: AgentRecord, now: float) -> Delegated:
         """Return the message that hands it to a worker, with the time to live that is left."""
-    def progress_report(self) -> StatusReply:
-        """Return the message that passes its progress on to its requester."""
+    def progress_report(self, piece: Any = None) -> StatusReply:
+        """Return the message that passes its progress, or a piece of its output, on to its requester."""
+    def add_step(self, event: str, agent: AgentRecord, now: float) -> None:
+        """Note a step between its acceptance and its end, in which an agent had a part."""
+    def begun_s(self) -> float:
+        """Return how many seconds after its acceptance its last attempt began."""
+    def history(self, now: float) -> list[TaskStep]:
+        """Return its life so far: its acceptance, what happened then, and its end."""
+    @property
+    def last_event(self) -> TaskEvent:
+        """The event that ended it."""
+    @property
+    def question(self) -> Talk | None:
+        """The question that waits for an answer."""
+    @property
+    def has_answer(self) -> bool:
+        """Whether the last question of its present attempt was answered."""
+    def question_report(self) -> StatusReply:
+        """Return the message that passes its question on to its requester."""
+    def answer_delivery(self) -> TaskAnswer:
+        """Return the message that passes the answer on to its assignee."""
+    def check_party(self, agent: AgentRecord, party: AgentRecord | None) -> None:
+        """Refuse a message that only one of its two parties may send."""
     def check_result(self, agent: AgentRecord, message: Result, now: float) -> None:
         """Refuse a result unless it is from the assignee, of the present attempt, or its requester cancels with it."""
     def least_report(self, reply_to: str | None) -> StatusReply:
@@ -716,12 +854,14 @@ class AgentRecord:
     resume_hash: str = ...
     state: AgentState = ...
     connection: Connection | None = ...
+    online_at: float = ...
     drain_id: str | None = ...
     name: str = ...
     description: str = ...
     capabilities: dict[str, Capability] = field(default_factory=dict)
     words: dict[str, None] = field(default_factory=dict)
     max_tasks: int = ...
+    occupied: int = ...
     metadata: dict[str, Any] = field(default_factory=dict)
     info_bytes: int = ...
     bytes: int = ...
@@ -732,6 +872,7 @@ class AgentRecord:
     running: dict[str, TaskRecord] = field(default_factory=dict)
     awaited: dict[str, TaskRecord] = field(default_factory=dict)
     requested: dict[str, TaskRecord] = field(default_factory=dict)
+    questions: dict[str, TaskRecord] = field(default_factory=dict)
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)
     delivered: int = ...
     @property
@@ -741,8 +882,9 @@ class AgentRecord:
         """Whether an agent that is gone may still want something, or be wanted, when it comes back."""
     def targets(self) -> list[tuple[tuple[str | None, str | None], AgentRecord | None]]:
         """Return the targets of the tasks that it may take, each with the requester whose tasks it must not."""
-    @property
-    def info(self) -> AgentInfo: ...
+    def info(self, now: float) -> AgentInfo: ...
+    def session(self, reply_to: str, settings: HubSettings) -> Registered:
+        """Return the reply to its registration."""
     def row(self) -> AgentRow:
         """Return its row for a journal."""
 
@@ -755,6 +897,7 @@ class Connection:
     origin: str | None = ...
     agent: AgentRecord | None = ...
     is_known: bool = ...
+    is_doubted: bool = ...
     wrong_secrets: int = ...
 
 class AgentRow(NamedTuple):
@@ -786,6 +929,7 @@ class TaskRow(NamedTuple):
     is_delivered: bool
     ended_at: float
     end: TaskOutcome | None
+    life: TaskLife = ...
 
 @dataclass(slots=True)
 class Changes:
@@ -836,6 +980,7 @@ class PendingQueue:
     heads: LazyHeap[AgentRecord]
     def __init__(self) -> None: ...
     def __bool__(self) -> bool: ...
+    def __len__(self) -> int: ...
     def push(self, task: TaskRecord, turn: int) -> None: ...
     def discard(self, task: TaskRecord) -> None: ...
     def take_turn(self, requester: AgentRecord, turn: int) -> None:
@@ -843,8 +988,30 @@ class PendingQueue:
     def first(self, excluding: AgentRecord | None) -> tuple[tuple[int, int, int], TaskRecord] | None:
         """Return the first task in line whose requester is not `excluding`, and its place: least goes first."""
 
+class PendingTasks:
+    """The pending tasks, each in the queue of its target, and whose turn is next over all queues.
+
+    `agents` are the directory's, by id. The tasks that name one of them are kept in its `awaited`.
+    """
+
+    queues: dict[tuple[str | None, str | None], PendingQueue]
+    by_requester: dict[AgentRecord, int]
+    def __init__(self, agents: Mapping[str, AgentRecord]) -> None: ...
+    def push(self, task: TaskRecord) -> None: ...
+    def discard(self, task: TaskRecord) -> None: ...
+    def first_for(self, agent: AgentRecord) -> TaskRecord | None:
+        """Return the task that an agent gets next, if one waits that it may take."""
+    def take_turn(self, task: TaskRecord, agent: AgentRecord) -> None:
+        """Take a task out for an agent; in all queues of that agent the requester goes behind the others."""
+    def longest(self) -> dict[str, int]:
+        """Return how many tasks wait for whom offers a capability, for those with most of them."""
+    def most(self) -> dict[str, int]:
+        """Return how many tasks wait, by the ids of the requesters that have most of them."""
+
 class InvertedIndex(Generic[Item]):
     """Finds items by any of their keys. It is limited: items that do not fit are scanned one by one."""
+
+    listed_count: int
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
     def add(self, item: Item, keys: Collection[str]) -> None: ...
@@ -860,6 +1027,8 @@ class CapabilityIndex:
     a name only if the name has all trigrams of the keyword. The candidates with the rarest one are then compared.
     """
 
+    by_part: InvertedIndex[Pool]
+    by_word: InvertedIndex[AgentRecord]
     scanned: int
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
@@ -881,6 +1050,7 @@ class Directory:
 
     agents_max: Incomplete
     agents: dict[str, AgentRecord]
+    states: Incomplete
     gone: dict[str, AgentRecord]
     pools: dict[str, Pool]
     index: Incomplete
@@ -889,6 +1059,8 @@ class Directory:
     def __init__(self, agents_max: int, *, is_journaled: bool) -> None: ...
     def mark(self, agent: AgentRecord, is_kept: bool = True) -> None:
         """Have an agent's row written, or deleted, by this step."""
+    def take_changes(self, changes: Changes) -> None:
+        """Add the rows of the agents that changed since the last step."""
     def transition(self, agent: AgentRecord, event: AgentEvent) -> None:
         """Take one step of the table. Nothing else assigns an agent's state; pools and index follow it here."""
     def add(self, name: str, origin: str | None, entropy: Callable[[int], bytes]) -> AgentRecord:
@@ -902,6 +1074,8 @@ class Directory:
     def forget(self, agent: AgentRecord) -> None: ...
     def update_load(self, agent: AgentRecord) -> None:
         """List an agent in its pools under its present load."""
+    def unlist(self, agent: AgentRecord) -> None:
+        """Offer an agent no task until `update_load` is called."""
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
         """Return an agent that can take a task now: the one to avoid only as a last choice.
 
@@ -915,10 +1089,18 @@ class Directory:
         That is so if each agent that could take it has all its slots taken by ancestors, or is the requester and not
         named. An ancestor may end without waiting for its subtasks, so no task that could run is refused.
         """
-    def search(self, keyword: str, limit: int, bytes_max: int) -> tuple[list[AgentInfo], int, int]:
+    def search(self, keyword: str, limit: int, bytes_max: int, now: float) -> tuple[list[AgentInfo], int, int]:
         """Return the online agents that match a keyword, the best first, as many as fit; how many match; and how many
         were looked at.
         """
+
+class Histogram:
+    """How many durations fell between the bounds of SECONDS, the last ones above them all, and their sum."""
+
+    counts: Incomplete
+    sum_s: float
+    def __init__(self) -> None: ...
+    def add(self, seconds: float) -> None: ...
 
 class TaskTable:
     """The records of all tasks, each in one of three dictionaries, with their counts and sizes.
@@ -929,22 +1111,42 @@ class TaskTable:
     who runs a task, and who waits for which, is the Hub's affair.
     """
 
+    settings: Incomplete
     open: dict[str, TaskRecord]
     delivered: dict[str, TaskRecord]
     undelivered: dict[str, TaskRecord]
     counts: Incomplete
     totals: Incomplete
+    codes: dict[tuple[TaskState, str], int]
+    restored: int
+    waited: Incomplete
+    ran: Incomplete
     bytes: int
     ended_bytes: int
     bytes_max: Incomplete
     sequence: int
     changed: dict[TaskRecord, bool]
-    def __init__(self, bytes_max: int, *, is_journaled: bool) -> None: ...
+    def __init__(self, settings: HubSettings, directory: Directory, *, is_journaled: bool) -> None: ...
     def find(self, task_id: str) -> TaskRecord | None: ...
+    def known_task(self, task_id: str) -> TaskRecord:
+        """Return a task; refuse an id that is not known."""
+    def open_task(self, task_id: str) -> TaskRecord:
+        """Return a task that has not ended; refuse any other."""
     def parent(self, agent: AgentRecord, parent_id: str) -> TaskRecord:
         """Return the task that an agent may delegate a subtask of."""
-    def newest(self, now: float, bytes_max: int) -> list[TaskInfo]:
-        """List the open tasks, those with an outcome to deliver, and the others, the newest first, as many as fit."""
+    def newest(self, message: Status, now: float, bytes_max: int) -> tuple[list[Any], int]:
+        """List the open tasks, those with an outcome to deliver, and the others, the newest first, as many as fit and
+        are asked for. Return the list, and how many records were looked at for it.
+
+        Each is the JSON text of a TaskInfo: its size is needed here, so the reply does not write it again.
+        """
+    def report(self, task: TaskRecord, viewer: AgentRecord | None, reply_to: str | None, now: float) -> StatusReply:
+        """Return what the viewer may see of a task, as much as fits into one message: its output always does."""
+    def total(self, state: str | None) -> int:
+        """Return how many tasks are kept, in a state or in all."""
+    @property
+    def in_progress(self) -> int:
+        """How many tasks are in progress."""
     def __len__(self) -> int: ...
     def mark(self, task: TaskRecord, is_kept: bool = True) -> None:
         """Have a task's row written, or deleted, by this step."""
@@ -962,6 +1164,12 @@ class TaskTable:
     def list_open(self, task: TaskRecord) -> None: ...
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state."""
+    def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
+        """Keep the question of a task's assignee instead of the one before, unless that was sent again."""
+    def answer(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
+        """Keep the answer to the question that waits for one."""
+    def forget_talk(self, task: TaskRecord) -> None:
+        """Drop the last question of a task, and its answer."""
     def grow(self, task: TaskRecord, size: int) -> None:
         """Count `size` more bytes (less, if negative) in the record of an open task."""
     def keep_undelivered(self, task: TaskRecord) -> None: ...
@@ -969,8 +1177,13 @@ class TaskTable:
     def keep_delivered(self, task: TaskRecord) -> None: ...
     def take_delivered(self, task_id: str) -> TaskRecord | None:
         """Take a task out of `delivered`; return it if it was there."""
-    def has_room(self, size: int) -> bool:
-        """Return whether a record of `size` bytes fits when all ended ones are dropped for it."""
+    def check_limits(self, agent: AgentRecord, message_bytes: int) -> None:
+        """Refuse a task too many of an agent; drop ended tasks if its record needs their bytes."""
+    def reserve(self, needed: int, agent: AgentRecord | None) -> None:
+        """Drop ended tasks if so many more bytes need their room; refuse what needs them if that is not enough."""
+    @property
+    def records_bytes(self) -> int:
+        """What all records take together, with the registrations of agents."""
     def make_room(self, needed: int, requester: AgentRecord | None) -> None:
         """Drop ended tasks, before their retention is over, while the records are too large together.
 
@@ -988,20 +1201,30 @@ class Hub:
     `entropy(n)` returns n random bytes, for agents' ids and their secrets. `now` is in seconds of one clock that
     does not go back (if it does, time stands still here until it has caught up). With `is_journaled`, each step has
     the changes that must be on disk before its effects are carried out; `restore` reads them again after a restart.
-    `directory`, `tasks`, `connections`, `queues` and `deadlines` are for reading.
+    `is_held(link)` returns whether messages of a connection came in that wait to be handled: then it is not silent.
+    `directory`, `tasks`, `pending`, `connections` and `deadlines` are for reading.
     """
 
+    full_reason: str
     settings: HubSettings
     directory: Incomplete
     tasks: Incomplete
+    pending: Incomplete
     shutting_down: bool
     is_full: bool
+    is_unlinked: bool
     cost: int
     connections: dict[Hashable, Connection]
-    queues: dict[tuple[str | None, str | None], PendingQueue]
     deadlines: LazyHeap[TaskRecord | AgentRecord | Connection]
+    next_sweep: Incomplete
     def __init__(
-        self, settings: HubSettings, *, entropy: Callable[[int], bytes], now: float, is_journaled: bool = False
+        self,
+        settings: HubSettings,
+        *,
+        entropy: Callable[[int], bytes],
+        now: float,
+        is_journaled: bool = False,
+        is_held: Callable[[Any], bool] = ...,
     ) -> None: ...
     def connected(self, link: Hashable, now: float, origin: str | None = None) -> Step:
         """Add a new connection. Until it registers it may only look: `status` and `discover`.
@@ -1033,8 +1256,8 @@ class Hub:
     def shut_down(self) -> None:
         """Accept no new task from now on."""
     @property
-    def in_progress(self) -> int:
-        """How many tasks are in progress."""
+    def journal_state(self) -> str:
+        """Return "none", "ok", or why it accepts no new task: "full", or "gone" if its file was removed or replaced."""
     def summary(self) -> dict[str, Any]:
         """Return what `status` reports of the hub itself."""
     def restore(self, agents: Iterable[AgentRow], tasks: Iterable[TaskRow], redeliver_after: float) -> Step:
@@ -1046,6 +1269,40 @@ class Hub:
 
 StoredMessage = TypeVar("StoredMessage")
 
+class JournalLike(Protocol):
+    """What a hub needs of its journal. The methods may be called from any thread, one at a time.
+
+    `lease_s` is how long after the start of a successful write no other hub can take the journal over; infinite if no
+    other hub can while this process lives.
+    """
+
+    path: str
+    lease_s: float
+    def of_namespace(self, namespace: str) -> JournalLike:
+        """Return the journal of another namespace, which shares the lease of this one."""
+    def namespaces(self) -> list[str]:
+        """Return the namespaces that have a journal here, while this one is open."""
+    def open(self, *, wait: bool = True) -> None:
+        """Open it for this hub alone; wait for its lease, or raise JournalError while another hub holds it."""
+    def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        """Return all agents, all tasks, and the time of the last change to a task. Raises JournalError if damaged."""
+    def write(self, changes: Changes, clock_offset: float) -> None:
+        """Write all changes or none, and renew the lease. Raises Fenced if that is lost; any other error may pass."""
+    def is_in_place(self) -> bool:
+        """Return whether a restart would find what was written."""
+    def take_reserve(self) -> bool:
+        """Return whether there is space for new tasks."""
+    def give_up_reserve(self) -> None:
+        """Free space for the outcomes of open tasks."""
+    def close(self) -> None:
+        """Give the journal back. With a lease, also while another method runs, which then fails."""
+
+def journal_of(where: str, *, sync: str = "full") -> JournalLike:
+    """Return the journal at a path (SQLite), or at a URL `postgresql://…`, which needs `agenthub_postgres` and psycopg.
+
+    Raises AgentHubError without these, ValueError for a URL or a `sync` that is not valid.
+    """
+
 class Journal:
     """Persists a hub\'s tasks and agents in a file. `open` it, `load` once, then `write`, and `close`.
 
@@ -1056,12 +1313,20 @@ class Journal:
 
     path: str
     sync: str
+    lease_s: float
+    has_file: bool
+    unchanged: str
     database: sqlite3.Connection | None
     def __init__(self, path: str | os.PathLike[str], *, sync: str = "full") -> None: ...
     def of_namespace(self, namespace: str) -> Journal:
         """Return the journal of another namespace: the file next to this one with `.NAMESPACE` appended."""
-    def open(self) -> None:
-        """Open the file, or create it, and lock it for this process. Raises JournalError; then no file was changed."""
+    def namespaces(self) -> list[str]:
+        """Return the namespaces that have a file here, which for `default` is this one."""
+    def open(self, *, wait: bool = True) -> None:
+        """Open the file, or create it, and lock it for this process. Raises JournalError; then no file was changed.
+
+        `wait` has no effect: a file that another hub has locked is an error, also for a moment.
+        """
     def close(self) -> None:
         """Close the file, which unlocks it. No effect if it is closed."""
     def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
@@ -1071,6 +1336,8 @@ class Journal:
         """
     def write(self, changes: Changes, clock_offset: float) -> None:
         """Write all changes in one transaction. Raises sqlite3.Error; then nothing was written, and a retry is safe."""
+    def is_in_place(self) -> bool:
+        """Return whether the path still leads to the file that was opened. If not, a restart would lose all in it."""
     def take_reserve(self) -> bool:
         """Allocate the reserve unless it exists; return whether the disk has the space."""
     def give_up_reserve(self) -> None:
@@ -1087,6 +1354,8 @@ class LinkOwner(Protocol):
 
 class LightEvent:
     """An asyncio.Event with a tenth of the memory: each link has two of them, and a hub has many links."""
+
+    waiters: list[asyncio.Future[None]]
     def __init__(self) -> None: ...
     def is_set(self) -> bool: ...
     def set(self) -> None: ...
@@ -1112,6 +1381,9 @@ class Link:
     gone: Incomplete
     writable: Incomplete
     def __init__(self, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
+    @property
+    def is_held(self) -> bool:
+        """Whether what it has sent waits to be handled, for a reason other than itself."""
     def send(self, raw: bytes) -> None:
         """Send an encoded message; without effect when the link is closing."""
     def send_when_writable(self, message: Any) -> None:
@@ -1126,6 +1398,8 @@ class Link:
         """Call another owner from now on. Its `opened` is not called: the link is open already."""
     def charge(self, cost: float) -> None:
         """Count what a message cost to handle towards the rate limit, if this kind of link has one."""
+    def waits(self, cost: float, handle: Callable[[], None]) -> bool:
+        """Return False if what costs that much may be handled now; else call `handle` later, and nothing before it."""
     def pause_reading(self, reason: str) -> None:
         """Handle nothing more that comes in until each reason to pause is gone, if this kind of link can."""
     def resume_reading(self, reason: str) -> None:
@@ -1157,6 +1431,40 @@ class TokenBucket:
         Called when the bucket is empty instead of for each message, so that most messages need no clock.
         """
 
+class Traffic:
+    """What all connections of a server sent and received together."""
+
+    bytes_in: int
+    rate_limited_s: float
+    def __init__(self) -> None: ...
+
+class Turns:
+    """Decides whose input is handled next when there is more than one turn of the loop should take.
+
+    Nobody waits until messages have cost TURN_COST: that ends a turn, which may have been several of the loop. After
+    that, and while any connection waits, each waits with what it has sent beyond its first message, and with anything
+    that costs much, until the loop's next turn. Those that wait are served by self-clocked fair
+    queueing (https://doi.org/10.1109/INFCOM.1994.337677): the one goes first whose input would be finished first if all
+    were handled at the same time. All connections of one address, and those of one token, have the share of one.
+    """
+
+    left: float
+    addresses: dict[str, int]
+    grants: dict[str, int]
+    traffic: Incomplete
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    @property
+    def is_crowded(self) -> bool:
+        """Whether connections wait, so that the next turn of the loop takes long."""
+    def arm(self) -> None:
+        """Have the next turn begin with the loop's."""
+    def wait(self, link: ServerLink, cost: float, handle: Callable[[], None]) -> None:
+        """Call `handle`, which is expected to cost that much, when it is the link's turn."""
+    def move(self, link: ServerLink, address: str) -> None:
+        """Count a connection for another address from now on."""
+    def leave(self, link: ServerLink) -> None:
+        """Count a connection no more."""
+
 class WebSocketLink(Link, AsyncioProtocol):
     """One end of a WebSocket: moves bytes between a socket and a `WebSocketProtocol`, and tells its owner the events.
 
@@ -1165,6 +1473,8 @@ class WebSocketLink(Link, AsyncioProtocol):
     """
 
     pause_reasons: set[str]
+    protocol: Incomplete
+    loop: Incomplete
     transport: asyncio.Transport | None
     def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None: ...
     @property
@@ -1183,7 +1493,7 @@ class WebSocketLink(Link, AsyncioProtocol):
     def resume_reading(self, reason: str) -> None: ...
 
 class ServerLink(WebSocketLink):
-    """The hub's end of a WebSocket. `answer(link, request)` returns (status, body) for a plain HTTP request, else None.
+    """The hub's end of a WebSocket. `answer(link, request)` returns the answer to a plain HTTP request, else None.
 
     A peer that sends more than `messages_per_s_max` (0: no limit) is read from more slowly. With half of
     `backlog_bytes_max` unread it is a slow consumer: it is not read from either, and what is sent waits here. It is
@@ -1192,12 +1502,17 @@ class ServerLink(WebSocketLink):
     """
 
     address: Incomplete
+    is_proxied: bool
     bearer: str | None
+    grant_name: str
+    turns: Incomplete
+    traffic: Incomplete
+    finish_time: float
     is_answered: bool
     def __init__(
         self,
         owner: LinkOwner,
-        answer: Callable[[ServerLink, Any], tuple[int, str] | None],
+        answer: Callable[[ServerLink, Any], HttpAnswer | None],
         *,
         message_bytes_max: int,
         backlog_bytes_max: int,
@@ -1205,12 +1520,17 @@ class ServerLink(WebSocketLink):
         address: str = "",
         decode: Callable[[bytes], Any] | None = None,
         on_gone: Callable[[ServerLink], None] = ...,
+        turns: Turns | None = None,
     ) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
+    @property
+    def is_held(self) -> bool: ...
     def limit_messages(self, bytes_max: int) -> None:
         """Accept no larger messages from now on."""
     def charge(self, cost: float) -> None: ...
+    def waits(self, cost: float, handle: Callable[[], None]) -> bool: ...
+    def data_received(self, data: bytes) -> None: ...
     is_backlogged: bool
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
@@ -1225,6 +1545,35 @@ class ClientLink(WebSocketLink):
     ready: asyncio.Future[None]
     def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, token: str | None) -> None: ...
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+class HubUrls:
+    """The URLs of a hub and its standbys, comma-separated; `connect` tries them in turn, the last good one first."""
+
+    urls: Incomplete
+    def __init__(self, urls: str, *, token: str | None = None, ca_file: str | None = None) -> None: ...
+    async def connect(self, owner: LinkOwner) -> Link:
+        """Open a WebSocket to the first hub that accepts one. Raises as `connect_websocket`, with all reasons."""
+
+Job = Callable[[], Callable[[], None] | None]
+
+class DaemonThreads:
+    """Runs plain functions in threads, which are reused; there are as many as functions ran at once, at most so many.
+
+    A thread cannot be stopped. They are daemons, so that a function that hangs does not keep the process alive.
+    """
+    def __init__(self, name: str, threads_max: float = ...) -> None: ...
+    def start(self, job: Job) -> None:
+        """Call a function in an idle thread, or in a new one if there is none, and then the function that it returns.
+
+        Neither may raise. The second hands over the outcome of the first: the thread counts as idle before that.
+        """
+    def close(self) -> None:
+        """End each thread as soon as its function has returned."""
+    async def run(self, function: Callable[[], Any], on_returned: Callable[[], None] | None = None) -> Any:
+        """Return what the function returns, or raise what it raises.
+
+        `on_returned` is called on the loop when the thread is free again, also if this call was cancelled before.
+        """
 
 class HubUrl(NamedTuple):
     """A hub's URL in parts. `path` includes the query."""
@@ -1284,6 +1633,14 @@ class Response(NamedTuple):
     headers: Headers
     body: bytes = ...
 
+class HttpAnswer(NamedTuple):
+    """The answer to a plain HTTP request, or to a handshake that is rejected. The connection ends with it."""
+
+    status: int
+    text: str
+    content_type: str = ...
+    headers: tuple[tuple[str, str], ...] = ...
+
 class Message(NamedTuple):
     """A binary message, or one that came in fragments. A text message in one frame, as nearly all are, is `bytes`."""
 
@@ -1340,6 +1697,7 @@ class WebSocketProtocol:
     is_open: bool
     has_ended: bool
     handshake_exc: Exception | None
+    method: str
     close_sent: CloseFrame | None
     close_rcvd: CloseFrame | None
     position: int
@@ -1373,8 +1731,8 @@ class WebSocketProtocol:
         """Return whether the other end is expected to close the socket."""
     def accept(self, request: Any) -> None:
         """Send the response that opens the WebSocket, or that says why not (RFC 6455 §4.2)."""
-    def reject(self, status: int, text: str, content_type: str = "application/json") -> None:
-        """Send a plain HTTP response, after which the connection ends."""
+    def reject(self, answer: HttpAnswer) -> None:
+        """Send a plain HTTP response, without its body if the method is HEAD, after which the connection ends."""
     def connect(self) -> Any:
         """Return the request that opens the WebSocket (RFC 6455 §4.1), for `send_request`."""
     def send_request(self, request: Any) -> None: ...
@@ -1397,9 +1755,7 @@ class BuiltinServer(BuiltinProtocol):
     IS_SERVER: bool
     handshake_exc: Incomplete
     def accept(self, request: Request) -> None: ...
-    def reject(
-        self, status: int, text: str, content_type: str = "application/json", *more: tuple[str, str]
-    ) -> None: ...
+    def reject(self, answer: HttpAnswer) -> None: ...
 
 class BuiltinClient(BuiltinProtocol):
     """The end that connects to a URL. The Response comes as the first event, or `handshake_exc` says what it lacks."""
@@ -1424,7 +1780,7 @@ class PackageProtocol(WebSocketProtocol):
     def send_close(self, code: int, reason: str = "") -> None: ...
     def fail(self, code: int, reason: str = "") -> None: ...
     def accept(self, request: Any) -> None: ...
-    def reject(self, status: int, text: str, content_type: str = "application/json") -> None: ...
+    def reject(self, answer: HttpAnswer) -> None: ...
     def connect(self) -> Any: ...
     def send_request(self, request: Any) -> None: ...
 
@@ -1438,6 +1794,8 @@ class WebSockets(NamedTuple):
 
 class Timers:
     """Calls functions at set times, with one timer of the loop for all: most are cancelled long before they are due."""
+
+    next_at: Incomplete
     def __init__(self) -> None: ...
     def set(self, function: Callable[[], None], when: float) -> None:
         """Call `function` at `when` by the loop's clock; one that is set already is moved there."""
@@ -1510,17 +1868,23 @@ class Authenticator:
 
     Call `check_request` and `check_bearer` for the request of the handshake, before the link opens. `access` None
     admits every link. `names` are those that a Host header may have (None: any), `origins` those of web pages that may
-    connect. `rejected` counts rejections, by reason.
+    connect. `served` are the only namespaces whose tokens are valid here (None: all). `rejected` counts rejections, by
+    reason.
     """
 
     access: Incomplete
     origins: frozenset[str]
+    knows_own_pages: bool
     rejected: dict[str, int]
     unauthenticated: dict[Link, Unauthenticated]
     def __init__(
-        self, access: Access | None, names: frozenset[str] | None, admit: Callable[[Link, Grant | None], LinkOwner]
+        self,
+        access: Access | None,
+        names: frozenset[str] | None,
+        admit: Callable[[Link, Grant | None], LinkOwner],
+        served: frozenset[str] | None = None,
     ) -> None: ...
-    def check_request(self, link: Link, request: Any) -> tuple[int, str] | None:
+    def check_request(self, link: Link, request: Any) -> HttpAnswer | None:
         """Return the answer that rejects an HTTP request of a foreign web page; None for any other request.
 
         A page can make a browser connect to any address, and let its own name resolve to any address, but cannot set
@@ -1543,23 +1907,57 @@ class GroupCommit:
     """Holds the hub's effects back until the changes that they follow from are in the journal.
 
     One write at a time, in a thread of its own, so that a slow disk does not stop the loop; the steps taken meanwhile
-    are merged into the next one. Heartbeats and `overloaded` errors do not wait.
+    are merged into the next one. Heartbeats and `overloaded` errors do not wait. Calls `on_lost` when this hub must
+    end, because its lease is lost or may be.
     """
 
     held: list[Effect]
+    commits: Incomplete
+    failures: int
     idle: Incomplete
-    def __init__(self, hub: Hub, journal: Journal, carry_out: Callable[[list[Effect]], None]) -> None: ...
+    def __init__(
+        self,
+        hub: Hub,
+        journal: JournalLike,
+        carry_out: Callable[[list[Effect]], None],
+        on_lost: Callable[[JournalError], None],
+    ) -> None: ...
     def add(self, step: Step) -> None:
         """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
     def charge(self, link: Link, cost: int) -> None:
         """Charge a link for a message. If it has cost much during one write, it is not read until that is done."""
     async def close(self, within_s: float) -> None:
         """Write the changes that are left, for at most `within_s` seconds, and close the journal."""
+    def abandon(self) -> None:
+        """Drop all that is held, and close the journal without another write."""
     async def flush(self, within_s: float) -> None:
         """Return when nothing is held any more, or after `within_s` seconds."""
     @property
     def is_overfull(self) -> bool:
         """Whether so much is held that no more messages should be handled."""
+    @property
+    def is_silent(self) -> bool:
+        """Whether the lease may be over, so that nothing may be said before the next write has succeeded."""
+    def check_disk(self) -> None:
+        """Check whether the journal's file is in its place, and whether the disk has free space."""
+    def check_place(self) -> None:
+        """Check now whether the journal's file is in its place."""
+
+class Metric(NamedTuple):
+    """A family of samples: of each the rest of its name, with its labels, and its value."""
+
+    name: str
+    kind: str
+    purpose: str
+    samples: Collection[tuple[str, float]]
+
+class LoopLag:
+    """Measures how late the timers of the loop are: that is how long a message waits at worst before it is read."""
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    @property
+    def worst_s(self) -> float:
+        """The worst of the last LAG_SAMPLES samples, in seconds."""
+    def stop(self) -> None: ...
 
 class LocalHub:
     """A hub in this process, reached over in-memory links: for tests, and for programs of one process.
@@ -1569,45 +1967,61 @@ class LocalHub:
 
     Ends with the `async with`, or with `stop`. Everything happens on the loop it was started on. With a `journal`,
     which it opens and closes, `start` continues from what is in it, and raises JournalError if that is impossible.
+    Where another hub can take the journal over, `start` waits for its lease, and `lost` fails with a JournalError when
+    this hub has ended because of that.
     """
 
     settings: HubSettings
     hub: Hub
+    lost: asyncio.Future[None]
+    journal: Incomplete
     commit: GroupCommit | None
     links: dict[Link, None]
+    messages_in: int
     is_running: bool
-    def __init__(self, settings: HubSettings | None = None, *, journal: Journal | None = None) -> None: ...
+    def __init__(self, settings: HubSettings | None = None, *, journal: JournalLike | None = None) -> None: ...
     async def __aenter__(self) -> typing.Self: ...
     async def __aexit__(self, *_: object) -> None: ...
     async def start(self) -> None: ...
     def shut_down(self) -> None:
         """Accept no new task from now on."""
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Accept no new task, give those in progress `drain_s` seconds, then close all links with 1001."""
+        """Accept no new task, give those in progress `drain_s` seconds, then close all links with 1001.
+
+        If another hub can take the journal over, tasks are not waited for: they go on there.
+        """
     async def connect(self, owner: LinkOwner) -> Link:
         """Open a link to this hub from within its process."""
     def opened(self, link: Link) -> None: ...
-    def received(self, link: Link, message: Any, message_bytes: int) -> None: ...
+    def received(self, link: Link, message: Any, message_bytes: int, *, has_turn: bool = False) -> None: ...
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 class HubServer(LocalHub):
-    """A hub that listens for WebSockets, and answers `GET /healthz` on the same port.
+    """A hub that listens for WebSockets, and answers `GET /healthz` and `GET /metrics` on the same port.
+
+    With `has_page`, browsers get a page at `/` that shows its agents and tasks.
 
     With `port=0` it picks a free one, which `url` contains. `start` raises OSError if the port is taken. Without
     `access` all clients are accepted; if `host` is not loopback, that raises ValueError unless `insecure`. Each
     namespace but `default`, which is this object, is a hub of its own behind the same port, with a journal of its own.
+    With `namespaces` it serves only these, and is itself the first one of them by name if `default` is not among them.
+    While `start` waits for the lease of a journal, it listens, and answers every request with 503.
 
     On loopback it accepts the Host names of loopback and those in `allow_hosts`; elsewhere those in `allow_hosts`, or
     any if that is empty. Web pages may connect from its own origins and those in `allow_origins`
     (`https://example.org`).
+
+    Limits for each address, and the log, use the address that one of `trusted_proxies`, addresses and networks, names
+    as its client's.
     """
 
+    page: typing.ClassVar[str]
     host: str
     port: int
     access: Incomplete
     namespaces: dict[str, LocalHub]
+    is_standby: bool
     sockets: dict[ServerLink, None]
-    addresses: dict[str, int]
     def __init__(
         self,
         settings: HubSettings | None = None,
@@ -1619,16 +2033,23 @@ class HubServer(LocalHub):
         tls: ssl.SSLContext | None = None,
         allow_origins: Iterable[str] = (),
         allow_hosts: Iterable[str] = (),
+        trusted_proxies: Iterable[str] = (),
         backlog_bytes_max: int = ...,
         connections_per_address_max: int = ...,
         messages_per_s_max: float = ...,
-        journal: Journal | None = None,
+        journal: JournalLike | None = None,
+        namespaces: Iterable[str] | None = None,
+        has_page: bool = True,
     ) -> None: ...
     @property
     def url(self) -> str: ...
     @property
+    def addresses(self) -> dict[str, int]:
+        """The number of connections from each address; none before the start."""
+    @property
     def rejected(self) -> dict[str, int]:
-        """The number of rejected connections and attempts to authenticate, by reason."""
+        """The number of rejected connections and attempts to authenticate, by reason; none before the start."""
+    turns: Incomplete
     authenticator: Incomplete
     async def start(self) -> None: ...
     async def stop(self, drain_s: float = 0.0) -> None: ...
@@ -1640,6 +2061,12 @@ class HubServer(LocalHub):
         changed grant with 1001. Raises JournalError, and keeps the tokens, if the journal of a new namespace cannot be
         opened; ValueError if this hub was started without tokens.
         """
+    def accept(self, connection: socket.socket, address: str) -> None: ...
+    @classmethod
+    def set_page(cls, html: str) -> None:
+        """Have all servers show this page to browsers. Section 10 does so, which comes last."""
+    def metrics(self) -> list[Metric]:
+        """Return the metrics that the namespaces of this server share."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Reply = TypeVar("Reply")
@@ -1654,6 +2081,7 @@ class Session:
     close_info: asyncio.Future[tuple[int, str]]
     released: Incomplete
     agent_id: str | None
+    features: Collection[str]
     heartbeat_s: float
     message_bytes_max: Incomplete
     last_received: float
@@ -1668,10 +2096,21 @@ class Session:
 
         Raises Refused(too_large) if the hub would not pass it on, ValueError if it is not JSON.
         """
+    @property
+    def is_writable(self) -> bool:
+        """Whether its buffer has room."""
     def send_nowait(self, raw: bytes) -> None:
         """Send a message that may be missed: drop it if the session is closed or its buffer is full."""
-    def send_request(self, message: AgentMessage, on_reply: Callable[[HubMessage | AgentHubError], None]) -> None:
-        """Send; `on_reply` gets the reply before any message behind it, or Disconnected. Raises as `encode` does."""
+    def send_request(
+        self,
+        message: AgentMessage,
+        on_reply: Callable[[HubMessage | AgentHubError], None],
+        message_id: str | None = None,
+    ) -> None:
+        """Send; `on_reply` gets the reply before any message behind it, or Disconnected. Raises as `encode` does.
+
+        `message_id` is of this session by default, and then only digits.
+        """
     async def request(
         self,
         message: AgentMessage,
@@ -1686,6 +2125,8 @@ class Session:
         replied after `within_s` seconds (None: no limit) counts as lost: the connection is aborted. Raises TimeoutError
         when the loop's clock reaches `until`, and then leaves the connection as it is.
         """
+    def probe(self) -> None:
+        """Send a heartbeat, and abort the connection if nothing arrives within PROBE_S seconds."""
     def abort(self) -> None:
         """Cut a connection that is of no more use, without a close handshake."""
     async def close(self) -> None:
@@ -1697,11 +2138,11 @@ class Session:
 class Backoff:
     """How long to wait before the next attempt: a random time up to a limit that doubles from 0.5 s to 30 s.
 
-    A hub that was there is expected back soon: until then the limit is 6 s. Starts over only after a connection that
-    lasted longer than the present limit; otherwise agents would storm a hub that accepts their connections and drops
-    them.
+    A hub that was there is expected back soon: until then the limit is 6 s, and with a standby 1.5 s for the first
+    30 s. Starts over only after a connection that lasted longer than the present limit; otherwise agents would storm a
+    hub that accepts their connections and drops them.
     """
-    def __init__(self) -> None: ...
+    def __init__(self, *, has_standby: bool = False) -> None: ...
     def next_s(self) -> float:
         """Return how many seconds to wait, and double the limit."""
     def lasted(self, connection_s: float) -> None:
@@ -1721,6 +2162,8 @@ class HubConnection:
     session: Session | None
     timers: Incomplete
     followers: dict[str, Follower]
+    renewed_at: Incomplete
+    accepted: set[str | None]
     last_failure: str
     failure: Exception | None
     is_leaving: bool
@@ -1734,25 +2177,42 @@ class HubConnection:
         on_registered: Callable[[Register, Registered], bool],
         on_message: Callable[[HubMessage], None],
         give_up_after_s: float | None,
+        has_token_file: bool = False,
+        has_standby: bool = False,
     ) -> None: ...
+    def check_loop(self) -> None:
+        """Raise RuntimeError unless the caller runs on the event loop of this connection: nothing here has locks."""
+    @property
+    def is_on_loop(self) -> bool:
+        """Whether the caller runs on the event loop of this connection."""
+    def call_on_loop(self, coroutine: typing.Coroutine[Any, Any, Output]) -> asyncio.Future[Output]:
+        """Run a coroutine on the event loop of this connection, from another one."""
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call a function on the event loop of this connection: at once there, soon from another thread."""
     async def wait(self) -> Session:
         """Return the session, waiting for one. Raises what ended the connection for good."""
     def retry_now(self) -> None:
         """Cut the present pause short: make the next attempt to connect at once."""
     async def request(
-        self, message: AgentMessage, reply_type: type[Reply], within_s: float | None = ..., until: float = ...
+        self,
+        message: AgentMessage | Callable[[Session], AgentMessage],
+        reply_type: type[Reply],
+        within_s: float | None = ...,
+        until: float = ...,
     ) -> Reply:
         """Return the hub's reply to a message that is safe to repeat: resend it after a lost connection.
 
-        Raises Refused if the hub refuses, TimeoutError when the loop's clock reaches `until`, or what ended the
-        connection for good.
+        A function makes the message for each session. Raises Refused if the hub refuses, TimeoutError when the
+        loop's clock reaches `until`, or what ended the connection for good.
         """
+    async def in_thread(self, function: Callable[[], Any]) -> Any:
+        """Return what a plain function returns, which may block."""
     def spawn(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine in the background until the connection is closed."""
     async def close(self) -> None:
         """Close the session, cancel what runs in the background, and fail whatever waits."""
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class HandlerOptions:
     """The arguments of the decorators `capability` and `on_broadcast`; None: derived from the function."""
 
@@ -1762,7 +2222,98 @@ class HandlerOptions:
     output_schema: dict[str, Any] | None = ...
     is_broadcast: bool = ...
 
-@dataclass(frozen=True, slots=True)
+class PythonType:
+    """The JSON of a Python type: its JSON Schema, and the validator that makes a value of it."""
+
+    kind: Incomplete
+    def __init__(self, kind: Any) -> None: ...
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator:
+        """Raises ValueError if a part of it has no JSON."""
+
+class TypeReader:
+    """Makes the JSON Schemas and the validators of the annotations of one function.
+
+    A class that holds itself is defined once, in `definitions`, which go into the whole schema as `$defs`.
+    """
+
+    definitions: dict[str, Any]
+    is_output: Incomplete
+    def __init__(self, *, is_output: bool = False) -> None: ...
+    def schema(self, annotation: Any) -> dict[str, Any]: ...
+    def whole_schema(self, annotation: Any) -> dict[str, Any]:
+        """Return a schema that stands alone."""
+    def validator(self, annotation: Any) -> Validator:
+        """Raises ValueError for a type that has no JSON."""
+    @property
+    def definitions_part(self) -> dict[str, Any]: ...
+    def define(self, name: str, schema: Any) -> str:
+        """Add a definition under this name, or a longer one if that is taken; return the name."""
+
+class AliasType(PythonType):
+    """Another name of a type, its `kind`."""
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator: ...
+
+class EnumType(PythonType):
+    """An Enum, by the values of its members."""
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator: ...
+
+class TextType(PythonType):
+    """A date, a time, a Decimal, a UUID or a path."""
+
+    format: Incomplete
+    def __init__(self, kind: Any, text_format: str) -> None: ...
+    @classmethod
+    def of(cls, kind: type) -> TextType | None: ...
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator: ...
+
+class ObjectType(PythonType):
+    """A dataclass or a TypedDict: an object with the fields that it takes."""
+    def fields(self) -> list[tuple[str, Any, bool]]:
+        """Return the name, the annotation and whether it is required, of each field."""
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator: ...
+
+class ArrayType(PythonType):
+    """An array: of items of one type (`rest`), or of the types of `heads`, of which the first `least` are required."""
+
+    rest: Incomplete
+    heads: Incomplete
+    least: Incomplete
+    names: Incomplete
+    def __init__(
+        self,
+        make: Callable[[list[Any]], Any],
+        rest: Any = None,
+        heads: tuple[Any, ...] = (),
+        least: int = 0,
+        names: tuple[str, ...] = (),
+    ) -> None: ...
+    @classmethod
+    def of(cls, annotation: Any, kind: Any, arguments: tuple[Any, ...]) -> ArrayType: ...
+    @classmethod
+    def of_named_tuple(cls, kind: Any) -> ArrayType: ...
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator: ...
+
+class MappingType(PythonType):
+    """An object whose keys or values have a type of their own. A key that is no text is written as its JSON."""
+
+    key: Incomplete
+    value: Incomplete
+    def __init__(self, kind: Any, key: Any, value: Any) -> None: ...
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator: ...
+
+class ModelType(PythonType):
+    """A model or a dataclass of Pydantic, which checks it."""
+    def schema(self, types: TypeReader) -> dict[str, Any]: ...
+    def validator(self, types: TypeReader) -> Validator: ...
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class HandlerSignature:
     """How a task's input becomes a handler's keyword arguments."""
 
@@ -1777,7 +2328,7 @@ class HandlerSignature:
     def arguments(self, task: Task) -> dict[str, Any]:
         """Return the keyword arguments for a task. Raises TaskFailed(invalid_input), which names the argument."""
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Handler:
     """The function that does the tasks of one capability."""
 
@@ -1785,6 +2336,7 @@ class Handler:
     capability: Capability
     signature: HandlerSignature
     is_async: bool
+    piece: Any = ...
     @classmethod
     def of(cls, function: Callable[..., Any], options: HandlerOptions) -> Handler:
         """Make a function a handler. Raises ValueError if its signature, or what the options say, does not allow it."""
@@ -1821,32 +2373,64 @@ class HandlerRegistry:
 
     handlers: dict[str, Handler]
     on_broadcast: Callable[[Any, str], Any] | None
+    around_task: Callable[[Task], contextlib.AbstractContextManager[None]] | None
     def __init__(self) -> None: ...
     def add(self, function: Callable[..., Any], options: HandlerOptions) -> None:
         """Register a function. Raises ValueError if its capability has a handler already."""
     def handler_for(self, capability: str | None) -> Handler:
         """Return the handler of a capability; of None, the only one there is. Raises TaskFailed(no_handler)."""
 
+class OpenQuestion:
+    """A question of a handler to the requester of its task, until its answer has come: `answer` is a future.
+
+    It has the same id in all sessions, by which the hub knows that it is the same question: it replies with the same
+    number, and delivers the answer again.
+    """
+
+    answer: asyncio.Future[Any]
+    def __init__(self, connection: HubConnection, task_id: str, question: Question) -> None: ...
+    def send(self) -> None:
+        """Send it, for the first time or again; without a connection, the worker does after the next registration."""
+    def receive(self, message: StatusReply) -> None:
+        """Take the answer, unless it is that to an earlier question again."""
+    def fail(self, error: Exception) -> None:
+        """Have the handler raise an error instead of getting an answer."""
+
 class Execution:
-    """One attempt at a task by a handler of this agent."""
+    """One attempt at a task by a handler of this agent.
+
+    It waits for a slot, and then takes that until its coroutine and its thread have both ended, which may be later than
+    its task. `worker` is told when it `finished`, and when it overstays.
+    """
 
     task_id: Incomplete
     attempt: Incomplete
     capability: Incomplete
+    question: OpenQuestion | None
     is_stopped: bool
-    def __init__(self, message: Delegated) -> None: ...
+    is_overstaying: bool
+    in_thread: bool
+    def __init__(self, worker: Worker, message: Delegated) -> None: ...
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it runs any more."""
     def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run the handler."""
-    def is_running_in(self, work: set[asyncio.Task[None]]) -> bool:
-        """Return whether the handler runs in one of these."""
     def stop(self) -> None:
         """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
+    def is_run_by(self, work: asyncio.Task[Any] | None) -> bool:
+        """Return whether the handler runs in this task of the loop."""
+    def thread_returned(self) -> None:
+        """Note that its thread is free again."""
+    def overstay(self) -> None:
+        """Note that the handler goes on though its task has ended."""
 
 class Task:
     """A task, as its handler sees it. A handler with an argument `task: Task` is given it.
 
     `requester` is the agent_id of the agent that delegated it; `attempt` counts its deliveries from 1; `deadline` is in
-    seconds of the event loop's clock.
+    seconds of the event loop's clock; `answers` is whether its requester can be asked; `trace` is what the requester
+    gave, a W3C trace context for example.
     """
 
     task_id: str
@@ -1856,6 +2440,8 @@ class Task:
     priority: int
     parent_id: str | None
     deadline: float
+    answers: bool
+    trace: dict[str, str]
     def __init__(self, agent: Agent, connection: HubConnection, execution: Execution, message: Delegated) -> None: ...
     @functools.cached_property
     def input(self) -> Any:
@@ -1871,36 +2457,59 @@ class Task:
 
         Raises ValueError if it is neither, Refused if it is too large. Dropped while there is no connection.
         """
+    async def ask(self, text: str, schema: Any = None) -> Any:
+        """Ask the requester something, and return its answer: any JSON that fits `schema`. The ttl goes on.
+
+        `schema` is a JSON Schema, or an annotation like that of a parameter: `Literal["main", "develop"]`. A question
+        waits until the one before is answered. Raises TaskFailed, with the code `no_answers` if the requester cannot
+        be asked and `invalid_input` if the answer does not fit; Refused if it is too large; ValueError for a text or a
+        schema that the protocol does not allow.
+        """
     async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
-        """Delegate a subtask, as `Agent.delegate` does; it ends with this task at the latest."""
+        """Delegate a subtask, as `Agent.delegate` does; it ends with this task at the latest, and has its `trace`."""
     async def submit(self, capability: str | None = None, input: Any = None, **options: Any) -> TaskHandle:
-        """Submit a subtask, as `Agent.submit` does; it ends with this task at the latest."""
+        """Submit a subtask, as `Agent.submit` does; it ends with this task at the latest, and has its `trace`."""
+    def stream(self, capability: str | None = None, input: Any = None, **options: Any) -> AsyncIterator[Any]:
+        """Stream a subtask, as `Agent.stream` does; it ends with this task at the latest, and has its `trace`."""
     def run(self, awaitable: typing.Coroutine[Any, Any, Reply]) -> Reply:
         """Run a coroutine on the agent's loop and wait for it, from a plain handler: `task.run(task.delegate(...))`."""
 
-class DaemonThreads:
-    """Runs plain functions, each in a thread of its own, so many at once.
+class PieceSender:
+    """Sends the pieces of a task's output as a generator yields them: texts together, PIECES_PER_S times a second.
 
-    A thread cannot be stopped: one that ignores its task's end keeps its slot. They are daemons, so that a function
-    that hangs does not keep the process alive.
+    What was sent is always a beginning of the output. So after a connection was lost, perhaps with pieces on their way,
+    it sends no more: the rest comes with the output.
     """
-    def __init__(self, name: str, threads_max: int) -> None: ...
-    async def run(self, function: Callable[[], Any]) -> Any:
-        """Return what the function returns, or raise what it raises."""
+    def __init__(self, connection: HubConnection, execution: Execution) -> None: ...
+    async def send_all_async(self, generator: AsyncGenerator[Any, None]) -> None: ...
+    def send_all(self, generator: typing.Generator[Any, None, Any]) -> Any:
+        """Return what the generator returns. Runs in a thread."""
+    def output(self, annotation: Any) -> bytes | None:
+        """Return the output as a payload: the texts joined if all pieces are texts, else the list of them."""
+    def flush(self) -> None:
+        """Send what was not sent yet, if the connection takes it now; else try again later."""
 
 class Worker:
     """What others delegated to an agent, from the agent's start to its stop.
 
     Owns the running handlers, their threads, the results that the hub has not acknowledged yet, and the broadcasts
-    that wait for their handler.
+    that wait for their handler. At most `max_tasks` handlers run, including those whose task has ended: a cancelled
+    handler may clean up or ignore it, and a thread cannot be cancelled. A task without a slot waits. When a handler
+    still runs OVERSTAY_S after its task has ended, the worker registers its slot as `occupied`, and gives the tasks
+    without a slot back to the hub.
     """
-    def __init__(self, agent: Agent, connection: HubConnection, functions: HandlerRegistry) -> None: ...
+    def __init__(
+        self, agent: Agent, connection: HubConnection, functions: HandlerRegistry, on_occupied: Callable[[], None]
+    ) -> None: ...
     @property
     def running(self) -> int:
         """How many tasks run."""
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs and the hub has all results."""
+    @property
+    def occupied(self) -> int:
+        """How many slots are taken by handlers that overstay."""
     def reconcile(self, tasks: list[TaskRef]) -> bool:
         """Keep only what the hub assigns to this agent too, after a registration.
 
@@ -1909,36 +2518,86 @@ class Worker:
         """
     def receive(self, message: Delegated) -> None:
         """Start the handler of a task; not a second time for the same attempt."""
+    def on_stopped(self, execution: Execution, *, has_begun: bool) -> None:
+        """Forget a task that has ended before it began; give the handler of another OVERSTAY_S to end."""
+    def on_overstaying(self, execution: Execution) -> None:
+        """Tell the hub that a slot is taken by a handler whose task has ended."""
+    def receive_answer(self, message: StatusReply) -> None:
+        """Give an answer to the handler that waits for it."""
     def task_ended(self, task_id: str) -> None:
         """Cancel the handler of a task that has ended without it."""
     async def stop(self) -> None:
         """Cancel the running handlers, and again after LEAVING_S seconds; log those that do not end even then."""
+    def on_part_ended(self, execution: Execution) -> None:
+        """Free the slot of an execution when nothing of it runs any more."""
     def receive_broadcast(self, message: BroadcastReply) -> None:
         """Queue a broadcast for its handler, which takes one after the other."""
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """One progress report: `progress` from 0 to 1 or None, `detail` any JSON, `seq` counts from 1 per task."""
 
     progress: float | None
     detail: Any
     seq: int
 
+class Piece(NamedTuple):
+    """One piece of a task's output, any JSON, in order; `seq` counts progress and pieces per task, from 1."""
+
+    piece: Any
+    seq: int
+
+class TaskQuestion(NamedTuple):
+    """A question of a task's worker; `ask` counts from 1 per task. The answer fits the JSON Schema, if there is one."""
+
+    text: str
+    schema: dict[str, Any] | None
+    ask: int
+
+TaskNews = Progress | Piece | TaskQuestion
+OnQuestion = Callable[[TaskQuestion], Any]
+
+class Questions:
+    """The questions of a task's worker, at its requester: at most one is `open`.
+
+    `on_question` answers them, if it is given. The hub delivers an open question again after a reconnect; questions are
+    numbered, so that each is taken once.
+    """
+
+    open: TaskQuestion | None
+    def __init__(self, handle: TaskHandle, connection: HubConnection, on_question: OnQuestion | None) -> None: ...
+    def receive(self, report: StatusReply) -> TaskQuestion | None:
+        """Return the question in a report, and begin to answer it; None if it is not a new one."""
+    def attempt_began(self, attempt: int) -> None:
+        """Drop the question of an earlier attempt."""
+    def drop(self, *, forgotten: bool = False) -> None:
+        """Note that no question waits for an answer. A hub that has `forgotten` the task numbers from 1 again."""
+    async def send(self, question: TaskQuestion, answer: bytes | None, until: float) -> None:
+        """Send an answer until the hub has it. Raises Refused(no_question) if it was not the first to be sent."""
+
 class TaskHandle:
-    """A task that this agent has delegated. Iterate it (`async for`) for its progress, until its outcome.
+    """A task that this agent has delegated. Iterate it (`async for`) for its events, until its outcome: its Progress,
+    each Piece of its output, and each TaskQuestion of its worker.
 
     Submits its task until the hub accepts it, asks for its state after each new registration and when its deadline has
     passed, and submits it again to a hub that lost it.
     """
 
     task_id: str
-    def __init__(self, connection: HubConnection, message: Delegate) -> None: ...
+    def __init__(self, connection: HubConnection, message: Delegate, on_question: OnQuestion | None = None) -> None: ...
     @classmethod
-    async def submit(cls, connection: HubConnection, message: Delegate, patience_s: float | None) -> TaskHandle:
+    async def submit(
+        cls,
+        connection: HubConnection,
+        message: Delegate,
+        patience_s: float | None = None,
+        on_question: OnQuestion | None = None,
+    ) -> TaskHandle:
         """Submit a task, and return its handle when the hub has accepted it. For `Agent.submit`, which see."""
     @property
     def done(self) -> bool:
         """Whether the task has ended."""
+    def add_done_callback(self, function: Callable[[TaskHandle], object]) -> None:
+        """Have `function(handle)` called on the loop when the task has ended; soon, if it has."""
     async def result(self, timeout_s: float | None = None) -> Any:
         """Return the task's output, waiting for it at most `timeout_s` seconds.
 
@@ -1948,6 +2607,15 @@ class TaskHandle:
     @property
     def outcome(self) -> TaskOutcome | None:
         """How the task ended; None while it is open, and if this agent was stopped before it had ended."""
+    @property
+    def question(self) -> TaskQuestion | None:
+        """The question of the task's worker that waits for an answer."""
+    async def answer(self, answer: Any, ask: int | None = None) -> None:
+        """Answer the question that waits, or only that of the number `ask`: with any JSON that fits its schema.
+
+        Returns when the hub has the answer. Raises Refused(no_question) if that question does not wait for an answer,
+        or no longer; ValueError if the answer is not JSON or does not fit; TaskTimeout if the ttl was over first.
+        """
     async def cancel(self, reason: str = "") -> None:
         """Cancel the task; `result` then raises TaskFailed(cancelled). Without effect if it has ended."""
     def cancel_soon(self, reason: str = "its requester stopped waiting") -> None:
@@ -1955,16 +2623,22 @@ class TaskHandle:
 
         The cancellation is sent at once, or after the next registration if there is no connection.
         """
-    def __aiter__(self) -> AsyncIterator[Progress]: ...
+    def __aiter__(self) -> AsyncIterator[TaskNews]: ...
+    async def pieces(self) -> AsyncIterator[Any]:
+        """Yield the pieces of the output in order; at the end the rest of it, if pieces were lost with a connection.
+
+        An output that came without pieces is one piece, or the items of a list. Raises what `result` raises, and
+        TaskFailed(pieces_lost) if the task was begun again and its output does not continue what was yielded.
+        """
 
 class Agent:
     """A program on the hub: what it offers, and its way to delegate to others.
 
     `hub` is a LocalHub of this process; without one, the agent connects to `url` (else AGENTHUB_URL, else
-    ws://127.0.0.1:8765), authenticates with `token` (else AGENTHUB_TOKEN, else the content of the file
-    AGENTHUB_TOKEN_FILE), and verifies the hub's certificate by the authorities in `ca_file` (else AGENTHUB_CA_FILE,
-    else the system's). `name` is the class's by default. At most `max_tasks` tasks run at once. Without a connection
-    it keeps trying, forever or for `give_up_after_s` seconds.
+    ws://127.0.0.1:8765; several are separated by commas: a hub and its standbys), authenticates with `token` (else
+    AGENTHUB_TOKEN, else the content of the file AGENTHUB_TOKEN_FILE), and verifies the hub's certificate by the
+    authorities in `ca_file` (else AGENTHUB_CA_FILE, else the system's). `name` is the class's by default. At most
+    `max_tasks` tasks run at once. Without a connection it keeps trying, forever or for `give_up_after_s` seconds.
 
     Use it as `async with agent:`, or block on `agent.run()`. Raises ValueError for a bad argument, Refused if the hub
     does not accept the registration, Disconnected when it has given up or another connection has replaced it.
@@ -1974,6 +2648,7 @@ class Agent:
     description: str
     url: str
     agent_id: str | None
+    resume: str | None
     max_tasks: int
     metadata: dict[str, Any]
     give_up_after_s: float | None
@@ -2008,25 +2683,31 @@ class Agent:
 
         `drain_s` limits that, in seconds; a second signal ends it at once. The event `loop` is uvloop\'s where that is
         installed; "asyncio" is the standard library\'s, and "uvloop" raises PackageMissing where it is not installed.
+        Unless the program has configured logging, the log goes to stderr. While the command line loads a file, this
+        returns at once: the command line runs the agent.
         """
     async def __aenter__(self) -> typing.Self: ...
     async def __aexit__(self, *_: object) -> None: ...
     async def start(self) -> None:
         """Connect, and return when the hub has registered this agent. Waits for a hub that is not running yet."""
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. Handles of open tasks fail."""
+        """Leave the hub, waiting at most `drain_s` seconds for running tasks to end. Handles of open tasks fail.
+
+        May be called from any event loop; the other methods only from the one on which the agent was started.
+        """
     async def serve(self, stopped: asyncio.Event, drain_s: float = ...) -> None:
         """Run until `stopped` is set, then drain; leave at once when cancelled. Raises what ends the connection."""
     async def connected(self, within_s: float | None = None) -> None:
         """Return when there is a connection, trying to connect now rather than after the pause of the backoff.
 
-        Raises Disconnected if there is none after `within_s` seconds (None: wait forever), or what ended the connection
-        for good.
+        With `within_s`, return when the hub has answered a heartbeat. Raises Disconnected if there is no connection
+        after `within_s` seconds (None: wait forever), or what ended the connection for good.
         """
     async def delegate(self, capability: str | None = None, input: Any = None, **options: Any) -> Any:
         """Have another agent do a task, and return its output. The options are those of `submit`.
 
-        Raises what `submit` and `TaskHandle.result` raise. Cancelling this call cancels the task.
+        The worker's questions go to `on_question`. Raises what `submit` and `TaskHandle.result` raise. Cancelling this
+        call cancels the task.
         """
     async def submit(
         self,
@@ -2041,6 +2722,9 @@ class Agent:
         task_id: str | None = None,
         parent_id: str | None = None,
         patience_s: float | None = None,
+        answers: bool = False,
+        on_question: OnQuestion | None = None,
+        trace: dict[str, str] | None = None,
     ) -> TaskHandle:
         """Delegate a task, and return its handle when the hub has accepted it.
 
@@ -2049,9 +2733,19 @@ class Agent:
         worker is lost; `wait` queues it although no online agent offers the capability. Without a connection this waits
         for one.
 
-        A hub that is `overloaded` is asked again for `patience_s` seconds (None: the ttl). Raises Refused, with the
-        hub's code; TaskTimeout if the hub did not accept the task within `ttl`; ValueError if the input is not JSON;
-        Disconnected if there will be no connection.
+        With `answers` the worker may ask something, which `TaskHandle.answer` answers. `on_question` says it too: it is
+        called with each TaskQuestion and returns the answer; a plain function runs in a thread. If it raises, the task
+        is cancelled, and its result is that error. `trace` is passed on to the worker unread: at most 2 KiB.
+
+        A hub that is `overloaded` is asked again for `patience_s` seconds (None: the ttl). So is a hub that restarted
+        without a journal, about a capability that was offered before: its agents have 60 s to come back. Raises
+        Refused, with the hub's code; TaskTimeout if the hub did not accept the task within `ttl`; ValueError if the
+        input is not JSON; Disconnected if there will be no connection.
+        """
+    async def stream(self, capability: str | None = None, input: Any = None, **options: Any) -> AsyncIterator[Any]:
+        """Delegate a task, and yield the pieces of its output as they come. The options are those of `submit`.
+
+        Leaving the loop cancels the task. Raises what `submit` and `TaskHandle.pieces` raise.
         """
     async def discover(self, capability: str = "", limit: int = 100) -> list[AgentInfo]:
         """Find agents by a keyword, the best match first; the empty one finds all. At most `limit`, up to 1000."""
@@ -2062,6 +2756,24 @@ class Agent:
         """
     async def status(self, task_id: str | None = None) -> StatusReply:
         """Ask the hub about itself (in `.hub`), or about one task. Raises Refused(unknown_task)."""
+
+class LogFormatter(logging.Formatter):
+    """Write one line per record, unprintable characters escaped. A traceback follows, each line marked with `|`."""
+    def __init__(self) -> None: ...
+    def formatMessage(self, record: logging.LogRecord) -> str: ...
+    def formatException(self, exc_info: Any) -> str: ...
+
+class JsonLogFormatter(logging.Formatter):
+    """Write one JSON object per record: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and `traceback`.
+
+    What the message says as `name=value` are fields too, such as `task`, `agent`, `code` and `trace`.
+    """
+    def format(self, record: logging.LogRecord) -> str: ...
+
+class LogFloodFilter(logging.Filter):
+    """Drop records over LOG_LINES_PER_S of one logger, and log how many were dropped. Errors always pass."""
+    def __init__(self) -> None: ...
+    def filter(self, record: logging.LogRecord) -> bool: ...
 
 class LocalHubLike(Protocol):
     """The part of a hub in its own process that an agent uses."""
@@ -2076,17 +2788,6 @@ async def serve(*agents: Agent, drain_s: float = ...) -> None:
 class CommandFailed(Exception):
     """Ends the command line with exit code 1 and this one line on stderr."""
 
-class LogFormatter(logging.Formatter):
-    """Write one line per record, unprintable characters escaped. A traceback follows, each line marked with `|`."""
-    def __init__(self) -> None: ...
-    def formatMessage(self, record: logging.LogRecord) -> str: ...
-    def formatException(self, exc_info: Any) -> str: ...
-
-class LogFloodFilter(logging.Filter):
-    """Drop records over LOG_LINES_PER_S of one logger, and log how many were dropped. Errors always pass."""
-    def __init__(self) -> None: ...
-    def filter(self, record: logging.LogRecord) -> bool: ...
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
 
@@ -2097,3 +2798,30 @@ class Command(NamedTuple):
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     log_level: str = ...
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors say where to find all options. Where a value is wrong, the usage would not help."""
+    def error(self, message: str, usage: str | None = None) -> typing.NoReturn: ...
+
+class Snapshot(NamedTuple):
+    """What `top` shows: the hub's status, its agents and its newest tasks, at a time of the loop's clock."""
+
+    hub: dict[str, Any]
+    agents: list[AgentInfo]
+    tasks: list[TaskInfo]
+    taken_at: float
+
+@dataclass(slots=True)
+class TopView:
+    """What the keys have chosen: which table has the room, how it is sorted, and from which row on it is shown."""
+
+    shows_tasks: bool = ...
+    orders: dict[bool, int] = field(default_factory=Incomplete)
+    is_reversed: bool = ...
+    first: int = ...
+    @property
+    def columns(self) -> dict[str, Callable[[Any], Any]]: ...
+    @property
+    def order(self) -> str: ...
+    def press(self, key: str, page: int) -> bool:
+        """Apply a key; `page` is how many rows one is. Return whether to go on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from agenthub import (
@@ -156,11 +156,18 @@ class HubDriver:
 class HubHarness(HubDriver):
     """A hub, the time, and the clients whose connections are open."""
 
-    def __init__(self, *, seed: int = 1, ledger: Ledger | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int = 1,
+        ledger: Ledger | None = None,
+        is_held: Callable[[Any], bool] = lambda link: False,
+        **settings: Any,
+    ) -> None:
         settings.setdefault("heartbeat_s", 1e9)  # No connection is silent too long, except in a test about that.
         settings.setdefault("join_s", 1e9)
         self.now = 1000.0
-        self.hub = Hub(HubSettings(**settings), entropy=random.Random(seed).randbytes, now=self.now)
+        self.hub = Hub(HubSettings(**settings), entropy=random.Random(seed).randbytes, now=self.now, is_held=is_held)
         self.ledger = ledger
         self.clients: dict[str, Client] = {}
         self.history: list[tuple[str, bytes | Close]] = []
@@ -300,7 +307,18 @@ class Client(Connection):
 
 
 # Counts that never go back to zero, and what is not about agents, tasks and connections.
-NOT_REMEMBERED = {"settings", "counts", "totals", "_refusals", "_closes", "_message_bytes"}
+NOT_REMEMBERED = {
+    "settings",
+    "counts",
+    "totals",
+    "states",
+    "codes",
+    "waited",
+    "ran",
+    "_refusals",
+    "_closes",
+    "_message_bytes",
+}
 
 
 def remembered(holder: Any) -> dict[str, Any]:

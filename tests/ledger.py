@@ -32,8 +32,10 @@ from agenthub import (
     Register,
     Registered,
     Result,
+    Status,
     StatusReply,
     TaskAck,
+    TaskAnswer,
     TaskOutcome,
     TaskState,
 )
@@ -86,6 +88,18 @@ class Entry:
     outcome: tuple[Any, ...] | None = None  # Success, output, error code and text, once delivered.
     accepted: tuple[Any, ...] | None = None  # The same, of the result whose acceptance its worker was sent.
     answers: list[Any] = dataclasses.field(default_factory=list)  # The outputs that any agent has sent.
+    numbers: dict[int, tuple[str, int]] = dataclasses.field(
+        default_factory=dict
+    )  # Of questions: their text and attempt.
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)  # The numbers of questions, by message id.
+    replies: dict[int, list[Any]] = dataclasses.field(default_factory=dict)  # What its requester answered, by number.
+    replied: dict[int, str] = dataclasses.field(default_factory=dict)  # The message whose answer the hub acknowledged.
+    latest: int = 0  # The number of the last question that the hub has taken, acknowledged or not,
+    latest_written: int = 0  # ... and of the last one on disk.
+    answers_written: set[int] = dataclasses.field(default_factory=set)  # The numbers of those that are on disk.
+    told: dict[int, Any] = dataclasses.field(default_factory=dict)  # The answer that its worker got, by number.
+    shown: dict[int, Connection] = dataclasses.field(default_factory=dict)  # Where the hub sends a question, by number,
+    brought: dict[int, Connection] = dataclasses.field(default_factory=dict)  # ... and an answer.
     outcomes: int = 0  # How often this life of the hub delivered its outcome,
     outcomes_due: int = 1  # and how often it may: once, and once more for each repeated delegate or lost connection.
 
@@ -163,6 +177,10 @@ class Ledger:
                 self.entries[message.task_id] = Entry(message, agent_id, parent, is_tainted=is_tainted)
             elif is_same(entry.request, message):
                 entry.requester = agent_id
+        elif isinstance(message, Status) and message.ask is not None:
+            entry = self.entries.get(message.task_id or "")
+            if entry is not None and entry.requester == agent_id:
+                entry.replies.setdefault(message.ask, []).append(message.answer)
         elif isinstance(message, Result) and message.task_id in self.entries:
             if message.success:
                 self.entries[message.task_id].answers.append(message.output)
@@ -201,6 +219,12 @@ class Ledger:
                 self._count_outcome(action)
             elif isinstance(action, StatusReply) and action.task_id is not None:
                 self._note_waiting(action.task_id, action.state, action.attempt)
+                entry = self.entries[action.task_id]
+                entry.latest = max(entry.latest, action.ask or 0)
+                if action.reply_to is None and action.ask is not None:
+                    entry.shown[action.ask] = to
+            elif isinstance(action, TaskAnswer):
+                self.entries[action.task_id].brought[action.ask] = to
             elif isinstance(action, Close) and action.code == CloseCode.DONE:  # It has deregistered.
                 self._resumable.pop(to.session or "", None)
         self._check_deliveries([action for _, action in effects if isinstance(action, Delegated)], at, state_of)
@@ -335,8 +359,12 @@ class Ledger:
             self._on_outcome(connection, action, at)
         elif isinstance(action, Registered):
             self._on_registered(connection, action, at)
+        elif isinstance(action, TaskAnswer):
+            self._on_answer(connection, action, at)
         elif isinstance(action, StatusReply):
             self._on_status(action, at)
+            if action.ask is not None and not self.entries[action.task_id or ""].is_tainted:
+                self._on_question(connection, action)
         elif isinstance(action, Error):
             self._on_error(action)
 
@@ -387,6 +415,9 @@ class Ledger:
         agent_id, message = request
         if isinstance(message, Delegate):
             entry.is_acknowledged = True
+        elif isinstance(message, Status) and message.ask is not None and not entry.is_tainted:
+            if entry.replied.setdefault(message.ask, message.id or "") != message.id:
+                self.fail(f"{reply.task_id}: a second answer to question {message.ask} was accepted")
         elif isinstance(message, Result) and reply.state in FINAL and not entry.is_tainted:
             if agent_id == entry.requester and not message.success:
                 return  # It may have cancelled the task.
@@ -425,6 +456,39 @@ class Ledger:
             self.fail(f"the outcome of {outcome.task_id} {text}")
         entry.is_sent = True
         self._record_outcome(entry, outcome_of(outcome))
+
+    def _on_question(self, connection: Connection, status: StatusReply) -> None:
+        """Enter a question that goes to the requester, or the number that its worker is told."""
+        entry, number = self.entries[status.task_id or ""], status.ask or 0
+        task_id = entry.request.task_id
+        _, message = self.requests.get(status.reply_to or "", ("", None))
+        if isinstance(message, Status) and message.question is not None:
+            text, attempt = message.question.text, status.attempt or 0
+            if entry.asked.setdefault(message.id or "", number) != number:
+                self.fail(f"{task_id}: a question sent again has another number, {number}")
+        elif status.question is not None:
+            text, attempt = status.question.text, status.attempt or 0
+            if status.reply_to is None and connection.session not in (None, entry.requester):
+                self.fail(f"{task_id}: {connection.session} is asked, and not {entry.requester}")
+        else:
+            return
+        if not entry.request.answers:
+            self.fail(f"{task_id}: a question was accepted for a requester that cannot be asked")
+        if entry.numbers.setdefault(number, (text, attempt)) != (text, attempt):
+            self.fail(f"{task_id}: question {number} is {text!r} of attempt {attempt}, and was {entry.numbers[number]}")
+
+    def _on_answer(self, connection: Connection, answer: TaskAnswer, at: float) -> None:
+        entry = self._record_state(answer.task_id, answer.state, answer.attempt, at)
+        if entry.is_tainted:
+            return
+        task_id, number = answer.task_id, answer.ask
+        if answer.answer not in entry.replies.get(number, ()):
+            self.fail(f"{task_id}: the answer {answer.answer!r} to question {number} is not from its requester")
+        if entry.told.setdefault(number, answer.answer) != answer.answer:
+            self.fail(f"{task_id}: the answer to question {number} was {entry.told[number]!r}, now {answer.answer!r}")
+        _, attempt = entry.numbers.get(number, ("", answer.attempt))
+        if attempt != answer.attempt:
+            self.fail(f"{task_id}: attempt {answer.attempt} got the answer to a question of attempt {attempt}")
 
     def _on_registered(self, connection: Connection, reply: Registered, at: float) -> None:
         connection.session = reply.agent_id
@@ -504,6 +568,10 @@ class Ledger:
         for row in (*changes.inserted.values(), *changes.updated.values()):
             if row.end is not None:
                 self.entries[row.request.task_id].is_over = True
+            entry = self.entries[row.request.task_id]
+            entry.latest_written = row.life.asked
+            if row.life.talk is not None and row.life.talk.answer is not None:
+                entry.answers_written.add(row.life.talk.ask)
         return moved
 
     def died(self, at: float, *, is_journaled: bool) -> None:
@@ -515,6 +583,9 @@ class Ledger:
                 entry.due = None
             entry.holder = None
             entry.outcomes, entry.outcomes_due = 0, 1
+            entry.latest = entry.latest_written
+            entry.shown.clear()
+            entry.brought.clear()
         self._waiting.clear()
         self.workers.clear()
         self._online.clear()
@@ -549,8 +620,14 @@ class Ledger:
 
     # What an observer sees.
 
-    def audit(self, tasks: StatusReply, agents: Discovered, now: float, started: float) -> None:
-        """Check one listing of the hub: no task is overdue, waits needlessly, or is at an agent that is gone."""
+    def audit(
+        self, tasks: StatusReply, agents: Discovered, now: float, started: float, *, is_idle: bool = True
+    ) -> None:
+        """Check one listing of the hub: no task is overdue, waits needlessly, or is at an agent that is gone.
+
+        A hub that is not idle has left something to its next tick, perhaps tasks for an agent that is free, or those of
+        one that is gone.
+        """
         listed = {one.task_id: one for one in tasks.tasks or ()}
         is_due = any(one.state == TaskState.PENDING and one.ttl <= 0.001 for one in listed.values())
         running: collections.Counter[str | None] = collections.Counter()
@@ -568,9 +645,9 @@ class Ledger:
             if one.state == TaskState.IN_PROGRESS:
                 running[one.agent_id] += 1
                 since = self.disconnected_since.get(one.agent_id or "")
-                if since is not None and now - since > self._grace_s + TIMER_LATE_S + EPSILON_S:
+                if is_idle and since is not None and now - since > self._grace_s + TIMER_LATE_S + EPSILON_S:
                     self.fail(f"{one.task_id} is still at {one.agent_id}, disconnected for {now - since:g} s")
-            elif not is_due:  # An agent whose next task is due waits for the tick that ends that one.
+            elif is_idle and not is_due:  # An agent whose next task is due waits for the tick that ends that one.
                 for agent in agents.agents:
                     is_able = one.capability in (None, *(each.name for each in agent.capabilities))
                     is_meant = agent.agent_id == one.agent_id if one.agent_id else agent.agent_id != one.requester
@@ -582,6 +659,26 @@ class Ledger:
             worker = self.workers.get(agent.agent_id)
             if worker is not None and agent.max_tasks != worker.max_tasks:
                 self.fail(f"{agent.agent_id} has max_tasks {agent.max_tasks} instead of {worker.max_tasks}")
+
+    def audit_talks(self, tasks: StatusReply) -> None:
+        """Check that each question which waits was sent to its requester, and each answer to its worker."""
+        for one in tasks.tasks or ():
+            entry = self.entries[one.task_id]
+            number = max(entry.asked.values(), default=0)
+            if one.state != TaskState.IN_PROGRESS or not number or entry.is_unpromised:
+                continue
+            if entry.numbers[number][1] != one.attempt or entry.latest > number:
+                continue
+            if number in entry.replied or number in entry.answers_written:
+                self._require(entry.brought.get(number), one.agent_id, f"{one.task_id}: the answer to {number}")
+            elif number not in entry.brought:  # An answer may be on its way to the disk.
+                self._require(entry.shown.get(number), one.requester, f"{one.task_id}: question {number}")
+
+    def _require(self, sent_on: Connection | None, agent_id: str | None, what: str) -> None:
+        connection = self._online.get(agent_id or "")
+        is_known = connection is not None and connection.is_attended and agent_id not in self.tainted_agents
+        if is_known and sent_on is not connection:
+            self.fail(f"{what} was not sent to {agent_id}, which is online")
 
 
 def is_same(one: Delegate, other: Delegate) -> bool:

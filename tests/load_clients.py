@@ -11,21 +11,25 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import json
+import math
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from agenthub import Agent, Refused, Task, TaskFailed, TaskTimeout
+from agenthub import Agent, Disconnected, Refused, Task, TaskFailed, TaskTimeout
 from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, HANDSHAKE, PING, TEXT, frame, take_frames
 from tests.support import WAIT_S
 
 FINAL = ("completed", "failed", "timeout")
 FLOOD_MESSAGES = 6000  # In about a second: more than the hub takes of one connection in that time.
+WAITING_TASKS = 5000
+RESTART_NOTICED_S = 1.0  # After a restart of the hub, for clients to notice that they have lost their connections.
 EARLY_S = 0.05  # How much too early a timeout may seem to come: timers and clocks have a resolution.
 TOO_LATE = (
     "task_over",
@@ -33,6 +37,8 @@ TOO_LATE = (
     "not_assigned",
     "unknown_task",
 )  # The codes with which a worker's message may be refused.
+# Payloads that take more memory than their size says, if they are held as objects.
+INPUT_SHAPES: list[Any] = [[{}] * 3000, [[1, 2, 3]] * 1000, {f"key-{n}": n for n in range(500)}, "\u00e9\u20ac" * 3000]
 UNHEARD = "unheard"  # The id of a message whose sender is cut before the reply.
 
 
@@ -196,6 +202,8 @@ class ClientEntry:
     deliveries_max: int = 1  # One more for each repeated delegate.
     outcome: dict[str, Any] | None = None
     attempts: set[int] = field(default_factory=set)  # Delivered.
+    runs: int = 0  # The same, also of hubs that have forgotten each other's.
+    is_forgotten: bool = False  # A hub without a journal has restarted since.
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # Of its workers, by attempt.
     accepted: int | None = None  # The attempt whose result the hub acknowledged as the outcome.
     history: list[str] = field(default_factory=list)
@@ -207,14 +215,16 @@ class ClientEntry:
 class ClientLedger:
     """Every task from its delegate until some time after its outcome, when it is judged and dropped.
 
-    `hold_s` is that time: longer than the hub keeps a record, so that nothing about it comes later.
+    `hold_s` is that time: longer than the hub keeps a record, so that nothing about it comes later. A restart of a hub
+    without a journal makes it forget its tasks: they run at most as often as before, and may end with `hub_lost`.
     """
 
-    def __init__(self, marker: str, hold_s: float) -> None:
+    def __init__(self, marker: str, hold_s: float, *, is_journaled: bool = True) -> None:
         self.problems: list[str] = []
         self.counts: collections.Counter[str] = collections.Counter()
         self._marker = marker
         self._hold_s = hold_s
+        self.is_journaled = is_journaled
         self.entries: dict[str, ClientEntry] = {}
         self._to_judge: collections.deque[tuple[float, ClientEntry]] = collections.deque()
         self._numbers = itertools.count(1)
@@ -237,14 +247,21 @@ class ClientLedger:
             self.counts["acknowledged"] += 1
             entry.note("acknowledged")
 
-    def refused(self, entry: ClientEntry, code: str) -> None:
+    def refused(self, entry: ClientEntry, code: str, also: tuple[str, ...] = ()) -> None:
         """Drop a task that the hub rejected: any later message about it is a problem."""
         self.counts[f"refused {code}"] += 1
         del self.entries[entry.task_id]
-        if code not in ("no_agent", "unknown_agent", "overloaded"):
+        if code not in ("no_agent", "unknown_agent", "overloaded", *also):
             self._add_problem(entry, f"refused with {code}")
         if entry.outcome is not None or entry.attempts:
             self._add_problem(entry, f"refused with {code}, but it had begun")
+
+    def hub_restarted(self) -> None:
+        """Expect that outcomes are redelivered, and of a hub without a journal that it has forgotten all tasks."""
+        for entry in self.entries.values():
+            entry.note("the hub restarted")
+            entry.deliveries_max += 1
+            entry.is_forgotten = not self.is_journaled
 
     def excuse(self, entry: ClientEntry, why: str) -> None:
         """Require no outcome: the requester has left."""
@@ -261,10 +278,11 @@ class ClientLedger:
             return
         attempt = message["attempt"]
         entry.note(f"attempt {attempt} at {agent_id}")
-        if attempt in entry.attempts:
+        entry.runs += 1
+        if attempt in entry.attempts and not entry.is_forgotten:
             self._add_problem(entry, f"attempt {attempt} was handed out twice")
-        if attempt > 1 + entry.max_retries:
-            self._add_problem(entry, f"attempt {attempt} with max_retries {entry.max_retries}")
+        if max(attempt, entry.runs) > 1 + entry.max_retries:
+            self._add_problem(entry, f"attempt {attempt}, run {entry.runs}, with max_retries {entry.max_retries}")
         if message["input"] != entry.input:
             self._add_problem(entry, "its input has changed")
         entry.attempts.add(attempt)
@@ -335,6 +353,8 @@ class ClientLedger:
         answer = entry.answers.get(attempt, {})
         if entry.deliveries > entry.deliveries_max:
             return f"its outcome was delivered {entry.deliveries} times"
+        if entry.is_forgotten:
+            return None  # The attempts of two hubs have the same numbers.
         if state == "completed" and (answer.get("success") is not True or answer["output"] != outcome["output"]):
             return f"completed with another result than its worker sent: {outcome}, {entry.answers}"
         if entry.accepted is not None and (state == "timeout" or attempt != entry.accepted):
@@ -361,6 +381,7 @@ class Pace:
     heartbeat_s: float = 2.0
     unit_s: float = 1.0
     sample_s: float = 2.0
+    restart_s: float = 20.0  # From one restart of the hub to the next.
 
     @property
     def ttl_max_s(self) -> float:
@@ -376,9 +397,36 @@ class LoadClients:
         self.lives: collections.Counter[str] = collections.Counter()
         self.closes: collections.Counter[Any] = collections.Counter()  # Of clients that expect it, by code.
         self.latencies_s: list[float] = []  # Of the bystanders.
+        self.counts: collections.Counter[str] = collections.Counter()
         self.online: set[Client] = set()
         self._over_at = 0.0
         self._is_stopped = False
+        self._is_restarting = False
+        self._restarted_at = self._hub_returned_at = -math.inf
+
+    def restarting(self) -> None:
+        """Excuse the loss of connections from now on."""
+        self._is_restarting = True
+        self.hub_left()
+
+    def restarted(self) -> None:
+        self._is_restarting, self._restarted_at = False, time.monotonic()
+        self.hub_returned()
+
+    def hub_left(self) -> None:
+        """Note that the hub does not answer any more: it is stopped, or restarts."""
+        self._hub_returned_at = math.inf
+
+    def hub_returned(self) -> None:
+        self._hub_returned_at = time.monotonic()
+
+    def has_hub_been_away(self, since: float) -> bool:
+        return self._hub_returned_at > since
+
+    @property
+    def is_hub_lost(self) -> bool:
+        """Whether the hub restarts, or has a moment ago, so that clients may not have noticed the loss before now."""
+        return self._is_restarting or time.monotonic() < self._restarted_at + RESTART_NOTICED_S
 
     @property
     def url(self) -> str:
@@ -418,6 +466,9 @@ class LoadClients:
                 await life(self, rng)
             except Lost:
                 pass  # A client that did not expect this has reported it.
+            except (OSError, Disconnected) as error:
+                if not self.is_hub_lost:
+                    self.problems.append(f"{life.__name__}: {error!r}")
             except Exception as error:
                 self.problems.append(f"{life.__name__}: {error!r}")
             self.lives[life.__name__] += 1
@@ -449,7 +500,8 @@ class Client:
         self.identity: dict[str, str] = {}
         self.expects_end = False
         self.expects_errors = False
-        self._description = {"name": name, "capabilities": list(capabilities), "max_tasks": max_tasks}
+        self.is_hub_lost = False  # It has lost its connection to a restart of the hub.
+        self.description = {"name": name, "capabilities": list(capabilities), "max_tasks": max_tasks}
 
     @property
     def agent_id(self) -> str:
@@ -457,9 +509,9 @@ class Client:
 
     async def join(self, receive_bytes: int | None = None) -> dict[str, Any]:
         """Connect and register, resuming its session if it has one; return the reply."""
-        self.expects_end = False
+        self.expects_end = self.is_hub_lost = False
         self.wire = await Wire.open(self.load.port, self.on_message, self._on_lost, receive_bytes)
-        reply = await self.wire.request(self._on_registered, type="register", **self._description, **self.identity)
+        reply = await self.wire.request(self._on_registered, type="register", **self.description, **self.identity)
         if reply["type"] != "register":
             self.expects_end = True
             self.wire.abort()
@@ -476,6 +528,29 @@ class Client:
         self.expects_end = True
         self.load.online.discard(self)
         self.wire.abort()
+
+    async def came_back(self) -> bool:
+        """Resume the session after a restart of the hub; return False if the connection was lost for another reason."""
+        if not (self.is_hub_lost or self.load.is_hub_lost):
+            return False
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                try:
+                    await self.join()
+                except OSError:  # Lost is one too.
+                    await asyncio.sleep(self.rng.uniform(0, 0.2))
+                else:
+                    return True
+
+    async def stay(self, units: float) -> None:
+        """Stay online for so long, also if the hub restarts meanwhile."""
+        until = time.monotonic() + units * self.load.pace.unit_s
+        while not self.load.is_over and (left_s := until - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, 0.5)):
+                    await self.wire.lost.wait()
+                if not await self.came_back():
+                    return
 
     async def leave(self, drain: bool = False) -> None:
         self.expects_end = True
@@ -497,6 +572,9 @@ class Client:
         self.load.online.discard(self)
         if self.expects_end:
             self.load.closes[code] += 1
+        elif self.load.is_hub_lost:
+            self.is_hub_lost = True
+            self.load.closes[f"{code} of a restart"] += 1
         else:
             self.load.problems.append(f"{self.name} lost its connection with {code}")
 
@@ -606,6 +684,8 @@ class Requester(Client):
         """Return a new task and the delegate of it."""
         ttl, max_retries = fields.pop("ttl"), fields.pop("max_retries", 0)
         entry = self.ledger.open(self.name, ttl, max_retries)
+        if self.rng.random() < 0.02:
+            entry.input["shape"] = self.rng.choice(INPUT_SHAPES)
         message = {"type": "delegate", "task_id": entry.task_id, "input": entry.input, "ttl": ttl, **fields}
         self.open[entry.task_id] = entry, {**message, "max_retries": max_retries}
         self.idle.clear()
@@ -617,7 +697,7 @@ class Requester(Client):
         if reply["type"] == "status":
             self.ledger.acknowledged(entry)
             return True
-        self.ledger.refused(entry, reply["code"])
+        self.ledger.refused(entry, reply["code"], ("shutting_down",) if self.load.is_hub_lost else ())
         self._forget(entry.task_id)
         return False
 
@@ -648,24 +728,36 @@ class Requester(Client):
 
     async def go_and_come_back(self) -> None:
         """Be cut, perhaps before an acknowledgement, and return before the hub forgets ended tasks."""
-        entry, message = self.prepare(**self._choice())
+        _, message = self.prepare(**self._choice())
         self.wire.send(id=UNHEARD, **message)
         if self.rng.random() < 0.5:
             await asyncio.sleep(self.rng.uniform(0, 0.01))
         self.cut()
         left_at, pace = time.monotonic(), self.load.pace
         await asyncio.sleep(self.rng.uniform(0.01, 0.7) * pace.retention_s)
-        known = self.agent_id
-        await self.join()
+        await self._return(self.join, left_at)
+
+    async def came_back(self) -> bool:
+        """Resume the session after a restart of the hub, and ask for the outcomes that are due."""
+        if not (self.is_hub_lost or self.load.is_hub_lost):
+            return False
+        await self._return(super().came_back, time.monotonic())
+        return True
+
+    async def _return(self, join: Callable[[], Awaitable[Any]], left_at: float) -> None:
+        known, pace = self.agent_id, self.load.pace
+        await join()
+        if self.agent_id != known and not self.ledger.is_journaled:
+            self.excuse("the hub has forgotten it")
         if time.monotonic() - left_at > 0.9 * pace.retention_s:
             self.excuse("its requester was disconnected for too long")  # On a busy machine.
             return
         if self.agent_id != known and any(one.is_acknowledged for one, _ in self.open.values()):
             self.load.problems.append(f"the session of {known} was forgotten, with open tasks: {list(self.open)}")
         for entry, message in [one for one in self.open.values() if one[0].outcome is None]:
-            await self._refresh(entry, message)
+            await self._refresh(entry, message, left_at)
 
-    async def _refresh(self, entry: ClientEntry, message: dict[str, Any]) -> None:
+    async def _refresh(self, entry: ClientEntry, message: dict[str, Any], left_at: float) -> None:
         """Ask for an outcome again, as in step 11 of docs/protocol.md."""
         if not entry.is_acknowledged:
             entry.deliveries_max += 1
@@ -674,7 +766,9 @@ class Requester(Client):
             return
         report = await self.wire.request(type="status", task_id=entry.task_id)
         if report["type"] == "error":
-            if entry.outcome is None:
+            if time.monotonic() - left_at > 0.9 * self.load.pace.retention_s:
+                self.ledger.excuse(entry, "its requester was disconnected for too long")
+            elif entry.outcome is None:
                 self.ledger.unaccounted(entry, json.dumps(report))
             self._forget(entry.task_id)
         elif report["state"] in FINAL:
@@ -682,10 +776,13 @@ class Requester(Client):
             self._forget(entry.task_id)
 
     async def await_outcomes(self) -> None:
-        """Wait until all tasks have ended; those that have not in time are unaccounted for."""
-        if self.open:
+        """Wait until all tasks have ended; those that have not in time are unaccounted for. Raises Lost."""
+        last = time.monotonic() + self.load.pace.ttl_max_s + WAIT_S / 2
+        while self.open and time.monotonic() < last:
+            if self.wire.lost.is_set():
+                raise Lost("before all outcomes came")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.load.pace.ttl_max_s + WAIT_S / 2):
+                async with asyncio.timeout(0.1):
                     await self.idle.wait()
         for entry, _ in list(self.open.values()):
             self.ledger.unaccounted(entry, json.dumps(await self.wire.request(type="status", task_id=entry.task_id)))
@@ -705,7 +802,7 @@ async def worker_life(load: LoadClients, rng: random.Random) -> None:
     """Join, work, and deregister."""
     worker = Worker(load, rng, "worker", "work", max_tasks=rng.choice((1, 4, 16)))
     await worker.join()
-    await load.rest(rng.uniform(1, 6))
+    await worker.stay(rng.uniform(1, 6))
     await worker.leave(drain=rng.random() < 0.5)
 
 
@@ -745,17 +842,36 @@ async def requester_life(load: LoadClients, rng: random.Random) -> None:
     fate = rng.choices(("stays", "comes back", "is cut", "leaves"), (4, 3, 1, 1))[0]
     try:
         for _ in range(rng.randint(5, 40)):
-            await asyncio.gather(*(requester.ask() for _ in range(rng.randint(1, 8))))
-            if fate == "comes back" and rng.random() < 0.1:
-                await requester.go_and_come_back()
+            await through_restarts(requester, functools.partial(ask_for_some, requester, fate))
             await load.rest(rng.expovariate(1 / 0.1))
             if load.is_over:
                 break
         if fate in ("stays", "comes back"):
-            await requester.await_outcomes()
+            await through_restarts(requester, requester.await_outcomes)
     finally:
         requester.excuse("its requester has left")
         requester.cut() if fate == "is cut" else await requester.leave()
+
+
+async def ask_for_some(requester: Requester, fate: str) -> None:
+    asked = await asyncio.gather(*(requester.ask() for _ in range(requester.rng.randint(1, 8))), return_exceptions=True)
+    for error in asked:
+        if isinstance(error, BaseException):
+            raise error
+    if fate == "comes back" and requester.rng.random() < 0.1:
+        await requester.go_and_come_back()
+
+
+async def through_restarts(client: Client, act: Callable[[], Awaitable[Any]]) -> None:
+    """Call `act`, and again each time that a restart of the hub has interrupted it. Raises Lost for another reason."""
+    while True:
+        try:
+            await act()
+        except OSError:
+            if not await client.came_back():
+                raise
+        else:
+            return
 
 
 async def slow_consumer_life(load: LoadClients, rng: random.Random) -> None:
@@ -825,6 +941,140 @@ async def observer_life(load: LoadClients, rng: random.Random) -> None:
         await wire.request(type="discover", capability=rng.choice(("", "work", "nothing")), limit=20)
         await load.rest(rng.uniform(0.1, 1))
     wire.abort()
+
+
+def shapes(rng: random.Random) -> list[bytes]:
+    """Return messages that cost a hub more than their size says."""
+    empty = b"{}," * rng.choice((1000, 100_000)) + b"{}"
+    deep = b",".join([b"[" * 62 + b"]" * 62] * rng.choice((10, 1000)))
+    too_deep = b"[" * 199 * 50 + b"]" * 199 * 50
+    not_finite = b",".join([b"[" * 60 + b"NaN" + b"]" * 60] * 200)
+    begin = b'{"type":"delegate","id":"1","task_id":"shape","capability":"none","input":['
+    lists = [b'{"type":"status","id":"1","tasks":true}', b'{"type":"discover","id":"1","capability":"o"}']
+    return [*lists, b"{" + b"," * 60_000, *(begin + one + b"]}" for one in (empty, deep, too_deep, not_finite))]
+
+
+async def bad_neighbour_life(load: LoadClients, rng: random.Random) -> None:
+    """Open ten connections, send the same costly messages on all, and hang up, mostly before the answers."""
+    wires = [await Wire.open(load.port, lambda _: None, lambda _: None) for _ in range(10)]
+    for _ in range(rng.randint(1, 3)):
+        raw = frame(rng.choice(shapes(rng)))
+        for wire in wires:
+            wire.write(raw * max(1, min(100, 200_000 // len(raw))))
+        await load.rest(rng.uniform(0, 2))
+    for wire in wires:
+        wire.abort() if rng.random() < 0.5 else wire.transport.close()
+    await load.rest(rng.uniform(1, 4))
+
+
+async def cancelled_identities_life(load: LoadClients, rng: random.Random) -> None:
+    """Register, delegate, cancel and hang up, a hundred times under another identity."""
+    for _ in range(100):
+        requester = Requester(load, rng, "passer-by")
+        await requester.join()
+        try:
+            entry, message = requester.prepare(capability="nobody-yet", ttl=load.pace.unit_s, wait=True)
+            if await requester.delegate(entry, message):
+                entry.is_cancelled = True
+                await requester.wire.request(type="result", task_id=entry.task_id, success=False, error="cancelled")
+        finally:
+            requester.excuse("its requester has hung up")
+            requester.cut()
+    await load.rest(rng.uniform(2, 6))
+
+
+async def churn_life(load: LoadClients, rng: random.Random) -> None:
+    """Register and deregister on one connection, with many words to index, a hundred times."""
+    wire = await Wire.open(load.port, lambda _: None, lambda _: None)
+    words = " ".join(f"{load.ledger.payload(0)['marker']}-{number}" for number in range(60))
+    for number in range(100):
+        capability = {"name": f"churn-{number % 7}", "description": words}
+        await wire.request(type="register", name="churn", capabilities=[capability] if number % 2 else ["churn"])
+        await wire.request(type="deregister")
+        await wire.lost.wait()  # The hub closes the connection of an agent that has left.
+        wire = await Wire.open(load.port, lambda _: None, lambda _: None)
+    wire.abort()
+    await load.rest(rng.uniform(2, 6))
+
+
+class Counting(Client):
+    """Completes tasks that are in no ledger, and counts them by their input."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        if message["type"] == "delegate":
+            self.counts[message["input"]] += 1
+            self.wire.send(
+                type="result",
+                task_id=message["task_id"],
+                attempt=message["attempt"],
+                success=True,
+                output=message["input"],
+            )
+
+
+async def crashed_requester_life(load: LoadClients, rng: random.Random) -> None:
+    """Have large outcomes made for a requester that crashes before it reads them."""
+    worker = Counting(load, rng, "for-the-crashed", f"crash-{rng.random()}")
+    requester = Client(load, rng, "crashes")
+    worker.expects_errors = requester.expects_errors = True
+    await asyncio.gather(worker.join(), requester.join(receive_bytes=4096))
+    requester.expects_end = True
+    requester.wire.transport.pause_reading()
+    capability = worker.description["capabilities"][0]
+    fields = {"type": "delegate", "capability": capability, "input": "x" * 10_000, "ttl": load.pace.ttl_max_s}
+    for number in range(50):
+        requester.wire.send(task_id=f"{capability}-{number}", **fields)
+    await load.rest(rng.uniform(0.2, 1))
+    requester.cut()
+    await worker.stay(rng.uniform(0, 1))
+    await worker.leave()
+
+
+async def fair_share_life(load: LoadClients, rng: random.Random) -> None:
+    """Have 5,000 tasks of one requester wait, and require that another's single one is next but one."""
+    capability = f"fair-{rng.random()}"
+    many, single = (Client(load, rng, name) for name in ("many", "single"))
+    many.expects_errors = single.expects_errors = True  # The hub may shut down.
+    await asyncio.gather(many.join(), single.join())
+    options = {"type": "delegate", "capability": capability, "wait": True, "ttl": load.pace.ttl_max_s}
+    for number in range(WAITING_TASKS):
+        many.wire.send(task_id=f"{capability}-{number}", input="many", **options)
+        if number % 500 == 0:
+            await many.wire.writable.wait()
+    await many.wire.request(task_id=f"{capability}-last", input="many", **options)
+    expires_at = time.monotonic() + 8 * load.pace.unit_s - EARLY_S
+    await single.wire.request(
+        task_id=f"{capability}-single", input="single", **{**options, "ttl": 8 * load.pace.unit_s}
+    )
+    worker = Counting(load, rng, "fair", capability, max_tasks=1)
+    worker.expects_errors = True
+    await worker.join()
+    await load.rest(1)
+    if time.monotonic() < expires_at and worker.counts.total() > 3 and not worker.counts["single"]:
+        load.problems.append(f"a requester's only task waits for those of another: {worker.counts}")
+    load.counts["tasks in fair turns"] += worker.counts.total()
+    await asyncio.gather(worker.leave(), single.leave())
+    await many.leave() if rng.random() < 0.5 else many.cut()
+    await load.rest(rng.uniform(6, 12))
+
+
+async def stopped_life(load: LoadClients, rng: random.Random) -> None:
+    """Work, and be stopped now and then for less than the silence, as by SIGSTOP: read and send nothing."""
+    worker = Worker(load, rng, "stopped", "work", max_tasks=2)
+    await worker.join()
+    for _ in range(rng.randint(1, 3)):
+        await load.rest(rng.uniform(0.3, 2))
+        load.online.discard(worker)
+        worker.wire.transport.pause_reading()
+        await load.rest(rng.uniform(0.1, 1))
+        worker.wire.transport.resume_reading()
+        worker.wire.send(type="heartbeat")
+        load.online.add(worker)
+    await worker.leave()
 
 
 NO_HANDSHAKES = (
@@ -945,16 +1195,32 @@ async def sdk_ask(load: LoadClients, agent: Agent, rng: random.Random) -> None:
         options = {"ttl": ttl, "max_retries": max_retries, "wait": True, "task_id": entry.task_id}
         try:
             handle = await agent.submit(rng.choice(("work", "sdk")), entry.input, **options)
-        except TaskTimeout:  # On a busy machine. It may have been accepted all the same, and is then cancelled.
+        except TaskFailed as error:  # On a busy machine. It may have been accepted all the same, and is then cancelled.
+            if not (entry.is_forgotten or isinstance(error, TaskTimeout)):
+                raise
             entry.is_cancelled = True
             load.ledger.excuse(entry, "not acknowledged in time")
+            continue
+        except Refused as refusal:
+            if not (refusal.code == "shutting_down" and load.is_hub_lost):
+                raise
+            load.ledger.refused(entry, refusal.code, (refusal.code,))
+            await load.rest(1)
             continue
         load.ledger.acknowledged(entry)
         if rng.random() < 0.1:
             entry.is_cancelled = True
             await handle.cancel()
-        with contextlib.suppress(TaskFailed):
+        code = None
+        try:
             await handle.result()
+        except TaskFailed as error:
+            code = error.code
+        if code == "hub_lost" and load.has_hub_been_away(entry.sent_at):
+            # Its deadline passed without a connection, or the hub has no journal.
+            load.ledger.counts["hub_lost"] += 1
+            load.ledger.excuse(entry, "the hub was away")
+            continue
         if handle.outcome is None:
             load.ledger.unaccounted(entry, "nothing: its handle has no outcome")
             continue
@@ -973,8 +1239,16 @@ async def bystanders_life(load: LoadClients, rng: random.Random) -> None:
     await asyncio.gather(worker.join(), requester.join())
     while not load.is_over:
         entry, message = requester.prepare(capability="calm", ttl=WAIT_S)
-        await requester.delegate(entry, message)
-        await requester.await_outcomes()
+        try:
+            if not await requester.delegate(entry, message) and load.is_hub_lost:
+                await load.rest(0.1)
+                continue
+            await requester.await_outcomes()
+        except Lost:
+            if not (await worker.came_back() and await requester.came_back()):
+                raise
+            requester.excuse("the hub restarted, and its worker may have lost it")
+            continue
         load.latencies_s.append(time.monotonic() - entry.sent_at)
         if entry.outcome is None or entry.outcome["state"] != "completed":
             load.problems.append(f"a bystander's task was not completed: {'; '.join(entry.history)}")
@@ -990,6 +1264,12 @@ POPULATION: dict[Callable[[LoadClients, random.Random], Any], int] = {
     slow_consumer_life: 4,
     broadcaster_life: 1,
     flood_life: 1,
+    bad_neighbour_life: 1,
+    churn_life: 1,
+    crashed_requester_life: 1,
+    fair_share_life: 1,
+    cancelled_identities_life: 1,
+    stopped_life: 2,
     observer_life: 1,
     half_open_life: 6,
     garbage_life: 3,

@@ -12,6 +12,12 @@ not acknowledged or has retries left, and give up the others (`hub_lost`).
 
     python -m tests.simulation --seed 7 --verbose      replays one history
     python -m tests.simulation --seeds 100000          runs many, and stops at the first that fails
+    python -m tests.simulation --seeds 10000 --takeovers
+
+With takeovers, the journal is one with a lease, as in PostgreSQL. At most kills the hub's process is not ended, but
+stopped, or cut off from the engine, until another hub has taken over; then it goes on for a while and hears, decides
+and speaks, if nothing keeps it from that: its writes are refused (the epoch), and it says nothing once its lease may
+be over (silence). What it decides then does not count, but what it says is entered in the ledger as any hub's.
 
 The disk: the journal is in memory, and its serialized image is what survives. The end of the process keeps what was
 committed. A loss of power keeps what was synced: with sync "full" that is the last commit, so that everything is
@@ -57,6 +63,7 @@ from agenthub import (
     Hub,
     HubSettings,
     Journal,
+    Question,
     Register,
     Registered,
     Result,
@@ -77,6 +84,10 @@ TTLS_S = (0.3, 1.0, 3.0, 6.0, 12.0)
 CAPABILITIES = ("a", "b")
 TRIES_TO_REST = 20_000  # Events; more without coming to rest is a violation.
 
+LEASE_S = 1.0
+TAKEOVER = 0.6  # How many of the kills are takeovers, where there are any.
+FENCES = frozenset({"epoch", "silence"})
+
 OPENED, ENDED = "opened", "ended"  # What a link carries next to messages: its beginning and its end.
 
 
@@ -86,6 +97,8 @@ FAULTS = {
     "contradict": 0.3,  # Sends another delegate with a known task_id.
     "cancel": 0.8,
     "progress": 0.5,
+    "question": 3.0,  # Asks the requester of a task that it works on, who may answer late, twice or not at all.
+    "answer_wrongly": 0.5,  # Answers a question again, one that it was not asked, or one that nobody has asked.
     "forge": 1.0,  # Sends a result of another agent's task, or of any attempt.
     "answer_again": 0.8,  # Sends another result of a task that it has finished.
     "lie_lost": 0.8,  # Reports a task that it works on as lost.
@@ -232,6 +245,10 @@ class Life(HubDriver):
         self.held: list[tuple[Effect, float]] = []
         self._is_busy = False
         self._armed_for: float | None = None
+        self.is_cut_off = False  # It cannot reach the engine, or it is stopped; ...
+        self.stopped_until = 0.0
+        self.is_replaced = False  # ... so that another hub took over.
+        self.renewed_at = simulation.now  # The start of the last write that succeeded.
         self.apply(restored)
 
     def clock(self) -> float:
@@ -260,44 +277,77 @@ class Life(HubDriver):
         handle.is_lost = True
         self.simulation.close(handle, effect.code)
 
+    def take(self, step: Step, sender: Any = None, message: Any = None) -> None:
+        if self.is_replaced:
+            self.apply(step)
+        else:
+            super().take(step, sender, message)
+
+    def _lose(self, handle: Any) -> None:
+        if not self.is_replaced:
+            super()._lose(handle)
+
+    # The lease.
+
+    @property
+    def is_silent(self) -> bool:
+        has_ended = self.is_cut_off and self.simulation.now > self.renewed_at + 0.9 * LEASE_S
+        return has_ended and "silence" in self.simulation.fences
+
+    def is_stopped(self, function: Callable[..., None], *args: Any) -> bool:
+        """Return whether the process is stopped; then `function` is called when it goes on."""
+        delay_s = self.stopped_until - self.simulation.now
+        if delay_s > 0:
+            self.simulation.after(delay_s, function, *args)
+        return delay_s > 0
+
     # Effects.
 
     def apply(self, step: Step) -> None:
         effects, changes = step
-        at = self.simulation.now
+        at, is_silent = self.simulation.now, self.is_silent
         if self._changes is None:
             self._changes = changes
         elif changes is not None:
             self._changes.merge(changes)
-        if not self._is_busy and self._changes is None:
+        if not self._is_busy and self._changes is None and not is_silent:
             self._carry_out_all([(effect, at) for effect in effects])
         else:
-            self._carry_out_all([(effect, at) for effect in effects if may_overtake(effect[1])])
-            self.held += [(effect, at) for effect in effects if not may_overtake(effect[1])]
+            self._carry_out_all([(effect, at) for effect in effects if may_overtake(effect[1], is_silent)])
+            self.held += [(effect, at) for effect in effects if not may_overtake(effect[1], is_silent)]
             if not self._is_busy and not self.is_dead:
                 self._is_busy = True
                 self.simulation.after(self.simulation.latency_s() / 4, self._write)
         self._arm()
 
     def _write(self) -> None:
-        if self.is_dead:
+        if self.is_dead or self.is_stopped(self._write):
             return
         held, self.held = self.held, []
         changes, self._changes = self._changes, None
         self._try(changes or Changes(), held)
 
     def _try(self, changes: Changes, held: list[tuple[Effect, float]]) -> None:
-        if self.is_dead:
+        if self.is_dead or self.is_stopped(self._try, changes, held):
             return
         random, plan = self.simulation.random, self.simulation.plan
         duration_s = random.uniform(0.0, 0.5) if random.random() < plan.slow_disk else random.uniform(0.0, 0.005)
         skew_s = self.simulation.skew_s
-        self.simulation.after(duration_s, self.commit, changes, held, self._offset(), skew_s)
+        started = self.simulation.now
+        self.simulation.after(duration_s, self.commit, changes, held, self._offset(), skew_s, started)
 
-    def commit(self, changes: Changes, held: list[tuple[Effect, float]], offset: float, skew_s: float) -> None:
+    def commit(
+        self, changes: Changes, held: list[tuple[Effect, float]], offset: float, skew_s: float, started: float
+    ) -> None:
         if self.is_dead or self.journal is None:
             return
         simulation = self.simulation
+        if self.is_replaced:
+            self._commit_late(changes, held, offset)
+            return
+        if self.is_cut_off and not self.stopped_until:
+            simulation.after(0.1, self._try, changes, held)
+            return
         if not simulation.is_calm and simulation.random.random() < simulation.plan.failed_write:
             try:
                 self.journal.write_or_fail(changes, offset, simulation.random.randint(1, 400))
@@ -311,14 +361,29 @@ class Life(HubDriver):
                 return
         else:
             self.journal.write(changes, offset)
+        self.renewed_at = started
         simulation.wrote(changes, skew_s)
         simulation.after(simulation.random.uniform(0.0, 0.005), self._on_written, held)
+
+    def _commit_late(self, changes: Changes, held: list[tuple[Effect, float]], offset: float) -> None:
+        """Write although another hub has taken over: the engine refuses that, and then this hub ends."""
+        assert self.journal is not None
+        self.simulation.seen["fenced"] += 1
+        if "epoch" in self.simulation.fences:
+            self.simulation.end(self)
+            return
+        self.journal.write(changes, offset)  # To an image that nobody will read.
+        self.renewed_at = self.simulation.now
+        self.simulation.after(0.0, self._on_written, held)
 
     def _on_space_freed(self) -> None:
         self.hub.is_full = False
 
     def _on_written(self, held: list[tuple[Effect, float]]) -> None:
-        if self.is_dead:
+        if self.is_dead or self.is_stopped(self._on_written, held):
+            return
+        if self.is_silent:
+            self._try(Changes(), held)
             return
         self._carry_out_all(held)
         if self.held or self._changes is not None:
@@ -333,7 +398,7 @@ class Life(HubDriver):
         for (link, action), at in effects:
             if self.is_dead:
                 return
-            if simulation.may_fail(simulation.plan.kill_between_effects):
+            if not self.is_replaced and simulation.may_fail(simulation.plan.kill_between_effects):
                 simulation.kill("between two effects")
                 return
             if isinstance(action, TaskOutcome) and link.is_lost:
@@ -341,7 +406,8 @@ class Life(HubDriver):
             else:
                 self.carry_out(link, action, at)
         for task_id in undelivered:
-            simulation.ledger.redelivered(task_id)
+            if not self.is_replaced:
+                simulation.ledger.redelivered(task_id)
             simulation.seen["redelivered"] += 1
             self.take(self.hub.redeliver(task_id, self.clock()))
 
@@ -365,7 +431,7 @@ class Life(HubDriver):
         self.simulation.after(delay_s + self.simulation.random.uniform(0.0, TIMER_LATE_S), self._on_timer, deadline)
 
     def _on_timer(self, deadline: float) -> None:
-        if self.is_dead or self._armed_for != deadline:
+        if self.is_dead or self._armed_for != deadline or self.is_stopped(self._on_timer, deadline):
             return
         self._armed_for = None
         self.tick(max(self.clock(), deadline))
@@ -374,12 +440,16 @@ class Life(HubDriver):
         """Check all that the hub lists at this moment."""
         tasks = self.observe(Status(id="audit", tasks=True))
         agents = self.observe(Discover(id="audit", limit=1000))
-        self.simulation.ledger.audit(tasks, agents, self.simulation.now, self.started)
+        is_idle = self.hub.next_deadline() > self.clock()  # Nothing is left to be done.
+        self.simulation.ledger.audit(tasks, agents, self.simulation.now, self.started, is_idle=is_idle)
+        if is_idle:
+            self.simulation.ledger.audit_talks(tasks)
 
 
-def may_overtake(action: Any) -> bool:
+def may_overtake(action: Any, is_silent: bool) -> bool:
     """Return whether an effect need not wait for the journal, as GroupCommit does."""
-    return isinstance(action, HeartbeatAck) or (isinstance(action, Error) and action.code == Code.OVERLOADED)
+    is_overloaded = isinstance(action, Error) and action.code == Code.OVERLOADED
+    return isinstance(action, HeartbeatAck) or (is_overloaded and not is_silent)
 
 
 # The agents.
@@ -406,6 +476,8 @@ class ModelAgent:
         self.answered: list[Result] = []
         self.open: dict[str, bool] = {}  # Whether it was acknowledged, by task_id.
         self.mine: dict[str, None] = {}  # All tasks that it delegated under this identity.
+        self.asking: dict[str, Status] = {}  # Its questions, until they are answered, by task_id.
+        self.replies: dict[str, Status] = {}  # Its answers, until the hub has them, by task_id.
 
     # Its connection.
 
@@ -467,6 +539,8 @@ class ModelAgent:
         self.results.clear()
         self.answered.clear()
         self.open.clear()
+        self.asking.clear()
+        self.replies.clear()
         for task_id in self.mine:
             self.simulation.ledger.entries[task_id].is_reachable = False
         if identity:
@@ -475,11 +549,13 @@ class ModelAgent:
 
     # What it sends.
 
-    def ask(self, message: AgentMessage) -> None:
+    def ask(self, message: AgentMessage, *, again: bool = False) -> None:
+        """Send a request, with a new id or `again` with the one that it had."""
         simulation = self.simulation
         if self.link is None:
             return
-        message.id = f"m{next(simulation.serial)}"
+        if not again:
+            message.id = f"m{next(simulation.serial)}"
         simulation.ledger.requested(self.link, message)
         simulation.send(self.link, encode(message))
 
@@ -508,6 +584,7 @@ class ModelAgent:
             max_retries=random.choice((0, 1, 2, 3, 3)),
             parent_id=parent_id,
             wait=random.random() < 0.7,
+            answers=random.random() < 0.7,
         )
         self.open[request.task_id] = False
         self.mine[request.task_id] = None
@@ -562,6 +639,34 @@ class ModelAgent:
     def _do_progress(self) -> None:
         if self.running:
             self.ask(Status(task_id=self.simulation.random.choice([*self.running]), progress=0.5, detail="half"))
+
+    def _do_question(self) -> None:
+        random = self.simulation.random
+        free = [task_id for task_id in self.running if task_id not in self.asking or random.random() < 0.1]
+        if free:
+            self._ask_requester(random.choice(free))
+
+    def _ask_requester(self, task_id: str) -> None:
+        message = Status(task_id=task_id, question=Question(f"{self.name} asks {next(self.simulation.serial)}"))
+        self.asking[task_id] = message
+        self.ask(message)
+
+    def _do_answer_wrongly(self) -> None:
+        random, entries = self.simulation.random, self.simulation.ledger.entries
+        asked = [task_id for task_id, entry in entries.items() if entry.numbers and entry.final is None]
+        if asked:
+            task_id = random.choice(asked)
+            self._reply(task_id, random.randint(1, max(entries[task_id].numbers) + 1))
+
+    def _reply(self, task_id: str, ask: int) -> Status:
+        value = f"{self.name} answers {next(self.simulation.serial)}"
+        message = Status(task_id=task_id, ask=ask, answer=value)
+        self.ask(message)
+        return message
+
+    def _on_question(self, memory: int, task_id: str, ask: int) -> None:
+        if memory == self.memory and self.is_registered and task_id in self.open:
+            self.replies[task_id] = self._reply(task_id, ask)
 
     def _do_forge(self) -> None:
         random, entries = self.simulation.random, self.simulation.ledger.entries
@@ -694,6 +799,13 @@ class ModelAgent:
         for task_id, attempt in held.items():
             if task_id not in self.running and task_id not in self.results:
                 self._report_lost(task_id, attempt)
+        for task_id, question in list(self.asking.items()):
+            if task_id in self.running:
+                self.ask(question, again=True)
+            else:
+                del self.asking[task_id]
+        for reply in list(self.replies.values()):
+            self.ask(reply)
         for task_id, is_acknowledged in list(self.open.items()):
             if is_acknowledged:
                 self.ask(Status(task_id=task_id))
@@ -723,6 +835,9 @@ class ModelAgent:
         if self.running.get(message.task_id) == message.attempt:
             return
         self.running[message.task_id] = message.attempt
+        self.asking.pop(message.task_id, None)
+        if self.simulation.plan.weights["question"] and random.random() < 0.5:
+            self._ask_requester(message.task_id)
         duration_s = random.expovariate(1 / self.simulation.plan.work_s)
         self.simulation.after(min(duration_s, 10.0), self._finish, self.memory, message.task_id, message.attempt)
 
@@ -732,6 +847,8 @@ class ModelAgent:
             return
         if self.hung_until > simulation.now:
             simulation.after(self.hung_until - simulation.now, self._finish, memory, task_id, attempt)
+        elif task_id in self.asking and self.running.get(task_id) == attempt and simulation.may_fail(0.8):
+            simulation.after(0.3, self._finish, memory, task_id, attempt)  # It waits for the answer.
         elif self.running.get(task_id) == attempt:
             del self.running[task_id]
             self._answer(task_id, attempt, is_kept=True)
@@ -753,17 +870,28 @@ class ModelAgent:
             self.ask(result)
 
     def _on_status(self, status: StatusReply) -> None:
-        task_id = status.task_id or ""
-        _, request = self.simulation.ledger.requests.get(status.reply_to or "", (None, None))
+        simulation, task_id = self.simulation, status.task_id or ""
+        _, request = simulation.ledger.requests.get(status.reply_to or "", (None, None))
         if isinstance(request, Delegate):
             if task_id in self.open:
                 self.open[task_id] = True
+        elif isinstance(request, Status) and request.ask is not None:
+            if self.replies.get(task_id) is request:
+                del self.replies[task_id]
         elif isinstance(request, Status):
             if status.state in FINAL and status.requester == (self.identity or [None])[0]:
                 self.open.pop(task_id, None)
         elif isinstance(request, Result):
             if self.results.get(task_id) is request:
                 del self.results[task_id]
+        elif status.question is not None:
+            assert status.ask is not None
+            delay_s = simulation.random.choice((0.01, 0.3, 2.0))
+            simulation.seen["question"] += 1
+            simulation.after(delay_s, self._on_question, self.memory, task_id, status.ask)
+        elif status.ask is not None:
+            simulation.seen["answer"] += 1
+            self.asking.pop(task_id, None)
         elif status.seq is None and status.state in FINAL:
             self.running.pop(task_id, None)
 
@@ -773,6 +901,12 @@ class ModelAgent:
         task_id = error.task_id or ""
         if isinstance(request, Result) and self.results.get(task_id) is request:
             del self.results[task_id]
+        elif isinstance(request, Status) and request.question is not None:
+            if self.asking.get(task_id) is request:
+                del self.asking[task_id]
+        elif isinstance(request, Status) and request.ask is not None:
+            if self.replies.get(task_id) is request:
+                del self.replies[task_id]
         elif isinstance(request, Status) and error.code == Code.UNKNOWN_TASK:
             if self.open.get(task_id):
                 self._resubmit(task_id)
@@ -802,11 +936,19 @@ class Simulation:
         *,
         hub_class: type[Hub] = Hub,
         journal_class: type[DiskJournal] = DiskJournal,
+        takeovers: bool = False,
+        fences: frozenset[str] = FENCES,
         verbose: bool = False,
     ) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.plan = Plan(self.random)
+        self.takeovers = takeovers
+        self.fences = fences
+        self.replaced: list[Life] = []  # That have not ended yet.
+        if takeovers:
+            self.plan.is_journaled = True
+            self.plan.kill = max(self.plan.kill, 0.02)
         self.hub_class = hub_class
         self.journal_class = journal_class
         self.now = 0.0
@@ -835,10 +977,13 @@ class Simulation:
         return ModelAgent(self, f"agent{number}", capabilities, self.random.randint(1, 3))
 
     def fail(self, text: str) -> NoReturn:
-        raise Violation(
-            f"seed {self.seed}, event {self.events}: {text}\n"
-            f"replay it with: python -m tests.simulation --seed {self.seed} --verbose"
-        )
+        raise Violation(f"seed {self.seed}, event {self.events}: {text}\n{self.replay}")
+
+    @property
+    def replay(self) -> str:
+        """The command that replays this history."""
+        options = " --verbose --takeovers" if self.takeovers else " --verbose"
+        return f"replay it with: python -m tests.simulation --seed {self.seed}{options}"
 
     def note(self, text: str) -> None:
         if self._verbose:
@@ -925,7 +1070,7 @@ class Simulation:
 
     def _pump_up(self, link: Link) -> None:
         life = link.life
-        if not link.up or life.is_dead:
+        if not link.up or life.is_dead or life.is_stopped(self._pump_up, link):
             return
         item = link.up.popleft()
         if item is OPENED:
@@ -1016,8 +1161,13 @@ class Simulation:
 
     def kill(self, where: str = "between two events") -> None:
         """End the hub's process, or the whole machine, here and now."""
-        life, self.life = self.life, None
+        life = self.life
         assert life is not None
+        is_process_alone = where == "between two events" and not life.is_cut_off
+        if self.takeovers and is_process_alone and self.may_fail(TAKEOVER):
+            self._cut_off(life)
+            return
+        self.life = None
         self.kills += 1
         is_power_loss = self.random.random() < self.plan.power_loss
         self.note(f"the hub is killed {where}" + (", with the machine" if is_power_loss else ""))
@@ -1029,13 +1179,47 @@ class Simulation:
             self.seen[f"power lost, sync {self.plan.sync}" if is_power_loss else f"killed {where}"] += 1
             self.seen["killed during a write"] += not life.is_idle
             image = self._surviving_image(life.journal, is_power_loss)
-            life.journal.close()
+        self.end(life)
+        outage_s = self.random.uniform(0.01, self.plan.outage_s)
+        self.after(outage_s, self._start, image)
+
+    def end(self, life: Life) -> None:
+        """End the process of a hub, and with it its connections."""
+        if life.is_dead:
+            return
         life.is_dead = True
+        if life.journal is not None:
+            life.journal.close()
         for link in self.links:
             if link.life is life:
                 self._strand(link)
-        outage_s = self.random.uniform(0.01, self.plan.outage_s)
-        self.after(outage_s, self._start, image)
+
+    def _cut_off(self, life: Life) -> None:
+        """Stop a hub, or cut it off from the engine, until another hub has taken over."""
+        life.is_cut_off = True
+        is_stopped = self.random.random() < 0.5
+        # A hub that has nothing to write renews its lease every fifth of it.
+        life.renewed_at = max(life.renewed_at, self.now - self.random.uniform(0.0, LEASE_S / 5))
+        delay_s = max(0.0, life.renewed_at + LEASE_S - self.now) + self.random.uniform(0.0, 0.3)
+        if is_stopped:
+            life.stopped_until = self.now + delay_s + self.random.uniform(0.0, 1.0)
+        self.note("the hub is stopped" if is_stopped else "the hub is cut off from the engine")
+        self.after(delay_s, self._take_over, life)
+
+    def _take_over(self, life: Life) -> None:
+        """Start another hub while the former one, whose lease has ended, goes on."""
+        if self.life is not life or life.journal is None:
+            return  # It was killed meanwhile.
+        if self.now < life.renewed_at + LEASE_S:  # A write that was on its way has renewed it.
+            self.after(life.renewed_at + LEASE_S - self.now, self._take_over, life)
+            return
+        self.kills += 1
+        self.seen["taken over from a stopped hub" if life.stopped_until else "taken over from a hub cut off"] += 1
+        self.ledger.died(self.now, is_journaled=True)
+        life.is_replaced = True
+        self.replaced.append(life)
+        self.after(max(0.0, life.stopped_until - self.now) + self.random.uniform(0.0, 1.5), self.end, life)
+        self._start(life.journal.image())
 
     def _kill_life(self, life: Life) -> None:
         if self.life is life and not self.is_calm:
@@ -1079,13 +1263,17 @@ class Simulation:
         self._check_memory()
 
     def _audit(self) -> None:
-        if self.life is not None:
+        if self.life is not None and not self.life.is_cut_off:
             self.life.audit()
         if not self.is_calm:
             self.after(self.random.uniform(0.2, 1.0), self._audit)
 
     def _come_to_rest(self) -> None:
         """Let all agents reconnect, and all tasks end."""
+        if self.life is not None and self.life.is_cut_off:
+            self.kill("while it was cut off")
+        for life in self.replaced:
+            self.end(life)
         self.note("from here on nothing fails")
         self.is_calm = True
         for agent in self.agents:
@@ -1178,12 +1366,12 @@ def simulate(seed: int, **options: Any) -> Simulation:
         raise
     except Exception as error:
         raise Violation(
-            f"seed {seed}, event {simulation.events}: {type(error).__name__}: {error}\n"
-            f"replay it with: python -m tests.simulation --seed {seed} --verbose"
+            f"seed {seed}, event {simulation.events}: {type(error).__name__}: {error}\n{simulation.replay}"
         ) from error
     finally:
-        if simulation.life is not None and simulation.life.journal is not None:
-            simulation.life.journal.close()
+        for life in (simulation.life, *simulation.replaced):
+            if life is not None and life.journal is not None:
+                life.journal.close()
     return simulation
 
 
@@ -1200,6 +1388,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--seed", type=_natural, metavar="N", help="replay one history")
     what.add_argument("--seeds", type=_natural, metavar="COUNT", help="run the histories of this many seeds")
     parser.add_argument("--start", type=_natural, default=0, metavar="N", help="the first of --seeds (default 0)")
+    parser.add_argument("--takeovers", action="store_true", help="let another hub take over while the former goes on")
     parser.add_argument("--verbose", action="store_true", help="print what happens")
     args = parser.parse_args(argv)
     logging.getLogger("agenthub").setLevel(logging.CRITICAL)  # A hub among faulty agents refuses much.
@@ -1208,7 +1397,7 @@ def main(argv: list[str] | None = None) -> int:
     events = 0
     for count, seed in enumerate(seeds, 1):
         try:
-            events += simulate(seed, verbose=args.verbose).events
+            events += simulate(seed, takeovers=args.takeovers, verbose=args.verbose).events
         except Violation as violation:
             print(violation, file=sys.stderr)
             return 1

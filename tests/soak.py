@@ -1,16 +1,21 @@
 """A hub under clients that come and go, hang, die, flood it and send garbage: `python -m tests.soak --minutes 10`.
 
 The hub is a process of its own, with a journal unless `--no-db` is given, whose records live for seconds, so that
-everything in it is replaced many times. The soak checks these promises:
+everything in it is replaced many times. In the first third of a run it is restarted by turns with SIGTERM and
+SIGKILL, and in all of it stopped now and then for longer than a silence (SIGSTOP), while a program tries to read the
+journal. Without `--db` or `--no-db`, two thirds of the time are spent with a journal and the rest without. The soak
+checks these promises:
 
 - Every acknowledged task is accounted for: exactly one outcome, delivered to a requester that stayed or came back in
   time, with the result that its worker sent. See `ClientLedger` in tests/load_clients.py.
-- The hub logs no error and no payload, closes no well-behaved client, and completes every task of a calm pair.
-- Nothing grows. Memory, open files and the numbers in `status` are measured during the whole run. After a warm-up (the
-  first fifth) a line is fitted to each by least squares. It is `growing` if over that time the line rises by more than
-  a tenth of the mean, and by more than twice the standard deviation of the samples about it; else `flat`. A leak that
-  matters passes the first limit within minutes: in ten times the length it would have doubled the use. The second is
-  for counts that go up and down: a rise within their scatter means nothing.
+- Without a journal a restart may lose tasks, but none begins more often than `1 + max_retries` times.
+- The hub logs no error and no payload, closes no well-behaved client, and completes every task of a calm pair. A
+  requester's only task does not wait for 5,000 of another one.
+- Nothing grows. Memory, open files and the numbers in `status` are measured during the whole run. In the second half,
+  some time after the last restart, a line is fitted to each by least squares. It is `growing` if over that time the
+  line rises by more than a tenth of the mean, and by more than twice the standard deviation of the samples about it;
+  else `flat`. A leak that matters passes the first limit within minutes: in ten times the length it would have
+  doubled the use. The second is for counts that go up and down: a rise within their scatter means nothing.
 - When all clients have left, and retention and grace are over, the hub and its journal are empty, and it has as many
   files open as at the start. Then it ends on SIGTERM within five seconds, with 0.
 
@@ -32,6 +37,7 @@ import re
 import signal
 import sqlite3
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,9 +49,11 @@ from tests.support import WAIT_S, hub_process
 
 BACKLOG_BYTES = 262_144  # A slow consumer passes it soon.
 STOP_S = 5.0
+STOP_UNDER_LOAD_S = 9.0  # Containers are killed after 10 s.
+STOP_EVERY_S = 60.0  # The hub's process, for a while.
 TREND_S = 180.0  # In a shorter run the trends follow the clients' chances: they are shown, but not judged.
 PROBLEMS_SHOWN = 20
-SHORT = Pace(retention_s=1.5, grace_s=0.5, heartbeat_s=2.0, unit_s=0.3, sample_s=0.5)
+SHORT = Pace(retention_s=3.0, grace_s=1.0, heartbeat_s=2.0, unit_s=0.3, sample_s=0.5, restart_s=1.5)
 
 
 # Measuring
@@ -71,6 +79,46 @@ class Process:
             return math.nan
         fields = (self._folder / "stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class HubRun:
+    """The hub's process, which can be replaced by another one at the same port. `start` comes first, `close` last."""
+
+    def __init__(self, folder: Path, pace: Pace, *, is_journaled: bool) -> None:
+        options = {
+            "--log-level": "info",
+            "--retention": pace.retention_s,
+            "--grace": pace.grace_s,
+            "--heartbeat": pace.heartbeat_s,
+            "--backlog": BACKLOG_BYTES,
+            **({"--db": folder / "hub.db"} if is_journaled else {}),
+        }
+        self.port = 0
+        self.is_journaled = is_journaled
+        self._args = [str(one) for option in options.items() for one in option]
+        self._log = (folder / "hub.log").open("w")
+        self._running = contextlib.ExitStack()
+
+    def start(self) -> None:
+        url, self.process = self._running.enter_context(
+            hub_process(*self._args, "--port", str(self.port), stderr=self._log)
+        )
+        self.port = int(url.rpartition(":")[2])
+
+    def end(self, signal_number: int, within_s: float) -> tuple[int | None, float]:
+        """Send a signal; return the exit code, None if it does not come in time, and the seconds until then."""
+        started = time.monotonic()
+        exit_code = self.process.poll()
+        if exit_code is None:
+            self.process.send_signal(signal_number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                exit_code = self.process.wait(within_s)
+        self._running.close()
+        return exit_code, time.monotonic() - started
+
+    def close(self) -> None:
+        self._running.close()
+        self._log.close()
 
 
 class Log:
@@ -129,32 +177,100 @@ def trend(samples: list[tuple[float, float]]) -> dict[str, Any]:
 class Soak:
     """One run against a running hub: `run` it, then `report`."""
 
-    def __init__(self, *, port: int, pid: int, folder: Path, seed: int, for_s: float, pace: Pace) -> None:
+    def __init__(self, hub: HubRun, *, folder: Path, seed: int, for_s: float, pace: Pace) -> None:
         self.for_s, self.pace, self.seed = for_s, pace, seed
         self.marker = f"marker-{random.Random(seed).randbytes(8).hex()}"
-        self.ledger = ClientLedger(self.marker, pace.ttl_max_s + pace.retention_s + pace.grace_s + WAIT_S / 2)
-        self.load = LoadClients(port, seed, pace, self.ledger)
+        hold_s = pace.ttl_max_s + pace.retention_s + pace.grace_s + WAIT_S / 2
+        self.ledger = ClientLedger(self.marker, hold_s, is_journaled=hub.is_journaled)
+        self.load = LoadClients(hub.port, seed, pace, self.ledger)
         self.problems: list[str] = []
         self.samples: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
         self.ending: dict[str, Any] = {}
-        self._process, self._pid = Process(pid), pid
+        self.restarts = 0
+        self.stops_s: list[float] = []  # What they took.
+        self._hub = hub
+        self._process = Process(hub.process.pid)
         self._folder = folder
         self._log = Log(folder / "hub.log", self.marker)
         self._cpu: list[tuple[float, float]] = []
         self._shown: set[str] = set()
 
     async def run(self) -> None:
+        self._signalling = asyncio.Lock()  # Either stopped or restarted.
         self._observer = await Wire.open(self.load.port, lambda _: None, lambda _: None)
         files = await self._files_at_start()
-        sampling = asyncio.create_task(self._sample())
+        background = [
+            asyncio.create_task(one)
+            for one in (
+                self._beat(),
+                self._sample(),
+                self._restart_sometimes(),
+                self._stop_sometimes(),
+                self._read_sometimes(),
+            )
+        ]
         await self.load.churn(self.for_s)
-        sampling.cancel()
-        await asyncio.gather(sampling, return_exceptions=True)
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         self.ledger.close()
         if not self._observer.lost.is_set():
             await self._require_empty(files)
             self._observer.abort()
         self._log.look()
+
+    async def _beat(self) -> None:
+        """Give signs of life while a reply is awaited, which may wait for the journal's disk."""
+        while True:
+            self._observer.send(type="status")  # Without an id, so without a reply.
+            await asyncio.sleep(self.pace.heartbeat_s / 2)
+
+    async def _restart_sometimes(self) -> None:
+        """Replace the hub's process in the first third of the run, by turns after SIGTERM and SIGKILL."""
+        last = time.monotonic() + self.for_s / 3
+        while time.monotonic() + self.pace.restart_s < last:
+            await asyncio.sleep(self.pace.restart_s)
+            async with self._signalling:
+                await self._restart((signal.SIGTERM, signal.SIGKILL)[self.restarts % 2])
+
+    async def _restart(self, signal_number: int) -> None:
+        self.load.restarting()
+        self._observer.abort()
+        exit_code, took_s = await asyncio.to_thread(self._hub.end, signal_number, STOP_UNDER_LOAD_S)
+        self.stops_s.append(round(took_s, 2))
+        if exit_code != (0 if signal_number == signal.SIGTERM else -signal_number):
+            self.problems.append(f"signal {signal_number} ended the hub with {exit_code} after {took_s:.1f} s")
+        self.ledger.hub_restarted()
+        await asyncio.to_thread(self._hub.start)
+        self._process = Process(self._hub.process.pid)
+        self._cpu.clear()
+        self._observer = await Wire.open(self.load.port, lambda _: None, lambda _: None)
+        self.restarts += 1
+        self.load.restarted()
+
+    async def _stop_sometimes(self) -> None:
+        """Stop the hub's process for longer than the silence that closes a connection: all heartbeats wait for it."""
+        while True:
+            await asyncio.sleep(STOP_EVERY_S)
+            async with self._signalling:
+                process = self._hub.process
+                process.send_signal(signal.SIGSTOP)
+                self.load.hub_left()
+                try:
+                    await asyncio.sleep(3.5 * self.pace.heartbeat_s)
+                finally:
+                    process.send_signal(signal.SIGCONT)
+                    self.load.hub_returned()
+
+    async def _read_sometimes(self) -> None:
+        """Try to read the journal, as a backup does; the hub holds it exclusively and must not notice."""
+        path = self._folder / "hub.db"
+        while path.exists():
+            async with self._signalling:
+                with contextlib.closing(sqlite3.connect(path, timeout=0)) as reader, contextlib.suppress(sqlite3.Error):
+                    reader.execute("SELECT count(*) FROM tasks")
+                    self.problems.append("the journal could be read while the hub runs")
+            await asyncio.sleep(self.pace.sample_s)
 
     async def _files_at_start(self) -> int:
         """Complete one task, so that the hub has opened all it opens once, and count its open files."""
@@ -176,7 +292,7 @@ class Soak:
         nested = {
             f"{one} {two}": number
             for one, two_s in hub.items()
-            if isinstance(two_s, dict)
+            if isinstance(two_s, dict) and one not in ("waiting", "queues")
             for two, number in two_s.items()
         }
         numbers = {**hub, **nested}
@@ -194,6 +310,9 @@ class Soak:
             try:
                 numbers = {**await self._status(), **self._process.measure(), **self._journal_bytes()}
             except (OSError, TimeoutError) as error:
+                if self.load.is_hub_lost:
+                    await asyncio.sleep(0.1)
+                    continue
                 self.problems.append(f"the hub does not answer: {error!r}")
                 self.load.stop()
                 return
@@ -265,17 +384,12 @@ class Soak:
                 return
             await asyncio.sleep(0.1)
 
-    def stop(self, process: Any) -> None:
+    def stop(self) -> None:
         """Stop the hub, and check its exit code, log and journal."""
-        started = time.monotonic()
-        exit_code = process.poll()
-        if exit_code is None:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(Exception):
-                exit_code = process.wait(STOP_S)
-        self.ending |= {"stopped_after_s": round(time.monotonic() - started, 2), "exit_code": exit_code}
+        exit_code, took_s = self._hub.end(signal.SIGTERM, STOP_S)
+        self.ending |= {"stopped_after_s": round(took_s, 2), "exit_code": exit_code}
         if exit_code != 0:
-            self.problems.append(f"the hub's exit code is {exit_code}, after {time.monotonic() - started:.1f} s")
+            self.problems.append(f"the hub's exit code is {exit_code}, after {took_s:.1f} s")
         self._log.close()
         if (path := self._folder / "hub.db").exists():
             with contextlib.closing(sqlite3.connect(path)) as database:
@@ -294,7 +408,7 @@ class Soak:
     def measures(self) -> dict[str, dict[str, Any]]:
         """Return the trend of each number that should not grow, after the warm-up."""
         settled = {
-            name: [sample for sample in self.samples[name] if self.for_s / 5 <= sample[0] <= self.for_s]
+            name: [sample for sample in self.samples[name] if self.for_s / 2 <= sample[0] <= self.for_s]
             for name in GROWTH_WATCHED
         }
         return {name: trend(samples) for name, samples in settled.items() if len(samples) > 2}
@@ -315,6 +429,9 @@ class Soak:
             "clients_cpu": round(time.process_time() / max(self.for_s, 0.001), 3),
             "tasks": dict(sorted(self.ledger.counts.items())),
             "lives": dict(self.load.lives),
+            "restarts": self.restarts,
+            "stops_s": self.stops_s,
+            "counts": dict(self.load.counts),
             "closes": {str(code): count for code, count in self.load.closes.items()},
             "log_lines": self._log.lines,
             "bystanders": {
@@ -349,21 +466,11 @@ def soak(for_s: float, seed: int, *, pace: Pace | None = None, is_journaled: boo
     pace = pace or Pace()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log_file = stack.enter_context((folder / "hub.log").open("w"))
-        options = {
-            "--log-level": "info",
-            "--retention": pace.retention_s,
-            "--grace": pace.grace_s,
-            "--heartbeat": pace.heartbeat_s,
-            "--backlog": BACKLOG_BYTES,
-            **({"--db": folder / "hub.db"} if is_journaled else {}),
-        }
-        args = [str(one) for option in options.items() for one in option]
-        url, process = stack.enter_context(hub_process(*args, stderr=log_file))
-        port = int(url.rpartition(":")[2])
-        one = Soak(port=port, pid=process.pid, folder=folder, seed=seed, for_s=for_s, pace=pace)
+        hub = stack.enter_context(contextlib.closing(HubRun(folder, pace, is_journaled=is_journaled)))
+        hub.start()
+        one = Soak(hub, folder=folder, seed=seed, for_s=for_s, pace=pace)
         asyncio.run(one.run())
-        one.stop(process)
+        one.stop()
         return one.report()
 
 
@@ -376,7 +483,18 @@ def text_of(report: dict[str, Any]) -> str:
             f"{one['slope_per_minute']:>14,.2f}"
             f"{one['relative_per_minute']:>13.2%}  {one['verdict']}"
         )
-    for name in ("hub_cpu", "clients_cpu", "tasks", "lives", "closes", "bystanders", "counters", "end"):
+    for name in (
+        "hub_cpu",
+        "clients_cpu",
+        "tasks",
+        "lives",
+        "stops_s",
+        "counts",
+        "closes",
+        "bystanders",
+        "counters",
+        "end",
+    ):
         inner = report[name]
         shown = ", ".join(f"{key} {value}" for key, value in inner.items()) if isinstance(inner, dict) else inner
         lines.append(f"{name}: {shown}")
@@ -396,16 +514,25 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--db", action=argparse.BooleanOptionalAction, default=True, help="with a journal, in a temporary folder"
+        "--db",
+        action=argparse.BooleanOptionalAction,
+        help="only with a journal, in a temporary folder, or only without",
     )
     logging.getLogger("agenthub").setLevel(logging.ERROR)  # Agents log many warnings under this load.
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be more than 0")
     seed = random.SystemRandom().randrange(1_000_000) if args.seed is None else args.seed
-    report = soak(60 * args.minutes, seed, is_journaled=args.db)
-    print(json.dumps(report, indent=2) if args.json else text_of(report))
-    return 1 if report["problems"] else 0
+    shares = {True: 2 / 3, False: 1 / 3} if args.db is None else {args.db: 1.0}
+    reports = {
+        "with a journal" if is_journaled else "without a journal": soak(
+            60 * args.minutes * share, seed, is_journaled=is_journaled
+        )
+        for is_journaled, share in shares.items()
+    }
+    texts = (f"{name}:\n{text_of(report)}" for name, report in reports.items())
+    print(json.dumps(reports, indent=2) if args.json else "\n\n".join(texts))
+    return 1 if any(report["problems"] for report in reports.values()) else 0
 
 
 if __name__ == "__main__":

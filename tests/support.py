@@ -26,6 +26,8 @@ def parsed(message: Any) -> Any:
         return message
     values = {one.name: getattr(message, one.name) for one in dataclasses.fields(message)}
     payloads = {name: agenthub.value_of(value) for name, value in values.items() if type(value) is bytes}
+    if isinstance(message, agenthub.StatusReply) and message.tasks and isinstance(message.tasks[0], bytes):
+        payloads["tasks"] = [agenthub.TaskInfo(**agenthub.value_of(one)) for one in message.tasks]  # JSON text.
     return dataclasses.replace(message, **payloads) if payloads else message
 
 
@@ -41,7 +43,7 @@ def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
     process = subprocess.Popen(
         [sys.executable, *args],
-        stdin=subprocess.PIPE,
+        stdin=options.pop("stdin", subprocess.PIPE),
         stdout=options.pop("stdout", subprocess.PIPE),
         stderr=options.pop("stderr", subprocess.PIPE),
         text=True,

@@ -13,9 +13,11 @@ import os
 import random
 import socket
 import sqlite3
+import ssl
 import struct
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from wsproto.events import Ping, Request
 import agenthub
 from agenthub import (
     Access,
-    AuthBackoff,
     Changes,
     Delegate,
     ErrorInfo,
@@ -46,6 +47,7 @@ from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, HANDSHAKE, PING, Pe
 from tests.support import WAIT_S, agenthub_main, client_link, raw_client
 from tests.test_cli import ran
 from tests.test_security import (
+    AUTHORITY,
     CERTIFICATE,
     KEY,
     TOKEN,
@@ -131,7 +133,7 @@ async def test_large_message_is_charged_with_the_time_that_it_took(monkeypatch: 
     assert rationed.link.pause_reasons == set()
     rationed.link.data_received(frame(small + b" ") * 2)
     assert rationed.count == 4
-    assert rationed.link.pause_reasons == {"rate limit"}
+    assert rationed.link.pause_reasons == {"rate limit", "turn over"}
     # The messages cost the tokens of four seconds, two of which the bucket held.
     rationed.clock.pass_time(1 / agenthub.CPU_SHARE - agenthub.BURST_S)
     assert rationed.count == 4
@@ -151,9 +153,199 @@ async def test_what_is_no_text_in_one_piece_is_charged_with_the_time_that_it_too
     each_message_takes(0.6 / len(pieces), monkeypatch)  # More than the half second allowed at once.
     rationed = Rationed(100)
     for piece in pieces:
+        rationed.clock.run_soon()
         assert rationed.link.pause_reasons == set()
         rationed.link.data_received(piece)
+    rationed.clock.run_soon()
     assert rationed.link.pause_reasons == {"rate limit"}
+
+
+# Fair turns.
+
+
+def waiting_links(turns: agenthub.Turns, order: list[str], *names: str, cost: float = 8) -> None:
+    """Have links wait whose names are `address` or `address/token`, and enter each in `order` when it is served."""
+    for name in names:
+        address, _, token = name.partition("/")
+        link: Any = types.SimpleNamespace(address=address, grant_name=token, finish_time=0.0)
+        turns.wait(link, cost, functools.partial(order.append, name))
+
+
+def test_waiting_connections_of_one_address_share_the_turns_of_one() -> None:
+    clock, order = Clock(), list[str]()
+    turns = agenthub.Turns(clock)  # type: ignore[arg-type]
+    turns.addresses["crowd"] = 100
+    waiting_links(turns, order, *["crowd"] * 100, "other", "another")
+    clock.run_soon()
+    assert order[:2] == ["other", "another"]
+    assert len(order) == 102
+
+
+def test_waiting_connections_of_one_token_share_the_turns_of_one() -> None:
+    clock, order = Clock(), list[str]()
+    turns = agenthub.Turns(clock)  # type: ignore[arg-type]
+    turns.grants["shared"] = 100
+    waiting_links(turns, order, *[f"{number}/shared" for number in range(100)], "1/own")
+    clock.run_soon()
+    assert order[0] == "1/own"
+
+
+def test_what_costs_little_does_not_wait_for_what_costs_much() -> None:
+    clock, order = Clock(), list[str]()
+    turns = agenthub.Turns(clock)  # type: ignore[arg-type]
+    waiting_links(turns, order, "dear", "dear", cost=100)
+    waiting_links(turns, order, "cheap", cost=1)
+    clock.run_soon()
+    assert order == ["cheap", "dear", "dear"]
+
+
+def test_error_in_one_turn_does_not_end_the_others() -> None:
+    clock, order = Clock(), list[str]()
+    turns = agenthub.Turns(clock)  # type: ignore[arg-type]
+    link: Any = types.SimpleNamespace(address="a", grant_name="", finish_time=0.0)
+    turns.wait(link, 1, functools.partial(int, "no number"))
+    waiting_links(turns, order, "b")
+    with pytest.raises(ValueError, match="no number"):
+        clock.run_soon()
+    clock.run_soon()
+    assert order == ["b"]
+
+
+FLOODS = {
+    "lists": frame(b'{"type":"status","id":"1","tasks":true}') * 160,
+    "searches": frame(b'{"type":"discover","id":"1","capability":"a"}') * 160,
+    "heartbeats": frame(b'{"type":"heartbeat"}') * 500,
+    "large messages": frame(
+        b'{"type":"delegate","task_id":"t","capability":"nobody","input":[' + b"{}," * 2_000 + b"{}]}"
+    )
+    * 100,
+}
+
+
+FLOOD_CASES = [(kind, False) for kind in FLOODS] + [
+    pytest.param(kind, True, marks=pytest.mark.long if kind != "lists" else ()) for kind in FLOODS
+]
+
+
+@pytest.mark.parametrize(("kind", "has_tls"), FLOOD_CASES)
+async def test_flood_from_many_connections_does_not_delay_a_bystander(
+    kind: str, has_tls: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without turns, the bystander's heartbeat waits for a slice of 16 KiB of every connection, several times."""
+    options: dict[str, Any] = {}
+    client_options: dict[str, Any] = {}
+    if has_tls:
+        files = private_file(tmp_path / "cert.pem", CERTIFICATE), private_file(tmp_path / "key.pem", KEY)
+        options["tls"] = agenthub.server_tls(*files)
+        client_options["ssl"] = ssl.create_default_context(cafile=private_file(tmp_path / "ca.pem", AUTHORITY))
+        options["host"] = "localhost"
+    connect = functools.partial(raw_client, **client_options)
+    counts = collections.Counter[type]()
+    receive = agenthub.Hub.receive
+
+    def counting(hub: Any, link: Any, message: Any, *args: Any) -> Any:
+        counts[type(message)] += 1
+        return receive(hub, link, message, *args)
+
+    monkeypatch.setattr(agenthub.Hub, "receive", counting)
+    raw = FLOODS[kind]
+    async with HubServer(port=0, **options) as hub, contextlib.AsyncExitStack() as stack, connect(hub.url) as bystander:
+        await bystander.register("bystander", "a")
+        for number in range(300):
+            await bystander.send(type="delegate", task_id=f"t-{number}", capability="nobody", wait=True)
+        await bystander.request(type="heartbeat")
+        flood = [await stack.enter_async_context(connect(hub.url)) for _ in range(60)]
+        for client in flood:
+            await client.register("one of many", "a")
+        counts.clear()
+        for client in flood:
+            client.connection.transport.write(raw)
+        await bystander.request(type="heartbeat")
+        assert counts.total() < len(flood) * 25  # Two turns, and a first message of each connection.
+        for client in flood:
+            client.connection.transport.abort()
+
+
+async def test_message_that_waits_for_its_turn_is_dropped_with_its_connection() -> None:
+    async with HubServer(port=0) as hub, raw_client(hub.url) as client, raw_client(hub.url) as other:
+        await other.register("other")
+        hub.turns.left = 0  # As after a turn that was used up.
+        for raw in (STATUS.encode(), b" " * agenthub.CPU_COUNTED_BYTES + STATUS.encode()):
+            client.connection.transport.write(frame(raw))
+        client.connection.transport.write(frame(b'{"type":"status","id":"2","tasks":true}'))
+        client.connection.transport.abort()
+        await until(lambda: len(hub.sockets) == 1)
+        hub.turns.left = 0
+        assert (await other.request(type="discover"))["total"] == 1
+
+
+async def test_bytes_of_unfinished_messages_use_up_a_turn_too() -> None:
+    """To read and decrypt a megabyte of a thousand connections each takes a second, before any message is complete."""
+    rationed = Rationed(0)
+    raw = frame(bytes(1_000_000))
+    piece = raw[: agenthub.READ_BYTES]
+    rationed.link.turns.left = 0.5
+    rationed.link.data_received(piece)
+    assert rationed.link.pause_reasons == {"turn over"}
+    rationed.clock.run_soon()
+    assert rationed.link.pause_reasons == set()
+    rationed.link.data_received(raw[agenthub.READ_BYTES :])
+    rationed.clock.run_soon()
+    assert rationed.count == 1
+
+
+async def test_sockets_of_connections_that_have_had_their_turn_are_not_all_read_at_once() -> None:
+    """The loop reads 256 KiB of each, which takes a thousand connections half a second, and with TLS longer."""
+    clock = Clock()
+    turns = agenthub.Turns(clock)  # type: ignore[arg-type]
+    links = []
+    for _ in range(200):
+        turns.left = agenthub.TURN_COST  # No handshake waits.
+        links.append(Rationed(0, clock=clock, turns=turns).link)
+    unfinished = frame(bytes(1_000_000))[: agenthub.READ_BYTES]
+    turns.left = 0.5
+    for link in links:
+        link.data_received(unfinished)
+    assert all(link.pause_reasons == {"turn over"} for link in links)
+    clock.run_once()
+    resumed = [link for link in links if link.transport.is_reading]
+    assert 1 <= len(resumed) <= agenthub.TURN_COST // agenthub.SOCKET_READ_COST
+    clock.run_soon()
+    assert all(link.transport.is_reading for link in links)
+
+
+async def test_reply_during_an_overload_is_written_before_other_connections_have_their_turn() -> None:
+    rationed = Rationed(0)
+    rationed.owner.on_message = lambda link: link.send(b"{}")
+    before = len(rationed.link.transport.writes)
+    waiting_links(rationed.link.turns, [], "another")
+    rationed.link.data_received(frame(HEARTBEAT))
+    assert len(rationed.link.transport.writes) == before + 1
+    rationed.clock.run_soon()
+    rationed.link.data_received(frame(HEARTBEAT))
+    assert len(rationed.link.transport.writes) == before + 1  # Else at the end of the turn, with other replies.
+    rationed.clock.run_soon()
+    assert len(rationed.link.transport.writes) == before + 2
+
+
+async def test_connection_waits_for_one_turn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once resume it twice: then a message is not measured, and another is announced to who expects it."""
+    each_message_takes(0.01, monkeypatch)
+    rationed = Rationed(0)
+    waits: list[int] = []
+    wait = rationed.link.turns.wait
+
+    def waiting(*args: Any) -> None:
+        waits.append(len(rationed.link.turns._waiting))
+        wait(*args)
+
+    monkeypatch.setattr(rationed.link.turns, "wait", waiting)
+    rationed.link.data_received(frame(HEARTBEAT + b" " * agenthub.SLICE_BYTES) * 50)
+    for _ in range(200):
+        rationed.clock.run_soon()
+    assert rationed.count == 50
+    assert waits
+    assert set(waits) == {0}
 
 
 async def test_what_comes_after_a_close_is_gone_through_in_slices() -> None:
@@ -365,8 +557,9 @@ async def test_all_messages_arrive_in_order_and_then_the_close_however_they_come
         backlog_bytes_max=100_000,
         messages_per_s_max=luck.choice([0, 100]),
         decode=bytes,
+        turns=agenthub.Turns(clock),  # type: ignore[arg-type]
     )
-    link._loop = clock  # type: ignore[assignment]  # It has as much of a loop as a link needs.
+    link.loop = clock  # type: ignore[assignment]  # It has as much of a loop as a link needs.
     link.connection_made(Socket(link))
     link.transport.resume_reading()
     messages, raw = conversation(luck)
@@ -454,7 +647,7 @@ async def test_name_that_cannot_be_read_is_nobodys(header: str) -> None:
     link.address = "192.0.2.1"
     refused = authenticator.check_request(link, _request(header))
     assert refused is not None
-    assert refused[0] == 403
+    assert refused.status == 403
     assert authenticator.check_request(link, _request("HUB.example:80")) is None
     assert authenticator.rejected == {"host": 1}
 
@@ -463,9 +656,9 @@ def _request(host: str) -> Any:
     """Return the parsed request with this Host header."""
     requests: list[Any] = []
 
-    def answer(link: agenthub.Link, request: Any) -> tuple[int, str]:
+    def answer(link: agenthub.Link, request: Any) -> agenthub.HttpAnswer:
         requests.append(request)
-        return 403, ""
+        return agenthub.HttpAnswer(403, "")
 
     pair = Pair(answer)
     pair.link.data_received(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode())
@@ -481,11 +674,11 @@ async def test_page_of_health_counts_wrong_tokens_and_does_not_tell_right_ones_f
     async with secured() as hub:
         assert "agents" in await health(hub.url, TOKEN)
         for _ in range(2):
-            assert await health(hub.url, WRONG) == {"status": "ok"}
+            assert await health(hub.url, WRONG) == {"status": "ok", "ready": True}
         assert hub.rejected == {"unauthorized": 2}
-        assert await health(hub.url, TOKEN) == await health(hub.url, WRONG) == {"status": "ok"}
+        assert await health(hub.url, TOKEN) == await health(hub.url, WRONG) == {"status": "ok", "ready": True}
         assert hub.rejected == {"unauthorized": 2}  # The token was not checked.
-        hub.authenticator._backoff = AuthBackoff()
+        monkeypatch.setattr(agenthub, "FAILURE_FORGOTTEN_S", 1e-9)
         assert "agents" in await health(hub.url, TOKEN)
 
 
@@ -709,6 +902,7 @@ COSTLY = {
     "nested too deep": b'{"type":"delegate","task_id":"t","input":[' + b"[" * 199 * 2500 + b"]" * 199 * 2500 + b"]}",
     "malformed at the end": b'{"type":"delegate","task_id":"t","input":[' + b"{}," * 300_000 + b"]}",
     "commas": b"{" + b"," * MEGABYTE,
+    "not finite at the end": b'{"type":"delegate","task_id":"t","input":[' + b"{}," * 300_000 + b"NaN]}",
     "metadata that is too large": b'{"type":"register","name":"x","metadata":{"a":[' + b"{}," * 300_000 + b"{}]}}",
 }
 
@@ -732,9 +926,109 @@ def test_rejected_message_is_parsed_once_and_not_walked(case: str, monkeypatch: 
     assert sum(calls.values()) < 200, calls.most_common(5)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_message_with_a_number_that_is_not_finite_is_parsed_once(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = agenthub.decoder_from_agent()
+    with pytest.raises(agenthub.InvalidMessage):
+        decode(b'{"type":1}')  # What is made once is not counted.
+    scanned: list[int] = []
+    nests_deeper_than, scan_json = agenthub.nests_deeper_than, agenthub.scan_json
+
+    def scan(text: str, start: int) -> Any:
+        scanned.append(len(text))
+        return scan_json(text, start)
+
+    monkeypatch.setattr(agenthub, "scan_json", scan)
+    monkeypatch.setattr(
+        agenthub, "nests_deeper_than", lambda raw, most: scanned.append(0) or nests_deeper_than(raw, most)
+    )
+    monkeypatch.setattr(agenthub.json, "loads", lambda *_, **options: pytest.fail("parsed once more"))
+    chain = "[" * 60 + "]" * 60 + ","
+    for raw, where in (
+        (
+            f'{{"type":"delegate","task_id":"t","input":[{chain * 2000}{number}]}}',
+            "input: holds a number that is not finite",
+        ),
+        (
+            f'{{"type":"heartbeat","id":"1","x":[{chain * 2000}{number}]}}',
+            f"Invalid JSON: {number} is not a number in JSON",
+        ),
+    ):
+        scanned.clear()
+        with pytest.raises(agenthub.InvalidMessage) as caught:
+            decode(raw.encode())
+        assert caught.value.message == where
+        assert len(scanned) <= 2 * (1 + (agenthub.codec().name.startswith("pydantic")))
+
+
+def test_text_that_names_a_number_that_is_not_finite_is_accepted() -> None:
+    raw = rb'{"type":"delegate","task_id":"t","capability":"c","input":["NaN","\"Infinity","\\",{"-Infinity":1}]}'
+    assert agenthub.decoder_from_agent()(raw).input == raw[raw.index(b"[") : -1]
+
+
 def test_parsing_a_large_message_does_not_collect_garbage() -> None:
     parse = agenthub.BuiltinCodec.strict_parser(agenthub.AgentMessage, agenthub.DEPTH_MAX + 1)
     collections_before = [one["collections"] for one in gc.get_stats()]
     parse(b'{"type":"delegate","task_id":"t","input":[' + b"{}," * 300_000 + b"{}]}")
     assert gc.isenabled()
     assert sum(one["collections"] for one in gc.get_stats()) - sum(collections_before) <= 3  # Once it is done.
+
+
+def test_parts_of_a_rejected_message_are_gone_before_the_collector_is_back() -> None:
+    """A traceback holds the frames of the parser, and so all parts of the message."""
+    numbers: list[int] = []
+
+    def on_collection(phase: str, _: Any) -> None:
+        if phase == "start":
+            numbers.append(len(gc.get_objects(generation=0)))
+
+    decode = agenthub.decoder_from_agent()
+    gc.callbacks.append(on_collection)
+    try:
+        with pytest.raises(agenthub.InvalidMessage, match="not finite"):
+            decode(b'{"type":"delegate","task_id":"t","input":[' + b"[]," * 300_000 + b"NaN]}")
+        gc.collect(0)
+    finally:
+        gc.callbacks.remove(on_collection)
+    assert max(numbers) < 100_000
+
+
+# Tokens that are replaced.
+
+
+def written_token(path: Path, token: str) -> None:
+    path.write_text(token)
+    path.chmod(0o600)
+
+
+async def test_agent_reads_its_token_file_again_when_the_hub_has_replaced_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "token"
+    written_token(path, "former")
+    monkeypatch.setenv("AGENTHUB_TOKEN_FILE", str(path))
+    former, latter = Access.of_token("former"), Access.of_token("latter")
+    async with HubServer(port=0, access=former) as hub, agenthub.Agent("me", url=hub.url) as me:
+        path.unlink()
+        await hub.reload(latter)
+        await until(lambda: not me.is_online)
+        await asyncio.sleep(0.2)  # Some attempts without a file.
+        written_token(path, "former")
+        await until(lambda: hub.rejected.get("unauthorized", 0) > 0)  # An attempt with the token that was revoked.
+        written_token(path, "latter")
+        await until(lambda: me.is_online)
+
+
+async def test_agent_ends_when_the_token_in_its_file_is_still_refused_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "TOKEN_REPLACED_S", 0.1)
+    path = tmp_path / "token"
+    written_token(path, "former")
+    monkeypatch.setenv("AGENTHUB_TOKEN_FILE", str(path))
+    former, latter = Access.of_token("former"), Access.of_token("latter")
+    async with HubServer(port=0, access=former) as hub, agenthub.Agent("me", url=hub.url) as me:
+        await hub.reload(latter)
+        await until(lambda: not me.is_online)
+        with pytest.raises(agenthub.Refused, match="invalid token"):
+            await asyncio.wait_for(me.connected(), WAIT_S)

@@ -127,8 +127,8 @@ class EchoingLink(agenthub.WebSocketLink):
 
     def echo(self) -> None:
         if not self.is_text:
-            if self._protocol.close_sent is None:
-                send_binary(self._protocol, self.raw)  # A link sends only text by itself.
+            if self.protocol.close_sent is None:
+                send_binary(self.protocol, self.raw)  # A link sends only text by itself.
                 self._process_output()
         elif agenthub.is_utf8(self.raw):  # Otherwise the connection fails next, and such a text must not be sent.
             self.send(self.raw)

@@ -46,6 +46,7 @@ from agenthub import (
     MsgspecCodec,
     PydanticCodec,
     TaskAck,
+    TaskAnswer,
     encode,
     json_schema,
     usable_version,
@@ -149,9 +150,8 @@ def compare_with_json(message: Any, raw: bytes) -> None:
     document = json.loads(raw)
     assert repr(parsed(message)) == repr(agenthub.class_validator(type(message))(document)), raw
     assert message.type == document["type"], raw
-    name = agenthub.payload_name(type(message))
-    payload = getattr(message, name) if name is not None else None
-    if payload is not None:
+    payloads = (getattr(message, name) for name in agenthub.payload_names(type(message)))
+    for payload in filter(None, payloads):
         assert payload in raw, raw
         assert payload == payload.strip(), raw
         all_values = json.loads(payload, object_pairs_hook=lambda pairs: [value for _, value in pairs])
@@ -318,11 +318,11 @@ class Writer:
         if kind is Annotated:
             return self.good(*arguments)
         if kind is Literal:
-            return text(arguments[0])
+            return text(self.rng.choice(arguments))
         if kind is list:
             return [self.value(arguments[0]) for _ in range(self.rng.randrange(4))]
         if kind is dict:
-            return Pairs([self.word(), self.anything()] for _ in range(self.rng.randrange(3)))
+            return Pairs([self.word(), self.value(arguments[1])] for _ in range(self.rng.randrange(3)))
         if kind in (types.NoneType, bool):
             return b"null" if kind is types.NoneType else self.rng.choice([b"true", b"false"])
         if kind in (int, float):
@@ -585,6 +585,7 @@ def limits_in(annotation: Any) -> Iterator[Limit]:
         yield from limits_in(part)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("direction", UNIONS)
 def test_each_odd_value_is_read_alike_in_a_field_of_each_kind(direction: str) -> None:
     for place, _ in places(direction):
@@ -701,7 +702,7 @@ def test_all_codecs_read_what_was_written(made: Any) -> None:
         message = objects(made, rng)
         raw = encode(message)
         compare_readings(direction, raw)
-        if made not in (TaskAck, BroadcastDelivery):  # These are read as others.
+        if made not in (TaskAck, TaskAnswer, BroadcastDelivery):  # These are read as others.
             assert repr(parsed(DECODERS[direction]()(raw))) == repr(message)
 
     holds()

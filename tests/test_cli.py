@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,8 +66,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Point to this module's hub, and undo the imports of agents' files."""
+def _surroundings(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Point to this module's hub and a new state folder, and undo the imports of agents' files."""
+    monkeypatch.setenv("AGENTHUB_STATE_DIR", str(tmp_path_factory.mktemp("state") / "agenthub"))
     if "url" in request.fixturenames:
         monkeypatch.setenv("AGENTHUB_URL", request.getfixturevalue("url"))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -105,6 +110,14 @@ def tasks_at(url: str, capsys: pytest.CaptureFixture[str], capability: str) -> l
     return [task for task in listed if task["capability"] == capability]
 
 
+def agents_at(url: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """Return the hub's list of agents."""
+    capsys.readouterr()
+    assert agenthub_main("status", "--json", "--url", url) == 0
+    agents: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["agents"]
+    return agents
+
+
 def not_to_be_called(*_: Any, **__: Any) -> None:
     pytest.fail("it has started all the same")
 
@@ -120,7 +133,20 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 # All commands
 
-COMMANDS = ("hub", "agent", "status", "call", "bridge", "schema", "token")
+COMMANDS = (
+    "hub",
+    "agent",
+    "status",
+    "top",
+    "call",
+    "result",
+    "cancel",
+    "bridge",
+    "schema",
+    "token",
+    "journal",
+    "completion",
+)
 
 
 def test_version_is_that_of_the_module(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +157,7 @@ def test_version_is_that_of_the_module(capsys: pytest.CaptureFixture[str]) -> No
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("--help") == 0
     output = capsys.readouterr().out
-    assert re.findall(r"^    (\w+) ", output, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^    (\w+)\s", output, re.MULTILINE) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -146,7 +172,6 @@ def test_help_of_a_command_explains_every_option(command: str, capsys: pytest.Ca
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["no-such-command"],
         ["hub", "--no-such-option"],
         ["call"],
@@ -168,6 +193,77 @@ def test_wrong_usage_is_exit_code_two(argv: list[str], capsys: pytest.CaptureFix
     assert "usage: agenthub" in capsys.readouterr().err
 
 
+def is_usage_error(line: str, command: str, text: str = "") -> bool:
+    """Return whether a line is the error of a command's parser, with a text and a hint."""
+    name = f"agenthub {command}"
+    is_text = f"error: {text}; " in line if text else "error: " in line
+    return line.startswith(f"{name}: ") and is_text and line.endswith(f'; see "{name} --help"')
+
+
+def test_command_line_without_a_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agenthub_main() == 0
+    assert "delegate a task and print its output" in capsys.readouterr().out
+
+
+def test_options_of_the_hub_and_of_agents_can_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTHUB_HUB_PORT", "1234")
+    monkeypatch.setenv("AGENTHUB_HUB_INSECURE", "1")
+    monkeypatch.setenv("AGENTHUB_HUB_ALLOW_HOST", "a.example,b.example")
+    monkeypatch.setenv("AGENTHUB_HUB_HEARTBEAT", "2.5")
+    monkeypatch.setenv("AGENTHUB_AGENT_MAX_TASKS", "7")
+    hub = agenthub.argument_parser().parse_args(["hub", "--heartbeat", "3"])
+    assert (hub.port, hub.insecure, hub.allow_host, hub.heartbeat_s) == (1234, True, ["a.example", "b.example"], 3.0)
+    assert agenthub.argument_parser().parse_args(["hub"]).heartbeat_s == 2.5
+    assert agenthub.argument_parser().parse_args(["agent", "x.py"]).max_tasks == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("AGENTHUB_HUB_PORT", "x", "argument --port: invalid int value: 'x'"),
+        ("AGENTHUB_HUB_SYNC", "off", "AGENTHUB_HUB_SYNC: must be one of full, normal, not 'off'"),
+        ("AGENTHUB_HUB_INSECURE", "maybe", "AGENTHUB_HUB_INSECURE: must be 1 or 0, not 'maybe'"),
+    ],
+)
+def test_wrong_value_in_the_environment_is_wrong_usage(
+    name: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(agenthub, "_serve_hub", not_to_be_called)
+    assert agenthub_main("hub") == 2
+    assert text in capsys.readouterr().err
+
+
+def test_log_as_json_has_an_object_for_each_record() -> None:
+    with hub_process("--log-format", "json", "--log-level", "debug", stderr=subprocess.PIPE) as (url, hub):
+        assert agenthub_main("call", "nothing", "--url", url) == 1
+        hub.terminate()
+        _, log = hub.communicate(timeout=WAIT_S)
+    records = [json.loads(line) for line in log.splitlines()]
+    assert {"time", "level", "logger", "message"} == set(records[0])
+    (refused,) = [record for record in records if record["message"].startswith("refused code=no_agent")]
+    assert refused["level"] == "warning"
+
+
+def test_debug_log_has_a_line_for_the_end_of_each_task(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text(HELPER)
+    with hub_process("--with", str(tmp_path / "helper.py"), "--log-level", "debug", stderr=subprocess.PIPE) as (
+        url,
+        hub,
+    ):
+        assert agenthub_main("call", "echo", "1", "--url", url) == 0
+        hub.terminate()
+        _, log = hub.communicate(timeout=WAIT_S)
+    assert re.search(r"DEBUG agenthub.tasks ended task=call-[0-9a-f]+ state=completed code=None capability=", log)
+
+
+def test_unknown_option_is_reported_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agenthub_main("status", "--bogus") == 2
+    usage, *_, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: agenthub status")
+    assert is_usage_error(error, "status", "unrecognized arguments: --bogus")
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -177,6 +273,8 @@ def test_wrong_usage_is_exit_code_two(argv: list[str], capsys: pytest.CaptureFix
         ["hub", "--grace", "-1"],
         ["hub", "--retention", "nan"],
         ["hub", "--max-bytes", "10"],
+        ["hub", "--trusted-proxy", "proxy.example.org"],
+        ["hub", "--trusted-proxy", "10.0.0.1,"],
         ["hub", "--backlog", "-1"],
         ["hub", "--max-open-tasks", "0"],
         ["hub", "--max-pending-tasks", "-1"],
@@ -197,6 +295,8 @@ def test_wrong_usage_is_exit_code_two(argv: list[str], capsys: pytest.CaptureFix
         ["call", "echo", ""],
         ["call", "echo", "--ttl", "0"],
         ["call", "echo", "--ttl", "nan"],
+        ["agent", "--exec", " ", "--name", "x", "--capability", "y"],
+        ["status", "-n", "-1"],
     ],
 )
 def test_wrong_value_is_exit_code_two(
@@ -204,7 +304,61 @@ def test_wrong_value_is_exit_code_two(
 ) -> None:
     monkeypatch.setattr(agenthub, "_serve_hub", not_to_be_called)
     assert agenthub_main(*argv) == 2
-    assert "agenthub: error: " in capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()  # The usage of a hub would fill the terminal.
+    assert is_usage_error(error, *argv[:1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["call", "greet", "Ada"], "write a text as '\"text\"', and - to read the input from stdin"),
+        (["call", "greet", "[NaN]"], "error: the input holds a number that is not finite; "),
+        (["call", "greet", "[" * 99 + "]" * 99], "error: the input is nested more than 64 deep; "),
+        (
+            ["call", "greet", "{name:", "Ada}"],
+            "unrecognized arguments: Ada}; quote JSON for the shell, as one argument",
+        ),
+        (
+            ["call", "echo", "--agent", "helpr"],
+            'no online agent has the name or agent_id "helpr"; close matches: helper',
+        ),
+        (["call", "echo", "--agent", "x"], 'no online agent has the name or agent_id "x"; start one, or use --wait'),
+        (["call", "echo", "--agent", "x y"], 'no online agent has the name "x y"; "agenthub status" lists all'),
+        (["call", "ecko", "--agent", "helper"], 'that agent does not offer "ecko"; close matches: echo'),
+    ],
+)
+def test_error_says_how_to_go_on(
+    argv: list[str], text: str, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(agenthub, "serve", not_to_be_called)
+    assert agenthub_main(*argv) in (1, 2)
+    assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("program", "code", "text"),
+    [
+        ("{0} status -n 1 >&- 2>&-", 0, ""),
+        ("{0} status --json >&-", 0, ""),
+        ("{0} call echo - <&-", 2, "the input is not JSON"),
+        ("{0} token | true", 0, ""),
+        ("{0} status | true", 0, ""),
+        ("{0} schema | true", 0, ""),
+        ("env -i PATH=$PATH PYTHONPATH=$PWD AGENTHUB_URL=$AGENTHUB_URL {0} status -n 1", 0, ""),
+        ("env -u HOME -u AGENTHUB_STATE_DIR XDG_STATE_HOME=$STATE {0} call echo --no-wait", 0, ""),
+        ("LC_ALL=C PYTHONIOENCODING=ascii NO_COLOR=1 COLUMNS=20 {0} call echo '\"日本\"'", 0, ""),
+    ],
+)
+def test_surroundings_of_scripts_bring_no_traceback(
+    program: str, code: int, text: str, url: str, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "AGENTHUB_URL": url, "STATE": str(tmp_path)}
+    line = program.format(f"{shlex.quote(sys.executable)} -m agenthub")
+    shell = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, timeout=WAIT_S)
+    assert shell.returncode == code, shell.stderr
+    assert text in shell.stderr
+    assert len(shell.stderr.splitlines()) <= 1
 
 
 def test_bounds_and_the_journal_of_the_command_line_reach_the_hub(
@@ -231,7 +385,7 @@ def test_bounds_and_the_journal_of_the_command_line_reach_the_hub(
         metadata_bytes_max=6,
     )
     assert [server.settings for server in servers] == [told, agenthub.HubSettings(), agenthub.HubSettings()]
-    journals = [server._journal and (server._journal.path, server._journal.sync) for server in servers]
+    journals = [server.journal and (server.journal.path, server.journal.sync) for server in servers]
     assert journals == [(str(db), "normal"), (str(db), "full"), None]
     assert not db.exists()  # Nothing is created before the hub starts.
 
@@ -276,9 +430,8 @@ def test_token_that_cannot_be_sent_is_wrong_usage(
     assert agenthub_main(*argv) == 2
     output, complaint = capsys.readouterr()
     assert output == ""
-    usage, error = complaint.splitlines()
-    assert usage.startswith("usage: agenthub")
-    assert error == "agenthub: error: AGENTHUB_TOKEN: must be printable ASCII without spaces"
+    (error,) = complaint.splitlines()
+    assert is_usage_error(error, argv[0], "AGENTHUB_TOKEN: must be printable ASCII without spaces")
 
 
 def test_token_is_no_obstacle_to_a_hub_that_wants_none(
@@ -306,6 +459,88 @@ def test_reader_that_goes_away_is_no_traceback(argv: list[str], url: str) -> Non
         process.wait(WAIT_S)
         assert process.stderr.read() == ""
         process.stdout = None
+
+
+# completion
+
+
+COMPLETED = [
+    ("agenthub st", ["status"]),
+    ("agenthub hub --sy", ["--sync"]),
+    ("agenthub hub --sync ", ["full", "normal"]),
+    ("agenthub hub --sync n", ["normal"]),
+    ("agenthub completion ", ["bash", "fish", "zsh"]),
+    ("agenthub call hub --no", ["--no-wait"]),
+    ("agenthub agent gree", ["greeter.py"]),
+    ("agenthub hub --db gree", ["greeter.py"]),
+]
+
+
+def in_shell(shell: str, program: str, *args: str, folder: Path) -> str:
+    """Run a program of a shell without startup files; return its output."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    (folder / "greeter.py").touch()
+    command = [shell, *({"bash": ["--norc"], "fish": ["--no-config"]}[shell]), "-c", program, *args]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def script_of(shell: str, capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
+    assert agenthub_main("completion", shell) == 0
+    (folder / "script").write_text(capsys.readouterr().out)
+    return folder / "script"
+
+
+@posix_only
+@pytest.mark.parametrize(("line", "found"), COMPLETED)
+def test_bash_completes(line: str, found: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the function finds nothing, `complete -o default` completes files."""
+    script = script_of("bash", capsys, tmp_path)
+    program = """set -u; source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+        complete -p agenthub | grep -q -- "-o default"; _agenthub
+        (( ${#COMPREPLY[@]} )) || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
+        printf '%s\n' "${COMPREPLY[@]}" """
+    assert sorted(in_shell("bash", program, str(script), *line.split(" "), folder=tmp_path).split()) == found
+
+
+@posix_only
+@pytest.mark.parametrize(("line", "found"), COMPLETED)
+def test_fish_completes(line: str, found: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = f"source {script_of('fish', capsys, tmp_path)}; complete -C {shlex.quote(line)}"
+    output = in_shell("fish", program, folder=tmp_path)
+    assert sorted(row.split("\t")[0] for row in output.splitlines()) == found
+
+
+@posix_only
+def test_zsh_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only its line editor completes, so it runs in a pseudo terminal; the completed lines run a function."""
+    import pty
+
+    if shutil.which("zsh") is None:
+        pytest.skip("needs zsh")
+    (tmp_path / "greeter.py").touch()
+    script = script_of("zsh", capsys, tmp_path)
+    near, far = pty.openpty()
+    environment = {**os.environ, "TERM": "dumb", "HOME": str(tmp_path)}
+    zsh = subprocess.Popen(["zsh", "-f", "-i"], stdin=far, stdout=far, stderr=far, cwd=tmp_path, env=environment)
+    try:
+        os.write(near, f"source {script}; agenthub() {{ print -l -- $@ >> ran }}; print RE''ADY\n".encode())
+        shown = b""
+        while b"READY" not in shown.replace(b"RE''ADY", b""):
+            shown += os.read(near, 65_536)
+        one_match = [(line, found[0]) for line, found in COMPLETED if len(found) == 1]
+        os.write(near, b"".join(line.encode() + b"\t\n" for line, _ in one_match) + b"exit\n")
+        zsh.wait(WAIT_S)
+        assert [word for word in (tmp_path / "ran").read_text().split("\n") if word] == [
+            word for line, found in one_match for word in [*line.split(" ")[1:-1], found]
+        ]
+    finally:
+        zsh.kill()
+        zsh.wait()
+        os.close(near)
+        os.close(far)
 
 
 # hub
@@ -451,6 +686,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "imports.py").write_text("import classes\nfrom classes import First\nclass Own(First): ...\n")
     (tmp_path / "empty.py").write_text("x = 1\n")
     (tmp_path / "package").mkdir()
+    (tmp_path / "folder.py").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
     (tmp_path / "package" / "module.py").write_text("from classes import First\nagent = First('in a package')\n")
     (tmp_path / "broken.py").write_text("import no_such_module_at_all\n")
@@ -501,6 +737,7 @@ def test_agents_are_found_by_an_absolute_path(folder: Path, monkeypatch: pytest.
         (":", ""),
         ("..:x", ""),
         ("folder/", ""),
+        ("folder.py", "folder.py: not a file"),
     ],
 )
 def test_nothing_found_is_one_line(
@@ -511,10 +748,64 @@ def test_nothing_found_is_one_line(
     assert text in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_file_that_runs_its_agents_is_loaded_and_they_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "run_loop", not_to_be_called)
+    path = tmp_path / "unguarded.py"
+    path.write_text(
+        "from agenthub import Agent\nfirst = Agent('first')\nfirst.run()\ndef run(): Agent('second').run()\nrun()\n"
+    )
+    assert [agent.name for agent in agenthub.load_agents(str(path))] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("agent = Agent('x'\n", ["agent = Agent('x'", "^", "SyntaxError: '(' was never closed"]),
+        ("from json import x\n", ["{0}, line 2, in <module>", "from json import x", "ImportError: cannot import name"]),
+        ("def f():\n    return 1 / 0\nf()\n", ["line 4", "f()", "line 3, in f", "return 1 / 0", "ZeroDivisionError"]),
+        ("agent = Agent('x', max_tasks=0)\n", ["line 2", "max_tasks=0", "ValueError: max_tasks"]),
+        ("class One(Agent):\n    def __init__(self): 1 / 0\n", ["line 3, in __init__", "1 / 0", "ZeroDivisionError"]),
+        (
+            "try:\n    Agent('x', max_tasks=0)\nexcept ValueError:\n    1 / 0\n",
+            ["max_tasks=0", "During handling", "1 / 0", "Zero"],
+        ),
+        ("import own\n", ["line 2", "import own", "own.py", "line 1", "1 / 0", "ZeroDivisionError"]),
+    ],
+)
+def test_error_in_a_file_shows_the_lines_of_its_author(
+    text: str, shown: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "serve", not_to_be_called)
+    path = tmp_path / "mine.py"
+    path.write_text(f"from agenthub import Agent\n{text}")
+    (tmp_path / "own.py").write_text("1 / 0\n")
+    assert agenthub_main("agent", str(path)) == 1
+    complaint = capsys.readouterr().err
+    assert "agenthub.py" not in complaint
+    assert "importlib" not in complaint
+    assert complaint.endswith(f"\nagenthub: {path}: not loaded because of the error above\n")
+    assert re.search(".*".join(re.escape(one.replace("{0}", f'"{path}"')) for one in shown), complaint, re.DOTALL)
+
+
 @pytest.mark.usefixtures("folder")
-def test_error_in_a_file_is_not_hidden() -> None:
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
-        agenthub_main("agent", "broken.py")
+@pytest.mark.parametrize("target", ["broken.py", "broken"])
+def test_package_that_a_file_misses_is_named_with_the_python_that_lacks_it(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert agenthub_main("agent", target) == 1
+    *_, kind, text = capsys.readouterr().err.splitlines()
+    assert kind == "ModuleNotFoundError: No module named 'no_such_module_at_all'"
+    assert text.endswith(f"; is no_such_module_at_all installed for {sys.executable}?")
+
+
+@posix_only
+def test_ctrl_c_while_a_file_is_loaded_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
+    with running("-m", "agenthub", "agent", str(tmp_path / "slow.py")) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert finished(process) == (130, "", "")
 
 
 @posix_only
@@ -544,8 +835,8 @@ async def shell(command: str, **options: Any) -> AsyncIterator[Agent]:
             yield me
 
 
-async def ran(command: str, given: Any = None, **options: Any) -> Any:
-    async with asyncio.timeout(WAIT_S), shell(command) as me:
+async def ran(command: str, given: Any = None, output: str = "auto", **options: Any) -> Any:
+    async with asyncio.timeout(WAIT_S), shell(command, output=output) as me:
         return await me.delegate("run", given, **options)
 
 
@@ -572,6 +863,91 @@ async def ran(command: str, given: Any = None, **options: Any) -> Any:
 )
 async def test_program_does_a_task(command: str, given: Any, output: Any) -> None:
     assert await ran(command, given) == output
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("printed", "output", "wanted"),
+    [
+        ("7821e45", "auto", float("7821e45")),
+        ("7821e45", "text", "7821e45"),
+        ("1.10", "text", "1.10"),
+        ("[1]\n", "text", "[1]\n"),
+        (" [1]\n", "json", [1]),
+    ],
+)
+async def test_output_of_a_program_is_read_as_the_option_says(printed: str, output: str, wanted: Any) -> None:
+    assert await ran(f"printf '{printed}'", output=output) == wanted
+
+
+@posix_only
+@pytest.mark.parametrize("printed", ["hello", "", "NaN", "1 2"])
+async def test_output_that_should_be_json_and_is_not_fails_the_task(printed: str) -> None:
+    with pytest.raises(TaskFailed, match=r"^the command's output is not JSON: ") as caught:
+        await ran(f"printf '{printed}'", output="json")
+    assert caught.value.code == "failed"
+
+
+@posix_only
+def test_option_for_the_output_of_a_program_reaches_its_agent(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--exec", "printf 1.10", "--name", "shell", "--capability", "sh-text", "--output", "text"]
+    with running("-m", "agenthub", "agent", *options, env={"AGENTHUB_URL": url}):
+        wait_for(lambda: agenthub_main("call", "sh-text") == 0)
+    assert capsys.readouterr().out == '"1.10"\n'
+
+
+@posix_only
+@pytest.mark.parametrize("kind", ["in its group", "in a session of its own"])
+@pytest.mark.parametrize("loop", agenthub.LOOPS[1:])
+def test_task_of_a_program_ends_with_it_though_a_child_holds_its_pipes(tmp_path: Path, kind: str, loop: str) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    if kind != "in its group" and shutil.which("setsid") is None:
+        pytest.skip("setsid is not installed")
+    start = "" if kind == "in its group" else "setsid "
+    path = f"{shlex.quote(str(tmp_path))}/$AGENTHUB_TASK_ID"
+    command = f"PID={path}; export PID; {start}sh -c 'echo $$ > $PID; exec sleep 60' & echo '\"out\"'; echo err >&2; "
+    command += "while ! [ -s $PID ]; do sleep 0.01; done; "
+    assert agenthub.run_loop(ran(command, ttl=60), loop) == "out"
+    with pytest.raises(TaskFailed, match=r"^exit code 3: err$"):
+        agenthub.run_loop(ran(f"{command}exit 3", ttl=60), loop)
+    pids = [int(one.read_text()) for one in tmp_path.iterdir()]
+    assert len(pids) == 2
+    for pid in pids:
+        if kind != "in its group":
+            os.kill(pid, signal.SIGKILL)
+        asyncio.run(until_dead(pid))
+
+
+@posix_only
+@pytest.mark.parametrize("loop", agenthub.LOOPS[1:])
+def test_program_may_close_its_stdin(loop: str) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    for command in ["exec <&-; echo 1; sleep 0.1", "exec <&-; echo 1"] * 5:
+        assert agenthub.run_loop(ran(command, ttl=60), loop) == 1
+
+
+@posix_only
+@pytest.mark.parametrize("command", ["no-such-program-at-all x", "./no/such/program", "no-such-program-at-all; true"])
+def test_program_that_does_not_exist_is_refused_at_the_start(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(agenthub, "serve", not_to_be_called)
+    if ";" in command:
+        agenthub.check_program(command)  # Its first word is not a plain one.
+        return
+    assert agenthub_main("agent", "--exec", command, "--name", "x", "--capability", "x") == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert f"there is no program {command.split()[0]!r}; install it, or give its path" in complaint
+
+
+@posix_only
+@pytest.mark.parametrize(
+    "command", ["cat", "/bin/cat -", "echo 1", "if true; then cat; fi", "exec cat", "A=1 b", "$HOME/x", "(x)", ""]
+)
+def test_command_that_may_be_right_is_not_refused(command: str) -> None:
+    agenthub.check_program(command)
 
 
 @posix_only
@@ -740,7 +1116,7 @@ def test_status_shows_two_aligned_tables(url: str, capsys: pytest.CaptureFixture
     assert agenthub_main("status") == 0
     head, agents, tasks = capsys.readouterr().out.rstrip("\n").split("\n\n")
     assert head.startswith(f"hub {url}, version {agenthub.__version__}, up ")
-    assert agents.splitlines()[0].split() == ["AGENT", "RUNNING", "CAPABILITIES", "DESCRIPTION"]
+    assert agents.splitlines()[0].split() == ["NAME", "AGENT", "RUNNING", "CAPABILITIES", "DESCRIPTION"]
     assert tasks.splitlines()[0].split()[:4] == ["TASK", "STATE", "CAPABILITY", "AGENT"]
     assert "failed (failed)" in tasks
     for table in (agents, tasks):
@@ -765,8 +1141,23 @@ def test_status_as_json(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {"hub", "agents", "tasks"}
     assert document["hub"]["version"] == agenthub.__version__
-    assert [one["name"] for one in document["agents"]] == ["helper"]
-    assert document["tasks"][0]["state"] == "completed"
+    assert [one["name"] for one in document["agents"] if one["capabilities"]] == ["helper"]
+    assert next(task for task in document["tasks"] if task["capability"] == "echo")["state"] == "completed"
+
+
+def test_status_shows_the_tasks_and_the_number_of_rows_asked_for(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        agenthub_main("call", "echo", "1")
+    task_id = submitted(capsys, "slow")
+    assert agenthub_main("status", "--tasks", "open", "--agent", "helper", "--json") == 0
+    assert [task["task_id"] for task in json.loads(capsys.readouterr().out)["tasks"]] == [task_id]
+    assert agenthub_main("cancel", task_id) == 0
+    assert agenthub_main("status", "--tasks", "ended", "-n", "1") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"\n\.\.\. and \d+ more\n$", output)
+    assert agenthub_main("status", "--agent", "nobody", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["agents"], document["tasks"]) == ([], [])
 
 
 def test_status_of_one_task(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -784,6 +1175,88 @@ def test_status_of_one_task(url: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_status_of_a_task_that_is_not_there_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("status", "--task", "no-such-task") == 1
     assert complaint_of(capsys) == "agenthub: task_id: unknown to this hub; its record may have expired\n"
+
+
+class FakeSession:
+    """A session with a hub that has 500 agents and 60 tasks; the last agent is the busiest."""
+
+    async def request(self, message: Any, _: type) -> Any:
+        names = ("日本語", "🤖🚀", "مرحبا", "e\u0301\u0302x", "देवनागरी", "worker")
+        if isinstance(message, agenthub.Discover):
+            agents = [
+                agenthub.AgentInfo(
+                    agent_id=f"a-{number}",
+                    name=f"{names[number % 6]}{number}",
+                    description="",
+                    capabilities=[],
+                    running=number,
+                    max_tasks=500,
+                    metadata={},
+                )
+                for number in range(500)
+            ]
+            return agenthub.Discovered(agents=agents, total=500)
+        if message.tasks:
+            fields: dict[str, Any] = {"requester": "r", "agent_id": "a-499", "attempt": 1, "ttl": 60.0, "age_s": 1.0}
+            tasks = [
+                agenthub.TaskInfo(task_id=f"t-{number}", state=state, priority=0, max_retries=0, **fields)
+                for number, state in enumerate(["in_progress", *["completed"] * 59])
+            ]
+            return agenthub.StatusReply(tasks=tasks, total=60)
+        return agenthub.StatusReply(hub={"version": "1", "uptime_s": 1, "tasks": dict.fromkeys("abcdefghij", 1000)})
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown_status(monkeypatch: pytest.MonkeyPatch, *argv: str, terminal: tuple[int, int] | None = None) -> list[str]:
+    """Return the lines of `status` at the fake hub, on a terminal of so many columns and lines, else in a pipe."""
+    if terminal is not None:
+        monkeypatch.setenv("COLUMNS", str(terminal[0]))
+        monkeypatch.setenv("LINES", str(terminal[1]))
+        monkeypatch.setattr(sys, "stdout", FakeTerminal())
+    args = agenthub.argument_parser().parse_args(["status", *argv])
+    fake: Any = FakeSession()
+    return asyncio.run(agenthub._hub_text(fake, args)).splitlines()
+
+
+@pytest.mark.parametrize("terminal", [(80, 24), (80, 50), (20, 10), (300, 24), (80, 2)])
+def test_status_fits_on_the_terminal_with_the_busiest_first(
+    terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = shown_status(monkeypatch, terminal=terminal)
+    columns, height = terminal
+    assert height - 2 <= len(lines) < max(height, 11)  # The last line is for the shell's prompt.
+    assert all(agenthub.display_width(line) <= columns for line in lines)
+    agents = lines[4 : lines.index("", 4) - 1]
+    assert [re.sub(r"\D", "", line.split()[0]) for line in agents] == [
+        str(499 - number) for number in range(len(agents))
+    ]
+    assert f"... and {500 - len(agents)} more" in lines
+    assert lines[-1].startswith("... and ")
+
+
+def test_status_in_a_pipe_has_all_rows_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown_status(monkeypatch)
+    assert len(lines) == 2 + 1 + 501 + 1 + 61
+    assert "more" not in "".join(lines)
+    assert lines[1].endswith("1000 j")
+
+
+def test_status_leaves_the_rows_that_one_table_does_not_need_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown_status(monkeypatch, "--agent", "a-499", terminal=(80, 24))
+    assert [line.split()[0] for line in lines if line.startswith("t-")] == [f"t-{number}" for number in range(14)]
+    assert lines[-1] == "... and 46 more"
+    assert len(lines) == 22
+
+
+def test_rows_asked_for_are_shown_on_any_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown_status(monkeypatch, "-n", "30", "--tasks", "ended", terminal=(80, 24))
+    assert len(lines) == 2 + 1 + 32 + 1 + 32
+    assert lines[-31].split()[:2] == ["t-1", "completed"]
+    assert lines[-1] == "... and 29 more"
 
 
 @posix_only
@@ -820,6 +1293,23 @@ def test_watch_without_a_terminal_says_it_again(url: str) -> None:
     assert (code, complaint) == (130, "")
 
 
+@posix_only
+def test_watch_waits_for_a_hub_that_went_away(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text(HELPER)
+    with hub_process() as (url, hub), running("-m", "agenthub", "status", "--watch", "--url", url) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("hub ")
+        hub.kill()
+        hub.wait()
+        assert process.stderr.readline().endswith("; waiting for the hub\n")
+        with hub_process("--port", url.rpartition(":")[2], "--with", str(tmp_path / "helper.py")):
+            while not process.stdout.readline().startswith("helper"):
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert finished(process)[0] == 130
+
+
 # call
 
 
@@ -840,6 +1330,24 @@ def test_call_reads_its_input_from_stdin(url: str) -> None:
         assert (process.returncode, json.loads(output), complaint) == (0, {"é": 1}, "")
 
 
+@posix_only
+@pytest.mark.parametrize(
+    ("raw", "code", "text"),
+    [
+        (b"\xef\xbb\xbf[1]\r\n", 0, ""),
+        (b"\xff\xfe[\x00", 2, "error: the input is not JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b"", 2, "error: the input is not JSON: Expecting value"),
+    ],
+)
+def test_input_from_other_programs(
+    raw: bytes, code: int, text: str, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows' shells begin a pipe with a byte order mark."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+    assert agenthub_main("call", "echo", "-") == code
+    assert text in capsys.readouterr().err
+
+
 def test_call_prints_anything_on_any_terminal(url: str) -> None:
     """A terminal that knows only ASCII gets escapes."""
     environment = {"AGENTHUB_URL": url, "PYTHONIOENCODING": "ascii"}
@@ -858,26 +1366,89 @@ def test_output_cannot_steer_the_terminal(url: str, capsys: pytest.CaptureFixtur
 
 def test_call_of_one_agent(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     agenthub_main("status", "--json")
-    (agent,) = json.loads(capsys.readouterr().out)["agents"]
+    (agent,) = [one for one in json.loads(capsys.readouterr().out)["agents"] if one["capabilities"]]
     assert agenthub_main("call", "echo", "1", "--agent", agent["agent_id"]) == 0
     assert capsys.readouterr().out == "1\n"
     assert agenthub_main("call", "echo", "1", "--agent", "nobody") == 1
-    assert complaint_of(capsys) == 'agenthub: no online agent has that agent_id; discover one, or set "wait"\n'
+    text = 'no online agent has the name or agent_id "nobody"; start one, or use --wait'
+    assert complaint_of(capsys) == f"agenthub: {text}\n"
+
+
+def test_call_names_its_agent_by_a_name_that_only_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "twins.py"
+    one = "{0} = Agent({1!r})\n@{0}.capability\nasync def {0}_echo(task: Task): return task.input\n"
+    path.write_text("from agenthub import Agent, Task\n" + "".join(map(one.format, "abc", ("twin", "twin", "single"))))
+    with hub_process("--with", str(path)) as (url, _):
+        wait_for(lambda: len(agents_at(url, capsys)) == 3)
+        assert agenthub_main("call", "c_echo", "1", "--agent", "single", "--url", url) == 0
+        assert capsys.readouterr().out == "1\n"
+        assert agenthub_main("call", "a_echo", "1", "--agent", "twin", "--url", url) == 1
+        complaint = complaint_of(capsys)
+        ids = sorted(one["agent_id"] for one in agents_at(url, capsys) if one["name"] == "twin")
+    assert complaint.startswith("agenthub: 2 agents are named twin; give the agent_id of one: ")
+    assert sorted(complaint.rstrip().partition("one: ")[2].split(", ")) == ids
+
+
+def test_call_passes_its_options_on_and_waits_for_an_agent(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--wait", "--priority", "7", "--max-retries", "2", "--ttl", "30"]
+    with running("-m", "agenthub", "call", "rare", "5", *options, env={"AGENTHUB_URL": url}) as call:
+        (task,) = wait_for(lambda: tasks_at(url, capsys, "rare"))
+        assert agenthub_main("status", "--json", "--task", task["task_id"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["state"], report["priority"], report["max_retries"]) == ("pending", 7, 2)
+        program = ["--exec", "cat", "--name", "late", "--capability", "rare"]
+        with running("-m", "agenthub", "agent", *program, env={"AGENTHUB_URL": url}):
+            assert finished(call) == (0, "5\n", "")
 
 
 def test_call_of_what_nobody_can_do_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("call", "no-such-thing") == 1
-    assert complaint_of(capsys) == 'agenthub: no online agent offers "no-such-thing"; start one, or set "wait"\n'
+    assert complaint_of(capsys) == 'agenthub: no online agent offers "no-such-thing"; start one, or use --wait\n'
+
+
+def test_call_of_a_mistyped_capability_shows_similar_ones(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert agenthub_main("call", "ecko") == 1
+    assert complaint_of(capsys) == 'agenthub: no online agent offers "ecko"; close matches: echo\n'
 
 
 def test_failed_task_is_one_line_with_its_text(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("call", "fail") == 1
-    assert complaint_of(capsys) == "agenthub: ValueError: went \\x1b[31mwrong\\nbadly\n"
+    text = r"ValueError: went \\x1b\[31mwrong\\nbadly"
+    assert re.fullmatch(rf"agenthub: task call-\w+ failed at helper-\w+ \(failed\): {text}\n", complaint_of(capsys))
 
 
 def test_expired_task_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("call", "slow", "--ttl", "0.2") == 1
-    assert complaint_of(capsys) == "agenthub: its time to live of 0.2 s has expired\n"
+    text = r"failed( at helper-\w+)? \(timeout\): its time to live of 0.2 s has expired"
+    assert re.fullmatch(rf"agenthub: task call-\w+ {text}\n", complaint_of(capsys))
+
+
+@pytest.mark.parametrize(
+    ("token", "text"), [(None, "authentication required: set"), ("not-the-right-one", "invalid token: check")]
+)
+def test_hub_that_wants_a_token_says_what_to_set(
+    token: str | None, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "token").touch(0o600)
+    (tmp_path / "token").write_text("a-token-that-is-long-enough-to-be-taken")
+    (tmp_path / "mine.py").write_text("from agenthub import Agent\nAgent('mine').run()\n")
+    if token is not None:
+        monkeypatch.setenv("AGENTHUB_TOKEN", token)
+    complaint = f"agenthub: {text} AGENTHUB_TOKEN or AGENTHUB_TOKEN_FILE"
+    with hub_process("--token-file", str(tmp_path / "token")) as (url, _):
+        assert agenthub_main("call", "echo", "--url", url) == 1
+        assert complaint_of(capsys) == f"{complaint}, or give --token-file\n"
+        with running(str(tmp_path / "mine.py"), env={"AGENTHUB_URL": url, "PYTHONPATH": os.getcwd()}) as program:
+            code, output, shown = finished(program)
+    assert (code, output, shown.splitlines()[-1]) == (1, "", complaint)
+    assert "Traceback" not in shown
+
+
+def test_wss_url_of_a_hub_without_tls_is_explained(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert agenthub_main("call", "echo", "--url", url.replace("ws:", "wss:")) == 1
+    assert complaint_of(capsys).endswith("; a hub without --tls-cert speaks ws://, so try that\n")
 
 
 def test_call_that_does_not_wait_prints_the_id_and_leaves_the_task(
@@ -941,6 +1512,109 @@ def test_progress_is_shown_in_a_terminal_only(url: str) -> None:
         assert finished(process) == (0, '"done"\n', "")
 
 
+# result and cancel
+
+
+def submitted(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Delegate a task without waiting for it; return its id."""
+    capsys.readouterr()
+    assert agenthub_main("call", *argv, "--no-wait") == 0
+    return capsys.readouterr().out.strip()
+
+
+def test_result_prints_what_a_call_did_not_wait_for(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = submitted(capsys, "echo", "1"), submitted(capsys, "steps")
+    assert agenthub_main("result", second, "--wait", "30") == 0
+    assert capsys.readouterr() == ('"done"\n', "")
+    for _ in range(2):
+        assert agenthub_main("result", first, "--wait", "30") == 0
+        assert capsys.readouterr() == ("1\n", "")
+
+
+def test_result_of_a_failed_task_names_the_task_and_its_worker(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    task_id = submitted(capsys, "fail")
+    assert agenthub_main("result", task_id, "--wait", "30") == 1
+    text = r"ValueError: went \\x1b\[31mwrong\\nbadly"
+    assert re.fullmatch(rf"agenthub: task {task_id} failed at helper-\w+ \(failed\): {text}\n", complaint_of(capsys))
+
+
+def test_cancel_ends_a_task_that_has_not_ended(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    task_id = submitted(capsys, "slow")
+    assert agenthub_main("result", task_id) == 1
+    assert re.fullmatch(rf"agenthub: task {task_id} is \w+; --wait S waits until it has ended\n", complaint_of(capsys))
+    assert agenthub_main("cancel", task_id) == 0
+    assert agenthub_main("result", task_id) == 1
+    assert "(cancelled): cancelled from the command line" in complaint_of(capsys)
+    assert agenthub_main("cancel", task_id) == 1
+    assert complaint_of(capsys) == f"agenthub: task {task_id}: that task has already ended\n"
+
+
+@pytest.mark.parametrize("command", ["result", "cancel"])
+def test_task_that_the_hub_does_not_know_is_one_line(
+    command: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert agenthub_main(command, "no-such-task") == 1
+    assert complaint_of(capsys).startswith(
+        f"agenthub: task no-such-task: unknown to the hub at {url}: its record expired"
+    )
+
+
+def test_output_is_only_for_its_requester(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_id = submitted(capsys, "echo", '"secret"')
+    monkeypatch.setenv("AGENTHUB_STATE_DIR", str(tmp_path / "other"))
+    assert agenthub_main("result", task_id, "--wait", "30") == 1
+    assert re.fullmatch(
+        rf"agenthub: task {task_id}: only its requester call-\w+ may read its output\n", complaint_of(capsys)
+    )
+
+
+@posix_only
+def test_shared_caller_is_one_private_file_and_one_agent(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    task_ids = [submitted(capsys, "echo", str(number)) for number in range(3)]
+    (path,) = Path(os.environ["AGENTHUB_STATE_DIR"]).iterdir()
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert len({task["requester"] for task in tasks_at(url, capsys, "echo") if task["task_id"] in task_ids}) == 1
+    path.chmod(0o644)
+    assert agenthub_main("result", task_ids[0]) == 1
+    assert complaint_of(capsys) == f"agenthub: {path}: others may read this secret; remove the file\n"
+
+
+@posix_only
+def test_commands_take_turns_with_the_shared_caller(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.ExitStack() as stack:
+        argv = ("-m", "agenthub", "call", "echo", "1", "--no-wait")
+        calls = [stack.enter_context(running(*argv, env={"AGENTHUB_URL": url})) for _ in range(4)]
+        ended = [finished(call) for call in calls]
+    assert [(code, complaint) for code, _, complaint in ended] == [(0, "")] * 4
+    for _, output, _ in ended:
+        assert agenthub_main("result", output.strip(), "--wait", "30") == 0
+
+
+@posix_only
+def test_state_folder_that_cannot_be_written_is_one_line(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AGENTHUB_STATE_DIR", "/dev/null/agenthub")
+    assert agenthub_main("call", "echo", "--no-wait") == 1
+    assert complaint_of(capsys).endswith("; set AGENTHUB_STATE_DIR to a folder that you may write to\n")
+
+
+def test_oldest_callers_make_room(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(agenthub, "CALLERS_MAX", 2)
+    folder = Path(os.environ["AGENTHUB_STATE_DIR"])
+    folder.mkdir(mode=0o700)
+    for number in range(4):
+        (folder / f"{number}.json").touch(0o600)
+        os.utime(folder / f"{number}.json", (number, number))
+    submitted(capsys, "echo")
+    assert {"2.json", "3.json"} < {path.name for path in folder.iterdir()}
+    assert not {"0.json", "1.json"} & {path.name for path in folder.iterdir()}
+
+
 # bridge: its work is tested in test_mcp.py
 
 TOOLS = shlex.join([sys.executable, "examples/claude_code/tools.py"])
@@ -952,11 +1626,13 @@ def test_help_of_the_bridge_names_its_options(capsys: pytest.CaptureFixture[str]
     options = re.findall(r"^  (--[\w-]+)", output, re.MULTILINE)
     assert options == [
         "--log-level",
+        "--log-format",
         "--http",
         "--serve",
         "--name",
         "--prefix",
         "--max-tasks",
+        "--channel",
         "--url",
         "--token-file",
         "--ca-file",
@@ -976,7 +1652,7 @@ def test_help_of_the_hub_groups_its_options_and_shows_the_defaults_of_its_settin
     limits = [str(getattr(settings, f"{name}_max")) for name in names]
     connection = [str(agenthub.CONNECTIONS_PER_ADDRESS_MAX), str(agenthub.BACKLOG_BYTES_MAX), "2000"]
     shown = re.findall(r"\(default: ([^)]*)\)", " ".join(output.split()))
-    assert shown == ["info", "127.0.0.1", "8765", "full", "auto", "30", "60", "3600", *limits, *connection]
+    assert shown == ["info", "text", "127.0.0.1", "8765", "full", "auto", "30", "60", "3600", *limits, *connection]
     assert output.count("; repeatable") == 3
 
 
@@ -988,13 +1664,14 @@ def test_help_shows_no_default_that_is_none(
     assert agenthub_main(command, "--help") == 0
     output = " ".join(capsys.readouterr().out.split())
     assert not re.search(r"\(default: (None|False|\[\]|)\)", output)
-    assert ("(default: ws://127.0.0.1:1/%41)" in output) == (command in ("agent", "status", "call", "bridge"))
+    has_no_url = ("hub", "schema", "token", "journal", "completion")
+    assert ("(default: ws://127.0.0.1:1/%41)" in output) == (command not in has_no_url)
 
 
 def test_bridge_goes_one_way_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert agenthub_main("bridge", "--http", "0", "--serve", "cat") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "agenthub bridge: error: argument --serve: not allowed with argument --http"
+    assert is_usage_error(error, "bridge", "argument --serve: not allowed with argument --http")
 
 
 @pytest.mark.parametrize(
@@ -1014,7 +1691,7 @@ def test_wrong_value_for_the_bridge_is_wrong_usage(argv: list[str]) -> None:
     with running("-m", "agenthub", "bridge", *argv) as process:
         code, output, complaint = finished(process)
     assert (code, output) == (2, "")
-    assert complaint.splitlines()[-1].startswith("agenthub: error: ")
+    assert is_usage_error(complaint.splitlines()[-1], "bridge")
     assert "Traceback" not in complaint
 
 
@@ -1024,10 +1701,17 @@ def test_token_that_cannot_be_sent_is_wrong_usage_of_the_bridge(argv: list[str])
     with running("-m", "agenthub", "bridge", *argv, env={"AGENTHUB_TOKEN": "two words"}) as process:
         code, output, complaint = finished(process, 5)
     assert (code, output) == (2, "")
-    assert complaint.splitlines()[-1] == "agenthub: error: AGENTHUB_TOKEN: must be printable ASCII without spaces"
+    text = "AGENTHUB_TOKEN: must be printable ASCII without spaces"
+    assert is_usage_error(complaint.splitlines()[-1], "bridge", text)
 
 
 # The tables.
+
+
+def test_table_is_aligned_by_the_width_on_a_terminal() -> None:
+    assert agenthub.table([["A", "B"], ["漢字", "b"], ["e\u0301", "b"]]) == "A     B\n漢字  b\ne\u0301     b"
+    assert agenthub.cut_to_width("漢字ab", 5) == "漢字a"
+    assert agenthub.cut_to_width("a漢字", 4) == "a漢"
 
 
 def test_table_pads_its_columns_and_leaves_no_blanks_at_the_end() -> None:

@@ -253,14 +253,14 @@ async def test_broadcast_is_encoded_once(hub: LocalHub, encoded: collections.Cou
 
 async def test_many_messages_arm_the_timer_once(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     armed = 0
-    arm = LocalHub._arm
+    next_deadline = hub.hub.next_deadline
 
-    def counting(self: LocalHub) -> None:
+    def counting() -> float:
         nonlocal armed
         armed += 1
-        arm(self)
+        return next_deadline()
 
-    monkeypatch.setattr(LocalHub, "_arm", counting)
+    monkeypatch.setattr(hub.hub, "next_deadline", counting)
     wire = Wire(hub)
     wire.say(Register(id="r", name="r"))
     await asyncio.sleep(0)
@@ -296,7 +296,7 @@ async def test_flag_wakes_who_waits_and_forgets_who_does_not() -> None:
     await asyncio.sleep(0)
     waiting[0].cancel()
     await asyncio.sleep(0)
-    assert len(flag._waiters) == 2
+    assert len(flag.waiters) == 2
     waiting[1].cancel()
     flag.set()  # Before the one that was cancelled has noticed.
     flag.clear()
@@ -343,8 +343,8 @@ def test_index_is_bounded_and_finds_what_is_not_in_it(index_max: int, monkeypatc
     monkeypatch.setattr(agenthub, "INDEX_MAX", index_max)
     world = HubHarness()
     programs = [world.join(f"a{number}", f"translate-{number}", description=f"word{number}") for number in range(20)]
-    assert world.hub.directory.index._by_part._places <= index_max
-    assert world.hub.directory.index._by_word._places <= index_max
+    assert world.hub.directory.index.by_part.listed_count <= index_max
+    assert world.hub.directory.index.by_word.listed_count <= index_max
     for number, program in enumerate(programs):
         assert rank_of(world, f"translate-{number}", program) == 0
         assert rank_of(world, f"word{number}", program) == 3

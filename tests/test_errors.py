@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from agenthub import AgentHubError, Code
 
 CODES_OF_ERRORS = """
     invalid_message unsupported_type unauthorized not_registered unknown_agent no_agent unknown_task duplicate_task
-    not_assigned stale_attempt task_over too_large too_deep deadlock overloaded shutting_down internal
+    not_assigned stale_attempt task_over no_answers no_question too_large too_deep deadlock overloaded shutting_down
+    internal
 """
-CODES_OF_RESULTS = "failed cancelled agent_lost timeout no_handler invalid_input hub_lost"
+CODES_OF_RESULTS = "failed cancelled agent_lost timeout no_handler pieces_lost invalid_input busy hub_lost"
 
 # Each error, constructed as callers do it, and its code.
 ERRORS: list[tuple[AgentHubError, str]] = [
@@ -25,6 +28,7 @@ ERRORS: list[tuple[AgentHubError, str]] = [
     (agenthub.TaskTimeout("its time is over", task_id="t"), "timeout"),
     (agenthub.PackageMissing("uvloop", "The event loop `uvloop`"), "internal"),
     (agenthub.JournalError("hub.db: is no file"), "internal"),
+    (agenthub.Fenced("hub.db: another hub has taken over"), "internal"),
     (agenthub.IllegalTransition("a task that is over cannot begin"), "internal"),
 ]
 
@@ -67,3 +71,18 @@ def test_missing_package_is_an_import_error_that_says_what_to_install() -> None:
     error = agenthub.PackageMissing("uvloop", "The event loop `uvloop`")
     assert isinstance(error, ImportError)
     assert str(error) == "The event loop `uvloop` needs the package uvloop: pip install uvloop"
+
+
+def test_error_is_gone_after_its_text_was_written() -> None:
+    """Its traceback would keep the objects of all its frames."""
+
+    class WithFrames(Exception):
+        pass
+
+    error = WithFrames("no\n such  file")
+    assert agenthub.one_line(error) == "no such file"
+    assert agenthub.one_line(WithFrames()) == "WithFrames"
+    reference = weakref.ref(error)
+    del error
+    gc.collect()
+    assert reference() is None

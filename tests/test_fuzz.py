@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from agenthub import Hub, InvalidMessage, decoder_from_agent, decoder_from_hub
+from agenthub import InvalidMessage, TaskTable, decoder_from_agent, decoder_from_hub
 from tests.fuzz import OPENING, TARGETS, Violation, case_of, check, check_refusal, demand, main, smallest
 from tests.raw_websocket import frame
 
@@ -151,12 +151,12 @@ def test_run_that_finds_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_leak_of_a_payload_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fuzzer detects a hub that shows all details of a task to everybody."""
-    honest = Hub._task_report
+    honest = TaskTable.report
 
-    def indiscreet(hub: Hub, task: Any, asker: Any, reply_to: Any) -> Any:
-        return honest(hub, task, task.requester, reply_to)
+    def indiscreet(tasks: TaskTable, task: Any, viewer: Any, reply_to: Any, now: float) -> Any:
+        return honest(tasks, task, task.requester, reply_to, now)
 
-    monkeypatch.setattr(Hub, "_task_report", indiscreet)
+    monkeypatch.setattr(TaskTable, "report", indiscreet)
     register, delegate = (
         b'{"type":"register","name":"a","capabilities":["a"]}',
         b'{"type":"delegate","task_id":"t","capability":"a","input":"@M@"}',

@@ -357,11 +357,16 @@ def page() -> Iterator[PageServer]:
         thread.join()
 
 
-@pytest.fixture
-def chromium_client(page: PageServer, tmp_path: Path) -> Client:
+def chromium_command(url: str, folder: Path) -> list[str]:
+    """Return the command that opens a page in a browser without a window, whose profile is in `folder`."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
     flags += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [program("chromium"), *flags, f"--user-data-dir={tmp_path}", page.origin]
+    return [program("chromium"), *flags, f"--user-data-dir={folder}", url]
+
+
+@pytest.fixture
+def chromium_client(page: PageServer, tmp_path: Path) -> Client:
+    command = chromium_command(page.origin, tmp_path)
 
     async def as_client(plan: Plan) -> Report:
         page.plan = plan

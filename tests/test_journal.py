@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -18,10 +19,11 @@ import stat
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -36,17 +38,19 @@ from agenthub import (
     Deregister,
     ErrorInfo,
     Heartbeat,
-    HeartbeatAck,
     Hub,
     HubServer,
     HubSettings,
     Journal,
     JournalError,
     LocalHub,
+    Question,
     Register,
     Result,
     Status,
     Step,
+    Talk,
+    TaskLife,
     TaskOutcome,
     TaskRow,
     TaskState,
@@ -276,7 +280,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         "ended": list(hub.tasks.delivered),
         "undelivered": list(hub.tasks.undelivered),
         "queued": [(task.task_id, task.queue_key) for task in queued],
-        "queues": sorted(map(str, hub.queues)),
+        "queues": sorted(map(str, hub.pending.queues)),
         "deadlines": sorted(deadlines),
         "sequence": hub.tasks.sequence,
         "bytes": (hub.tasks.bytes - sum(task.detail_bytes for task in tasks), hub.tasks.ended_bytes),
@@ -1222,12 +1226,58 @@ def test_other_database_that_was_not_closed_is_left_as_it_is(tmp_path: Path) -> 
     assert "not an AgentHub journal; the file was not changed" in complaint_of(tmp_path / "other.db")
 
 
-@pytest.mark.parametrize("version", [0, 2, 99])
+@pytest.mark.parametrize("version", [0, 3, 99])
 def test_journal_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
     fill(tmp_path / "hub.db")
     change(tmp_path / "hub.db", f"PRAGMA user_version = {version}")
-    text = f"a journal of version {version}, but this hub reads version 1: use another file; the file was not changed"
+    text = f"a journal of version {version}, but this hub reads version 2: use another file; the file was not changed"
     assert complaint_of(tmp_path / "hub.db") == text
+
+
+LIFE = TaskLife(
+    (("assigned", "a", 1, 0.125), ("asked", "a", 1, 7.5)),
+    2,
+    Talk(
+        ask=2,
+        message_id='m"1',
+        question=Question("main or d\xe9v?", {"enum": ["main", None]}),
+        answer=b'{"b": 1, "b" :2}',
+        bytes=77,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "life",
+    [
+        TaskLife(),
+        TaskLife((), 3, None),
+        LIFE,
+        LIFE._replace(talk=Talk(ask=1, message_id=None, question=Question(""))),
+        LIFE._replace(talk=Talk(ask=1, message_id=None, question=Question(""), answer=b"null")),
+    ],
+    ids=["none", "asked", "answered", "open", "answered with null"],
+)
+def test_life_comes_back_as_it_was(tmp_path: Path, life: TaskLife) -> None:
+    journal = Journal(tmp_path / "hub.db")
+    journal.open()
+    journal.write(changes_of([task_row(1, life=life), task_row(2)]), 0.0)
+    journal.write(changes_of(updated=[task_row(2, life=life)]), 0.0)
+    assert [row.life for row in journal.load(0.0)[1]] == [life, life]
+    journal.close()
+
+
+def test_journal_of_version_1_is_upgraded(tmp_path: Path) -> None:
+    fill(tmp_path / "hub.db")
+    rows = use(tmp_path / "hub.db")
+    change(tmp_path / "hub.db", "ALTER TABLE tasks DROP COLUMN life")
+    change(tmp_path / "hub.db", "PRAGMA user_version = 1")
+    assert use(tmp_path / "hub.db") == rows
+    journal = Journal(tmp_path / "hub.db")
+    journal.open()
+    journal.write(changes_of(updated=[task_row(1, life=LIFE)]), 0.0)
+    assert journal.load(0.0)[1][0].life == LIFE
+    journal.close()
 
 
 def test_journal_of_another_version_that_was_not_closed_is_left_as_it_is(tmp_path: Path) -> None:
@@ -1235,13 +1285,13 @@ def test_journal_of_another_version_that_was_not_closed_is_left_as_it_is(tmp_pat
     journal = Journal(tmp_path / "original")
     journal.open()
     assert journal.database is not None
-    journal.database.execute("PRAGMA user_version = 2")
+    journal.database.execute("PRAGMA user_version = 3")
     journal.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     journal.write(changes_of(agents=[agent_row()]), 0.0)
     for suffix in ("", "-wal"):
         shutil.copy(f"{journal.path}{suffix}", f"{path}{suffix}")
     journal.close()
-    assert "version 2" in complaint_of(path)
+    assert "version 3" in complaint_of(path)
 
 
 @pytest.mark.parametrize("where", [0.1, 0.25, 0.5, 0.75, 0.95])
@@ -1272,6 +1322,9 @@ def change(path: Path, *statements: str) -> None:
 
 
 DAMAGE = {
+    "life is no JSON": "UPDATE tasks SET life = CAST('{' AS BLOB) WHERE arrival = 2",
+    "life is incomplete": "UPDATE tasks SET life = CAST('{\"talk\": null}' AS BLOB) WHERE arrival = 2",
+    "life has an odd step": """UPDATE tasks SET life = CAST('{"talk": null, "steps": [[1]]}' AS BLOB)""",
     "request is no JSON": "UPDATE tasks SET request = CAST('{' AS BLOB) WHERE arrival = 2",
     "request is another message": """UPDATE tasks SET request = CAST('{"type":"heartbeat"}' AS BLOB)""",
     "request is out of bounds": """UPDATE tasks SET request = CAST('{"type":"delegate","task_id":""}' AS BLOB)""",
@@ -1314,10 +1367,12 @@ async def test_hub_does_not_start_on_a_damaged_row_and_leaves_nothing_open(tmp_p
 
 def run_hub(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
     """Run `agenthub hub` in this process, where it is expected to end by itself; return its code and complaint."""
+    collector = gc.get_threshold(), list(gc.callbacks)
     try:
         code = agenthub.main(["hub", "--port", "0", *args])
     except SystemExit as end:
         code = int(end.code or 0)
+    assert (gc.get_threshold(), gc.callbacks) == collector  # Nothing of it stays in the process of a program.
     output, complaint = capsys.readouterr()
     assert output == ""
     return code, complaint
@@ -1339,7 +1394,7 @@ def test_hub_that_cannot_use_its_journal_ends_with_one_line(
     else:
         fill(path, 300)
     if kind == "version":
-        change(path, "PRAGMA user_version = 2")
+        change(path, "PRAGMA user_version = 3")
     elif kind == "torn":
         path.write_bytes(path.read_bytes()[:20_000])
     elif kind in ("row", "state"):
@@ -1404,17 +1459,22 @@ class SlowJournal(Journal):
         self.written: list[Changes] = []
         self.failure: Exception | None = None
         self.has_room = True
+        self.in_use = threading.Lock()
 
     def write(self, changes: Changes, clock_offset: float) -> None:
         self.begun += 1
         assert self.gate.wait(WAIT_S)
         if self.failure is not None:
             raise self.failure
-        super().write(changes, clock_offset)
+        with self.in_use:
+            super().write(changes, clock_offset)
         self.written.append(changes)
 
     def take_reserve(self) -> bool:
         return self.has_room and super().take_reserve()
+
+
+Slow = TypeVar("Slow", bound=SlowJournal)
 
 
 class Caller:
@@ -1467,7 +1527,12 @@ async def join(hub: LocalHub, name: str, *capabilities: Any, **fields: Any) -> C
 @contextlib.asynccontextmanager
 async def slow_hub(path: Path, **settings: Any) -> AsyncIterator[tuple[LocalHub, SlowJournal, Caller, Caller]]:
     """A hub on a journal that can be held up, with a worker and a requester."""
-    journal = SlowJournal(path)
+    async with hub_on(SlowJournal(path), **settings) as scene:
+        yield scene
+
+
+@contextlib.asynccontextmanager
+async def hub_on(journal: Slow, **settings: Any) -> AsyncIterator[tuple[LocalHub, Slow, Caller, Caller]]:
     async with LocalHub(HubSettings(**settings), journal=journal) as hub:
         worker, requester = await join(hub, "worker", "work"), await join(hub, "requester")
         try:
@@ -1664,19 +1729,17 @@ async def test_result_whose_reader_is_lost_during_the_write_needs_no_asking(
 async def test_failure_in_the_middle_of_the_effects_does_not_stop_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with slow_hub(tmp_path / "hub.db") as (hub, _, worker, requester):
-        commit = hub.commit
-        assert commit is not None
-        carry_out = commit._carry_out
+    async with slow_hub(tmp_path / "hub.db") as (_, _, worker, requester):
+        encode = agenthub.encode
         failed: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
 
-        def fail_once(effects: list[Any]) -> None:
-            if effects and not failed and not any(isinstance(one, HeartbeatAck) for _, one in effects):
+        def fail_once(message: Any) -> bytes:
+            if not failed and isinstance(message, agenthub.TaskAck):
                 raise RuntimeError("a bug")
-            carry_out(effects)
+            return encode(message)
 
-        monkeypatch.setattr(commit, "_carry_out", fail_once)
+        monkeypatch.setattr(agenthub, "encode", fail_once)
         requester.tell(Delegate(id="t", task_id="t", capability="work"))
         await eventually(lambda: failed)
         assert (await requester.ask(Delegate(task_id="u", capability="work"))).state == "in_progress"
@@ -1723,13 +1786,16 @@ async def test_stop_writes_what_came_in_before_it(tmp_path: Path) -> None:
     assert len(use(path)[1]) == 100
 
 
-async def test_hub_may_be_started_again_on_its_journal(tmp_path: Path) -> None:
+async def test_hub_may_be_started_again_on_its_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "agenthub.hub")
     hub = LocalHub(journal=Journal(tmp_path / "hub.db"))
     for number in range(3):
         async with hub:
             assert len(hub.hub.directory.agents) == number
             await join(hub, "agent")
         assert sorted(files_of(tmp_path)) == ["hub.db"]
+    assert "restored 2 agents and 0 tasks" in caplog.text
+    assert "last change was" not in caplog.text  # The tasks tell, and there were none.
 
 
 # A full disk
@@ -1839,10 +1905,108 @@ async def test_reserve_is_made_given_up_and_removed_at_the_end(tmp_path: Path, m
         await requester.reply_to("t")
         monkeypatch.setattr(agenthub, "DISK_CHECK_S", 0.01)
         assert hub.commit is not None
-        hub.commit._check_disk()
+        hub.commit.check_disk()
         await eventually(lambda: not hub.hub.is_full)
         assert reserve.exists()
     assert sorted(files_of(tmp_path)) == ["hub.db"]
+
+
+@posix_only
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+async def test_hub_notices_by_itself_that_its_journal_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(agenthub, "DISK_CHECK_S", 0.01)
+    path = tmp_path / "hub.db"
+    async with HubServer(port=0, journal=Journal(path, sync="normal")) as hub:
+        path.rename(tmp_path / "elsewhere")
+        if how == "replaced":
+            path.touch()
+        await eventually(lambda: hub.hub.journal_state == "gone")
+
+
+@posix_only
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+async def test_journal_whose_file_is_gone_accepts_no_new_tasks_until_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    monkeypatch.setattr(agenthub, "DISK_CHECK_S", 0.01)
+    path, elsewhere = tmp_path / "hub.db", tmp_path / "elsewhere"
+    async with HubServer(port=0, journal=Journal(path, sync="normal")) as hub, raw_client(hub.url) as client:
+        await client.register("requester")
+        path.rename(elsewhere)
+        if how == "replaced":
+            path.touch()
+        assert (await asyncio.to_thread(fetched_health, hub))["status"] == "journal_gone"  # Checked for this request.
+        assert f"the journal was removed or replaced while in use: {path}" in caplog.text
+        refused = await client.request(type="delegate", task_id="t", capability="work", wait=True)
+        assert (refused["code"], "journal was removed" in refused["message"]) == ("overloaded", True)
+        elsewhere.replace(path)
+        await eventually(lambda: hub.hub.journal_state == "ok")
+        assert (await client.request(type="delegate", task_id="t", capability="work", wait=True))["state"] == "pending"
+
+
+@posix_only
+async def test_journal_behind_a_link_has_its_files_next_to_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reserve must be on the disk of the journal, and another folder of the process must change nothing."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "etc").mkdir()
+    use(tmp_path / "disk" / "hub.db")
+    (tmp_path / "etc" / "link.db").symlink_to("../disk/hub.db")
+    monkeypatch.chdir(tmp_path / "etc")
+    monkeypatch.setattr(agenthub, "DISK_CHECK_S", 0.01)
+    async with LocalHub(journal=Journal("link.db")) as hub:
+        requester = await join(hub, "requester")
+        assert (await requester.ask(Delegate(task_id="t", capability="work", wait=True))).state == "pending"
+        await eventually(lambda: (tmp_path / "disk" / "hub.db-reserve").exists())
+        monkeypatch.chdir(tmp_path)
+        assert hub.journal is not None
+        assert hub.journal.is_in_place()
+        assert sorted(files_of(tmp_path / "disk")) == ["hub.db", "hub.db-reserve", "hub.db-wal"]
+        assert [path.name for path in (tmp_path / "etc").iterdir()] == ["link.db"]
+        (tmp_path / "etc" / "link.db").unlink()
+        assert not hub.journal.is_in_place()
+    assert sorted(files_of(tmp_path / "disk")) == ["hub.db"]
+
+
+@posix_only
+def test_link_that_leads_nowhere_and_folder_that_cannot_be_written_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link.db").symlink_to("hub.db")
+    assert (
+        complaint_of(tmp_path / "link.db")
+        == f"a link to {tmp_path}/hub.db, which does not exist: use that path instead"
+    )
+    use(tmp_path / "hub.db")
+    monkeypatch.setattr(agenthub.os, "access", lambda path, mode: path != str(tmp_path))  # As not for root.
+    expected = f"{tmp_path} must be writable too, for the files next to it; the file was not changed"
+    assert complaint_of(tmp_path / "link.db") == expected
+
+
+def test_journal_that_a_program_reads_cannot_be_opened_until_it_has_read_it(tmp_path: Path) -> None:
+    use(tmp_path / "hub.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "hub.db")) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM tasks").fetchone() == (0,)
+        with pytest.raises(JournalError, match="or a program reads it; stop that"):
+            use(tmp_path / "hub.db")
+        reader.execute("COMMIT")
+    journal = Journal(tmp_path / "hub.db")
+    journal.open()
+    with contextlib.closing(sqlite3.connect(tmp_path / "hub.db", timeout=0)) as reader:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            reader.execute("SELECT count(*) FROM tasks")
+        journal.write(Changes(), 0.0)
+    journal.close()
+
+
+def fetched_health(hub: HubServer) -> dict[str, Any]:
+    with urllib.request.urlopen(hub.url.replace("ws:", "http:") + "/healthz") as response:
+        found: dict[str, Any] = json.load(response)
+        return found
 
 
 def test_reserve_that_does_not_fit_takes_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1966,11 +2130,34 @@ async def test_hub_that_cannot_write_ends_in_time_and_has_acknowledged_nothing(
     await eventually(lambda: hub.hub.is_full)
     async with asyncio.timeout(5):
         await hub.stop()
+    await eventually(lambda: journal.database is None)  # A slow disk may take longer than the hub waits for it.
     assert requester.heard() == []
     assert requester.close_code == 1001
     assert "could not be written" in errors_of(caplog)[-1]
     assert sorted(files_of(tmp_path)) == ["hub.db"]
     assert use(path)[1] == []
+
+
+@pytest.mark.usefixtures("_hurried")
+async def test_write_that_fails_after_the_hub_has_ended_is_not_logged_as_one_that_is_retried(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = SlowJournal(tmp_path / "hub.db")
+    hub = LocalHub(journal=journal)
+    await hub.start()
+    requester = await join(hub, "requester")
+    journal.failure = sqlite3.OperationalError(DISK_FULL)
+    journal.gate.clear()
+    begun = journal.begun
+    requester.tell(Delegate(id="t", task_id="t", capability="work", wait=True))
+    await eventually(lambda: journal.begun > begun)
+    await hub.stop()
+    journal.gate.set()
+    await eventually(lambda: journal.database is None)
+    for _ in range(3):  # Turns of the loop, for the callbacks of the write.
+        await asyncio.sleep(0)
+    assert len(errors_of(caplog)) == 1
+    assert "could not be written" in errors_of(caplog)[0]
 
 
 @pytest.mark.usefixtures("_hurried")
@@ -2127,3 +2314,307 @@ def test_cancelling_many_subtasks_goes_on_after_a_restart(tmp_path: Path) -> Non
     after, codes = codes_after_restart(world, parent)
     assert codes == {f"t{number}": "cancelled" for number in range(count)}
     after.journal.close()
+
+
+# A journal that another hub can take over
+
+
+class LeasedJournal(SlowJournal):
+    """A journal with a lease, as one in a database has."""
+
+    lease_s = 20.0
+
+    def open(self, *, wait: bool = True) -> None:
+        super().open()
+        self.is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+        with self.in_use:  # SQLite crashes if it is closed while another thread writes.
+            super().close()
+
+
+@pytest.fixture
+def skip(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that moves the clock of leases on, as if the process had been stopped meanwhile."""
+    real, skipped_s = agenthub.lease_clock, [0.0]
+    monkeypatch.setattr(agenthub, "lease_clock", lambda: real() + skipped_s[0])
+
+    def move(seconds: float) -> None:
+        skipped_s[0] += seconds
+
+    return move
+
+
+@contextlib.asynccontextmanager
+async def leased_hub(path: Path) -> AsyncIterator[tuple[LocalHub, LeasedJournal, Caller, Caller]]:
+    async with hub_on(LeasedJournal(path)) as scene:
+        yield scene
+
+
+@pytest.mark.parametrize("fraction", [0.8, 0.95])
+async def test_hub_whose_lease_may_be_over_says_nothing_before_the_next_write(
+    fraction: float, tmp_path: Path, skip: Callable[[float], None]
+) -> None:
+    async with leased_hub(tmp_path / "hub.db") as (hub, journal, _, requester):
+        await eventually(lambda: hub.commit is not None and hub.commit.idle.is_set())
+        journal.gate.clear()
+        skip(fraction * journal.lease_s)
+        requester.tell(Status(id="s"))  # Its reply follows from no change, so it would not wait otherwise.
+        await requester.is_alive()
+        assert requester.heard() == (["heartbeat_ack"] if fraction > 0.9 else ["status", "heartbeat_ack"])
+        journal.gate.set()
+        await eventually(lambda: hub.commit is not None and not hub.commit.is_silent)
+        if fraction > 0.9:
+            await requester.reply_to("s")
+
+
+async def test_write_that_took_longer_than_the_lease_is_not_believed(
+    tmp_path: Path, skip: Callable[[float], None]
+) -> None:
+    async with leased_hub(tmp_path / "hub.db") as (hub, journal, _, requester):
+        await eventually(lambda: hub.commit is not None and hub.commit.idle.is_set())
+        journal.gate.clear()
+        begun = journal.begun
+        requester.tell(Delegate(id="d", task_id="t", capability="work"))
+        await eventually(lambda: journal.begun > begun)
+        skip(journal.lease_s)
+        journal.gate.set()
+        assert (await requester.reply_to("d")).state == "in_progress"
+        assert journal.begun >= begun + 2  # The second one showed that the hub still had its lease.
+
+
+async def test_hub_that_was_replaced_drops_what_it_held_and_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with leased_hub(tmp_path / "hub.db") as (hub, journal, worker, requester):
+        journal.failure = agenthub.Fenced("another hub has taken over")
+        requester.tell(Delegate(id="d", task_id="t", capability="work"))
+        with pytest.raises(agenthub.Fenced):
+            await asyncio.wait_for(asyncio.shield(hub.lost), WAIT_S)
+        await eventually(lambda: (requester.close_code, worker.close_code) == (1006, 1006))
+        await eventually(lambda: not journal.is_open)
+        assert (requester.heard(), worker.heard()) == ([], [])
+        assert errors_of(caplog) == ["another hub has taken over: this hub ends"]
+        with pytest.raises(agenthub.Disconnected):
+            await hub.connect(Caller())
+
+
+@impatient
+async def test_database_that_is_away_stops_new_tasks_until_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with leased_hub(tmp_path / "hub.db") as (hub, journal, _, requester):
+        journal.failure = OSError("the connection\nis lost")
+        requester.tell(Delegate(id="held", task_id="held", capability="work"))
+        await eventually(lambda: hub.hub.is_full)
+        refused = await requester.ask(Delegate(task_id="new", capability="work"))
+        assert (refused.code, refused.message) == ("overloaded", "the hub's database is away; retry later")
+        journal.failure = None
+        assert (await requester.reply_to("held")).state == "in_progress"
+        assert (await requester.ask(Delegate(task_id="new", capability="work"))).state == "in_progress"
+        assert errors_of(caplog) == [
+            "the journal cannot be written: the connection is lost; new tasks are rejected until it can",
+            "the journal can be written again",
+        ]
+
+
+@pytest.mark.parametrize("way", ["fails", "hangs"])
+async def test_hub_that_cannot_write_for_three_leases_ends(way: str, tmp_path: Path) -> None:
+    async with leased_hub(tmp_path / "hub.db") as (hub, journal, _, requester):
+        if way == "fails":
+            journal.failure = OSError("the connection is lost")
+        else:
+            journal.gate.clear()
+        begun = journal.begun
+        requester.tell(Delegate(id="d", task_id="t", capability="work"))
+        await eventually(lambda: journal.begun > begun)
+        assert hub.commit is not None
+        journal.lease_s = 0.05  # Only now, so that a slow machine does not lose it before.
+        hub.commit._renew()
+        with pytest.raises(JournalError, match="could not be written for "):
+            await asyncio.wait_for(asyncio.shield(hub.lost), WAIT_S)
+        await eventually(lambda: requester.close_code == 1006)
+
+
+async def test_hub_with_a_lease_writes_although_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LeasedJournal, "lease_s", 0.5)
+    async with leased_hub(tmp_path / "hub.db") as (_, journal, _, _):
+        begun = journal.begun
+        await eventually(lambda: journal.begun > begun + 3)
+
+
+async def test_namespace_that_was_replaced_ends_the_whole_hub(tmp_path: Path) -> None:
+    journals = []
+
+    class Shared(LeasedJournal):
+        def of_namespace(self, namespace: str) -> Shared:
+            journals.append(Shared(tmp_path / namespace))
+            return journals[-1]
+
+    access = agenthub.Access([agenthub.Grant("one", hash_of("x" * 20), namespace="other")])
+    async with HubServer(port=0, access=access, journal=Shared(tmp_path / "hub.db")) as hub:
+        journals[0].failure = agenthub.Fenced("another hub has taken over")
+        with pytest.raises(agenthub.Fenced):
+            await asyncio.wait_for(asyncio.shield(hub.lost), WAIT_S)
+        assert not any(one.is_running for one in hub.namespaces.values())
+
+
+class AwaitedJournal(LeasedJournal):
+    """A journal whose lease another hub holds, until `gate` is set or it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.gate.clear()
+        self.is_closed = False
+
+    def open(self, *, wait: bool = True) -> None:
+        while not self.gate.wait(0.01):
+            if self.is_closed:
+                raise JournalError("closed while it waited")
+        super().open()
+
+    def close(self) -> None:
+        self.is_closed = True
+        super().close()
+
+
+async def test_standby_answers_503_until_it_has_the_lease(tmp_path: Path) -> None:
+    journal = AwaitedJournal(tmp_path / "hub.db")
+    hub = HubServer(port=0, journal=journal)
+    starting = asyncio.create_task(hub.start())
+    await eventually(lambda: hub.port)
+    with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+        await asyncio.to_thread(health_of, hub.url)
+    assert json.loads(caught.value.read()) == {"status": "standby", "ready": False}
+    caught.value.close()
+    with pytest.raises(agenthub.Disconnected, match=r"503; this hub does not serve now \(standby\): "):
+        await agenthub.connect_websocket(hub.url, Caller())
+    async with HubServer(port=0) as first, agenthub.Agent("me", url=f"{hub.url},{first.url}") as me:
+        journal.gate.set()
+        await starting
+        assert (await asyncio.to_thread(health_of, hub.url))[0] == 200
+        await first.stop()
+        assert (await asyncio.wait_for(me.status(), WAIT_S)).hub["journal"] == "ok"
+    await hub.stop()
+
+
+async def test_standby_that_is_stopped_leaves_its_port_and_its_journal(tmp_path: Path) -> None:
+    journal = AwaitedJournal(tmp_path / "hub.db")
+    hub = HubServer(port=0, journal=journal)
+    starting = asyncio.create_task(hub.start())
+    await eventually(lambda: hub.port)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert journal.is_closed
+    async with HubServer(port=hub.port):
+        pass
+
+
+# Some namespaces only
+
+
+def access_of_two() -> agenthub.Access:
+    return agenthub.Access([agenthub.Grant(name, hash_of(name * 20), namespace=name) for name in ("ape", "bee")])
+
+
+async def test_hub_serves_the_namespaces_that_it_is_given(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "hub.db", sync="normal")
+    async with HubServer(port=0, access=access_of_two(), journal=journal, namespaces=["bee"]) as hub:
+        assert hub.namespaces == {"bee": hub}
+        async with agenthub.Agent("me", url=hub.url, token="bee" * 20):
+            pass
+        text = "this hub does not serve the token's namespace, ape: use the URL of its hub"
+        with pytest.raises(agenthub.Refused, match=text) as refused:
+            await asyncio.wait_for(agenthub.Agent("me", url=hub.url, token="ape" * 20).start(), WAIT_S)
+        assert refused.value.code == "unauthorized"
+        async with raw_client(hub.url) as client:
+            await client.send(type="register", id="1", name="me", token="ape" * 20)
+            assert (await client.receive())["message"] == text
+        with pytest.raises(agenthub.Refused, match="invalid token"):
+            await asyncio.wait_for(agenthub.Agent("me", url=hub.url, token="eel" * 20).start(), WAIT_S)
+        await hub.reload(access_of_two())
+        assert list(hub.namespaces) == ["bee"]
+    assert list(files_of(tmp_path)) == ["hub.db.bee"]
+
+
+def test_namespaces_need_tokens_and_names(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run_hub(capsys, "--namespaces", "ape,bee")
+    assert (code, "--namespaces needs --access" in text) == (2, True)
+    with pytest.raises(ValueError, match="namespaces: must be 1 to 64 characters"):
+        HubServer(access=access_of_two(), namespaces=["ape", ""])
+
+
+# The seam for other journals; those in PostgreSQL are in test_postgres.py
+
+
+def test_path_is_a_journal_in_sqlite(tmp_path: Path) -> None:
+    journal = agenthub.journal_of(str(tmp_path / "hub.db"), sync="normal")
+    assert isinstance(journal, Journal)
+    assert (journal.path, journal.sync, journal.lease_s) == (str(tmp_path / "hub.db"), "normal", math.inf)
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_journal_in_postgresql_needs_its_module(
+    scheme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Absent:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "agenthub_postgres":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.delitem(sys.modules, "agenthub_postgres", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    with pytest.raises(agenthub.AgentHubError, match=r"file: copy agenthub_postgres\.py next to agenthub\.py"):
+        agenthub.journal_of(f"{scheme}://hub@127.0.0.1/agenthub")
+    assert run_hub(capsys, "--db", f"{scheme}://hub@127.0.0.1/agenthub")[0] == 1
+
+
+def test_journal_in_postgresql_needs_its_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "agenthub_postgres", raising=False)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    code, text = run_hub(capsys, "--db", "postgresql://hub@127.0.0.1/agenthub")
+    assert (code, text.count("\n")) == (1, 1)
+    assert text.endswith("needs the package 'psycopg[binary]>=3.3': pip install 'psycopg[binary]>=3.3'\n")
+
+
+# Copying
+
+
+def test_journal_is_copied_with_all_its_namespaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "hub.db", tmp_path / "new" / "hub.db"
+    target.parent.mkdir()
+    fill(source, 3)
+    fill(tmp_path / "hub.db.bee", 1500)
+    (tmp_path / "hub.db.bee-wal.old").touch()
+    assert agenthub.main(["journal", "copy", str(source), str(target)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"copied 1 agents and 3 tasks of namespace default to {target}",
+        f"copied 1 agents and 1500 tasks of namespace bee to {target}",
+    ]
+    assert use(target) == use(source)
+    assert use(f"{target}.bee") == use(f"{source}.bee")
+
+
+def test_copy_does_not_mix_journals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path / "one")
+    fill(tmp_path / "two")
+    before = files_of(tmp_path)
+    assert agenthub.main(["journal", "copy", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
+    assert "holds agents or tasks of namespace default already; use another" in capsys.readouterr().err
+    assert agenthub.main(["journal", "copy", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err.endswith("nowhere: no such file\n")
+    assert files_of(tmp_path) == before
+
+
+def test_journal_in_use_is_not_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(tmp_path / "hub.db")
+    journal.open()
+    assert agenthub.main(["journal", "copy", str(tmp_path / "hub.db"), str(tmp_path / "new")]) == 1
+    assert "another hub uses this journal" in capsys.readouterr().err
+    journal.close()

@@ -28,6 +28,7 @@ from agenthub import (
     InvalidMessage,
     JsonLimit,
     Limit,
+    Question,
     Register,
     TaskState,
     check_json,
@@ -58,6 +59,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "description": "",
         "capabilities": [],
         "max_tasks": 16,
+        "occupied": 0,
         "metadata": {},
         "agent_id": None,
         "resume": None,
@@ -73,9 +75,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_retries": 0,
         "parent_id": None,
         "wait": False,
+        "answers": False,
+        "trace": None,
     },
     "result": {"output": None, "error": None, "attempt": None},
-    "status": {"task_id": None, "tasks": False, "progress": None, "detail": None},
+    "status": {
+        "task_id": None,
+        "tasks": False,
+        "limit": 1000,
+        "state": None,
+        "progress": None,
+        "detail": None,
+        "piece": None,
+        "question": None,
+        "ask": None,
+        "answer": None,
+    },
     "broadcast": {"capability": None},
     "heartbeat": {},
 }
@@ -179,6 +194,7 @@ EDGES: dict[str, tuple[typing.Sequence[Any], typing.Sequence[Any]]] = {
     "capabilities.input_schema": (inside(input_schema=[{}, sized(65_536)]), inside(input_schema=[sized(65_537)])),
     "capabilities.output_schema": (inside(output_schema=[{}, sized(65_536)]), inside(output_schema=[sized(65_537)])),
     "max_tasks": ((1, 10_000), (0, -1, 10_001, 10**30)),
+    "occupied": ((0, 10_000), (-1, 10_001, 10**30)),
     "metadata": (({}, sized(4096)), (sized(4097),)),
     "limit": ((1, 1000), (0, 1001)),
     "ttl": ((5e-324, 0.001, 604_800), (0, -0.0, -1, 604_800.001, 604_801)),
@@ -189,6 +205,13 @@ EDGES: dict[str, tuple[typing.Sequence[Any], typing.Sequence[Any]]] = {
     "error": (("", "x" * 65_536), ("x" * 65_537,)),
     "error.code": (({"code": "x"}, {"code": "x" * 128}), ({"code": ""}, {"code": "x" * 129})),
     "error.message": (({"code": "x", "message": "x" * 65_536},), ({"code": "x", "message": "x" * 65_537},)),
+    "trace": (({}, sized(2048)), (sized(2049),)),
+    "ask": ((1, 1_000_000_000), (0, 1_000_000_001)),
+    "question.text": (({"text": ""}, {"text": "x" * 65_536}), ({"text": "x" * 65_537},)),
+    "question.schema": (
+        ({"text": "", "schema": {}}, {"text": "", "schema": sized(65_536)}),
+        ({"text": "", "schema": sized(65_537)},),
+    ),
 }
 
 
@@ -198,7 +221,7 @@ def limited_fields() -> list[tuple[str, str]]:
     def paths(hint: Any, path: str) -> set[str]:
         found = {path} if any(isinstance(one, Limit) for one in getattr(hint, "__metadata__", ())) else set()
         found |= {path for one in getattr(hint, "__metadata__", ()) if isinstance(one, JsonLimit) and one.bytes_max}
-        if hint in (Capability, ErrorInfo):
+        if hint in (Capability, ErrorInfo, Question):
             inner = typing.get_type_hints(hint, include_extras=True)
             return found.union(*(paths(one, f"{path}.{name}") for name, one in inner.items()))
         if typing.get_origin(hint) is list:  # A limited string in a list of capabilities is a name.
@@ -259,6 +282,7 @@ KINDS: dict[str, set[str]] = {
     "description": {"text"},
     "capabilities": {"list"},
     "max_tasks": {"int"},
+    "occupied": {"int"},
     "metadata": {"object"},
     "agent_id": {"text", "null"},
     "resume": {"text", "null"},
@@ -282,6 +306,13 @@ KINDS: dict[str, set[str]] = {
     "progress": {"int", "float", "null"},
     "detail": ANYTHING,
     "message": ANYTHING,
+    "answers": {"bool"},
+    "trace": {"object", "null"},
+    "state": {"null"},  # A text must be one of the states.
+    "piece": ANYTHING,
+    "question": {"null"},  # An empty object has no text.
+    "ask": {"int", "null"},
+    "answer": ANYTHING,
 }
 FIELDS = [(type, field) for type in MESSAGES for field in ("id", *REQUIRED[type], *DEFAULTS[type])]
 
@@ -346,7 +377,14 @@ def test_type_that_is_no_text_or_missing_is_an_invalid_message(document: Any) ->
 
 NOT_FINITE = ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"]
 NUMBERS = [("delegate", "ttl"), ("status", "progress"), ("register", "max_tasks"), ("result", "attempt")]
-PAYLOADS = [("delegate", "input"), ("result", "output"), ("status", "detail"), ("broadcast", "message")]
+PAYLOADS = [
+    ("delegate", "input"),
+    ("result", "output"),
+    ("status", "detail"),
+    ("status", "piece"),
+    ("status", "answer"),
+    ("broadcast", "message"),
+]
 
 
 def with_number(type: str, field: str, number: str) -> bytes:
@@ -480,12 +518,13 @@ def test_number_that_is_too_large_is_refused_among_many_values(type: str, field:
 
 
 def test_payloads_are_the_fields_that_the_decoder_looks_at() -> None:
-    """A payload inside of another field, or a second one, would go unchecked."""
+    """A payload inside of another field would go unchecked."""
     found = {type: str(typing.get_type_hints(FROM_AGENT[type], include_extras=True)) for type in MESSAGES}
     assert {type: text.count("JsonLimit(bytes_max=None)") for type, text in found.items()} == {
         type: len([field for one, field in PAYLOADS if one == type]) for type in MESSAGES
     }
-    assert [(type, agenthub.payload_name(FROM_AGENT[type])) for type, _ in PAYLOADS] == PAYLOADS
+    assert [(type, name) for type in MESSAGES for name in agenthub.payload_names(FROM_AGENT[type])] == PAYLOADS
+    assert {name for _, name in PAYLOADS} == set(agenthub.PAYLOADS.split("|"))
 
 
 @pytest.mark.parametrize(("type", "field"), PAYLOADS)
@@ -663,7 +702,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     if origin is list:
         return st.lists(values(args[0]), max_size=3)
     if origin is dict:
-        return st.dictionaries(WITHOUT_NUL, PAYLOAD_WITHOUT_NUL, max_size=3)
+        return st.dictionaries(WITHOUT_NUL, WITHOUT_NUL if args[1] is str else PAYLOAD_WITHOUT_NUL, max_size=3)
     if dataclasses.is_dataclass(hint):
         return objects(hint)
     return {

@@ -22,7 +22,7 @@ import pytest
 
 import agenthub
 from agenthub import HubServer, HubSettings
-from tests.raw_websocket import ConnectionClosed, InvalidStatus, raw_socket
+from tests.raw_websocket import HANDSHAKE, ConnectionClosed, InvalidStatus, raw_socket
 from tests.support import WAIT_S, RawClient, hub_process, raw_client, running
 
 posix_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent to a process as on POSIX")
@@ -221,6 +221,24 @@ async def test_worker_that_reads_gets_more_tasks_at_once_than_the_backlog_holds(
         assert hub.hub.summary()["closed"] == {}
 
 
+async def test_requester_that_returns_gets_more_questions_at_once_than_the_backlog_holds() -> None:
+    """Otherwise it would be closed as a slow consumer, and again whenever it returns."""
+    hub = HubServer(port=0, backlog_bytes_max=300_000)
+    async with hub, raw_client(hub.url) as worker:
+        await worker.register("worker", "work", max_tasks=200)
+        async with raw_client(hub.url) as requester:
+            joined = await requester.register("requester")
+            for number in range(200):
+                await requester.delegate(f"task-{number}", capability="work", answers=True)
+        for number in range(200):
+            await worker.request(type="status", task_id=f"task-{number}", question={"text": "x" * 60_000})
+        async with raw_client(hub.url) as back:
+            await back.register("requester", agent_id=joined["agent_id"], resume=joined["resume"])
+            for number in range(200):
+                assert (await back.message("status", task_id=f"task-{number}"))["question"]
+            assert "4002" not in hub.hub.summary()["closed"]
+
+
 async def test_result_that_waited_for_room_is_told_again_when_its_reader_was_lost() -> None:
     async with HubServer(port=0, backlog_bytes_max=300_000) as hub, raw_client(hub.url) as worker:
         await worker.register("worker", "work", max_tasks=100)
@@ -370,6 +388,67 @@ async def test_hub_that_was_stopped_reads_heartbeats_before_it_judges_silence() 
             assert (await client.until(lambda reply: reply.get("reply_to") == "alive"))["type"] == "heartbeat_ack"
 
 
+async def test_clients_that_connect_all_at_once_are_accepted_in_few_turns_of_the_loop() -> None:
+    """A turn of a busy hub takes 25 ms and more: with one client each the backlog fills, and the rest is dropped."""
+    async with HubServer(port=0) as hub, contextlib.AsyncExitStack() as stack:
+        for _ in range(160):
+            stack.callback(socket.create_connection(("127.0.0.1", hub.port)).close)
+        turns = 0
+        while len(hub.sockets) < 160:
+            await asyncio.sleep(0)
+            turns += 1
+        assert 160 / agenthub.ACCEPTED_AT_ONCE <= turns <= 40
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # uvloop drops a socket that it accepts.
+@pytest.mark.parametrize("turns", range(2, 8))
+def test_hub_that_stops_while_it_answers_handshakes_writes_to_no_closed_socket(turns: int) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    errors: list[dict[str, Any]] = []
+
+    async def stop_while_accepting() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+        hub = HubServer(port=0)
+        await hub.start()
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):
+                client = socket.create_connection(("127.0.0.1", hub.port))
+                stack.callback(client.close)
+                client.sendall(HANDSHAKE)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await hub.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(stop_while_accepting())
+    assert errors == []
+
+
+async def test_ticks_that_are_always_late_are_put_off_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "TICK_LATE_S", -1.0)
+    async with HubServer(port=0) as hub, raw_client(hub.url) as client:
+        await client.register("ann")
+        await client.delegate("t", capability="nobody", wait=True, ttl=0.05)
+        assert (await client.message("result"))["state"] == "timeout"
+
+
+async def test_hub_that_was_stopped_keeps_outcomes_for_a_grace_period_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "CATCH_UP_S", 0.0)
+    settings = HubSettings(retention_s=0.1, grace_s=60.0)
+    async with HubServer(settings, port=0) as hub, raw_client(hub.url) as ann, raw_client(hub.url) as bob:
+        await ann.register("ann")
+        await bob.register("bob", "work")
+        monkeypatch.setattr(agenthub, "TICK_LATE_S", -1.0)  # As if the hub had been stopped before each tick.
+        await ann.delegate("t", capability="work")
+        await bob.request(type="result", task_id="t", success=True)
+        sweep = hub.hub.next_sweep
+        async with asyncio.timeout(WAIT_S):
+            while hub.hub.next_sweep < sweep + 30:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)  # Its retention is over.
+        assert (await ann.request(type="status", task_id="t"))["state"] == "completed"
+
+
 async def test_any_message_is_a_sign_of_life() -> None:
     texts = ['{"type": "heartbeat"}', '{"type": "discover"}', "nonsense", ""]
     with hub_process("--heartbeat", "0.2") as (url, _):
@@ -406,7 +485,7 @@ async def test_healthz_answers_200_on_the_same_port() -> None:
             answer = await http(url, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert answer.startswith("HTTP/1.1 200 ")
             assert (await client.request(type="status"))["type"] == "status"
-        for request in ("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "nonsense\r\n\r\n"):
+        for request in ("GET /other HTTP/1.1\r\nHost: localhost\r\n\r\n", "nonsense\r\n\r\n"):
             assert not (await http(url, request)).startswith("HTTP/1.1 200 ")
         assert (await http(url, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")).startswith("HTTP/1.1 200 ")
 

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,26 @@ from agenthub import (
     Hub,
     HubSettings,
     PendingQueue,
+    PendingTasks,
     Register,
     Result,
+    Status,
     Step,
     TaskOutcome,
     TaskRecord,
     TaskRow,
     TaskState,
+    TaskTable,
     hash_of,
 )
 from tests.ledger import Violation
-from tests.simulation import EVENTS, DiskJournal, Simulation, main, simulate
+from tests.simulation import EVENTS, FENCES, DiskJournal, Simulation, main, simulate
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))
 SEEDS_PER_TEST = 100
 SHORT_SEEDS = 200  # The others are long; these and the next ones are in each run.
 SEEDS_TO_COUNT = range(10_000, 10_300)  # The events in these are counted.
+SEEDS_TO_CATCH_FENCE = 1000
 SEEDS_TO_CATCH = 300  # Within so many each sabotage must be caught.
 
 
@@ -67,12 +71,36 @@ def test_hub_keeps_its_promises_in_every_history(first: int) -> None:
         assert simulate(seed).events >= EVENTS >= 200
 
 
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(first, marks=[pytest.mark.long] if first else []) for first in range(0, SEEDS, SEEDS_PER_TEST)],
+)
+def test_promises_are_kept_while_another_hub_takes_over_from_one_that_goes_on(first: int) -> None:
+    takeovers = 0
+    for seed in range(first, first + SEEDS_PER_TEST):
+        seen = simulate(seed, takeovers=True).seen
+        takeovers += seen["taken over from a stopped hub"] + seen["taken over from a hub cut off"]
+    assert takeovers > SEEDS_PER_TEST / 2
+
+
+@pytest.mark.parametrize("missing", ["epoch", pytest.param("silence", marks=pytest.mark.long)])
+def test_takeover_without_each_of_its_fences_breaks_promises(missing: str) -> None:
+    for seed in range(SEEDS_TO_CATCH_FENCE):
+        try:
+            simulate(seed, takeovers=True, fences=FENCES - {missing})
+        except Violation as violation:
+            if f"python -m tests.simulation --seed {seed} --verbose --takeovers" in str(violation):
+                return
+    pytest.fail(f"a takeover without {missing} kept all promises in {SEEDS_TO_CATCH_FENCE} seeds")
+
+
 def test_hub_keeps_its_promises_when_its_batches_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub, "TICK_BATCH", 3)
     for seed in range(SEEDS_PER_TEST):
         simulate(seed)
 
 
+@pytest.mark.long
 def test_simulation_reaches_every_case() -> None:
     seen: collections.Counter[str] = collections.Counter()
     for seed in SEEDS_TO_COUNT:
@@ -85,6 +113,7 @@ def test_simulation_reaches_every_case() -> None:
         *("killed between two events", "killed between two effects", "killed during a write", "failed write"),
         *("power lost, sync full", "power lost, sync normal", "clock forwards", "clock backwards"),
         *("killed without a journal", "resubmitted", "hub_lost", "redelivered", "unauthorized"),
+        *("question", "answer", "no_answers", "no_question"),
     ]
     assert {name: seen[name] for name in expected if seen[name] < 5} == {}
 
@@ -175,26 +204,42 @@ class DeliversAgainAfterARestart(Hub):
         return row
 
 
-class ForgetsARequeue(Hub):
-    def _enqueue(self, task: TaskRecord) -> None:
+class HubWithOtherQueues(Hub):
+    pending_class: type[PendingTasks]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.pending = self.pending_class(self.directory.agents)
+
+
+class WithoutRetries(PendingTasks):
+    def push(self, task: TaskRecord) -> None:
         if task.attempt == 0:
-            super()._enqueue(task)
+            super().push(task)
 
-    def _unqueue(self, task: TaskRecord) -> None:
+    def discard(self, task: TaskRecord) -> None:
         if task.attempt == 0:
-            super()._unqueue(task)
+            super().discard(task)
 
 
-class ForgetsTheQueueInARestart(Hub):
+class ForgetsARequeue(HubWithOtherQueues):
+    pending_class = WithoutRetries
+
+
+class MayMissTasks(PendingTasks):
+    def discard(self, task: TaskRecord) -> None:
+        queue = self.queues.get(task.target)
+        if queue is not None and task.requester in queue.by_requester:
+            super().discard(task)
+
+
+class ForgetsTheQueueInARestart(HubWithOtherQueues):
+    pending_class = MayMissTasks
+
     def _restore_open(self, task: TaskRecord) -> None:
         super()._restore_open(task)
         if task.state is TaskState.PENDING:
-            self._unqueue(task)
-
-    def _unqueue(self, task: TaskRecord) -> None:
-        queue = self.queues.get(task.target)
-        if queue is not None and task.requester in queue.by_requester:
-            super()._unqueue(task)
+            self.pending.discard(task)
 
 
 class AcceptsAnOlderAttempt(Hub):
@@ -324,12 +369,22 @@ class WithoutPriorities(NewestFirst):
         return 0, task.sequence
 
 
-class AssignsTheNewestFirst(Hub):
-    queue_class = NewestFirst
+class InOtherQueues(PendingTasks):
+    def __init__(self, agents: Mapping[str, AgentRecord], queue_class: type[PendingQueue]) -> None:
+        super().__init__(agents)
+        self.queue_class = queue_class
 
-    def _enqueue(self, task: TaskRecord) -> None:
+    def push(self, task: TaskRecord) -> None:
         self.queues.setdefault(task.target, self.queue_class())
-        super()._enqueue(task)
+        super().push(task)
+
+
+class AssignsTheNewestFirst(Hub):
+    queue_class: type[PendingQueue] = NewestFirst
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.pending = InOtherQueues(self.directory.agents, self.queue_class)
 
 
 class IgnoresPriorities(AssignsTheNewestFirst):
@@ -401,6 +456,100 @@ class ForgetsSessionsInARestart(DiskJournal):
         return [row._replace(resume_hash="") for row in agents], tasks, last
 
 
+class ForgetsQuestionsInARestart(DiskJournal):
+    def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        agents, tasks, last = super().load(clock_offset)
+        return agents, [row._replace(life=row.life._replace(talk=None)) for row in tasks], last
+
+
+class NumbersQuestionsAnewInARestart(DiskJournal):
+    def load(self, clock_offset: float) -> tuple[list[AgentRow], list[TaskRow], float]:
+        agents, tasks, last = super().load(clock_offset)
+        return agents, [row._replace(life=row.life._replace(asked=0)) for row in tasks], last
+
+
+class HubWithOtherTasks(Hub):
+    tasks_class: type[TaskTable]
+
+    def __init__(self, settings: HubSettings, **options: Any) -> None:
+        super().__init__(settings, **options)
+        self.tasks = self.tasks_class(settings, self.directory, is_journaled=self._is_journaled)
+
+
+class TakesAnyAnswer(HubWithOtherTasks):
+    class tasks_class(TaskTable):
+        def answer(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
+            if task.talk is not None and task.talk.ask == message.ask:
+                task.talk.answer = None
+                task.requester.questions[task.task_id] = task
+            super().answer(task, message, agent, now, message_bytes)
+
+
+class TakesAnAnswerToAnyQuestion(HubWithOtherTasks):
+    class tasks_class(TaskTable):
+        def answer(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
+            if task.question is not None:
+                message = dataclasses.replace(message, ask=task.question.ask)
+            super().answer(task, message, agent, now, message_bytes)
+
+
+class TakesAnAnswerFromAnybody(Hub):
+    def _on_talk(self, connection: Connection, message: Status) -> None:
+        task = self.tasks.open.get(message.task_id or "")
+        agent = connection.agent
+        if task is not None and message.ask is not None and agent is not None:
+            connection.agent = task.requester
+        try:
+            super()._on_talk(connection, message)
+        finally:
+            connection.agent = agent
+
+
+class KeepsTheQuestionOfALostAttempt(HubWithOtherTasks):
+    class tasks_class(TaskTable):
+        def forget_talk(self, task: TaskRecord) -> None:
+            if task.state is not TaskState.PENDING:
+                super().forget_talk(task)
+
+
+class AsksAnybody(HubWithOtherTasks):
+    class tasks_class(TaskTable):
+        def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
+            task.request.answers = True
+            super().ask(task, message, agent, now, message_bytes)
+
+
+class TakesARepeatedQuestionForANewOne(HubWithOtherTasks):
+    class tasks_class(TaskTable):
+        def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
+            if task.talk is not None:
+                self.forget_talk(task)
+            super().ask(task, message, agent, now, message_bytes)
+
+
+class ForgetsThatItWasAsked(Hub):
+    """A requester that is back is not asked again."""
+
+    def _on_register(self, connection: Connection, message: Register) -> None:
+        agent = self.directory.agents.get(message.agent_id or "")
+        if agent is not None:
+            agent.questions.clear()
+        super()._on_register(connection, message)
+
+    _RECEIVERS: typing.ClassVar[Any] = {**Hub._RECEIVERS, Register: _on_register}
+
+
+class DropsAnswersForWorkersThatAreAway(Hub):
+    def _on_register(self, connection: Connection, message: Register) -> None:
+        agent = self.directory.agents.get(message.agent_id or "")
+        for task in agent.running.values() if agent is not None else ():
+            if task.has_answer:
+                task.talk = None
+        super()._on_register(connection, message)
+
+    _RECEIVERS: typing.ClassVar[Any] = {**Hub._RECEIVERS, Register: _on_register}
+
+
 SABOTAGES: list[tuple[type, str]] = [
     (LosesAWrite, ""),
     (LosesARow, ""),
@@ -428,10 +577,32 @@ SABOTAGES: list[tuple[type, str]] = [
     (RetriesAtTheRequester, "to its own requester"),
     (AcceptsAnySecretAfterARestart, "was resumed with a wrong secret"),
     (ForgetsSessionsInARestart, "was refused with its right secret"),
+    (ForgetsQuestionsInARestart, "was not sent to"),
+    (NumbersQuestionsAnewInARestart, "question 1 is"),
+    (TakesAnyAnswer, "a second answer to question"),
+    (TakesAnAnswerToAnyQuestion, "is not from its requester"),
+    (TakesAnAnswerFromAnybody, "is not from its requester"),
+    (KeepsTheQuestionOfALostAttempt, "got the answer to a question of attempt"),
+    (AsksAnybody, "cannot be asked"),
+    (TakesARepeatedQuestionForANewOne, "has another number"),
+    (ForgetsThatItWasAsked, "was not sent to"),
+    (DropsAnswersForWorkersThatAreAway, "the answer to"),
 ]
 
 
-@pytest.mark.parametrize(("sabotaged", "words"), SABOTAGES, ids=lambda one: getattr(one, "__name__", ""))
+CAUGHT_LATE = {  # Only after hundreds of histories.
+    *(ServesTheSameRequesterFirst, ResurrectsAFinalTask, TrustsTheLastWrite, DeliversOutcomesTwiceWhileDraining),
+    *(ForgetsToRedeliver,),
+}
+
+
+@pytest.mark.parametrize(
+    ("sabotaged", "words"),
+    [
+        pytest.param(*one, id=one[0].__name__, marks=[pytest.mark.long] if one[0] in CAUGHT_LATE else [])
+        for one in SABOTAGES
+    ],
+)
 def test_sabotage_is_caught(sabotaged: type, words: str) -> None:
     options: dict[str, Any] = {"hub_class" if issubclass(sabotaged, Hub) else "journal_class": sabotaged}
     violations = []

@@ -18,7 +18,7 @@ import agenthub
 
 SOURCE = Path(agenthub.__file__)
 LINES_OF_A_FUNCTION_MAX = 60
-TITLE = re.compile(r"^# =+\n# (\d) (.+)\n", re.MULTILINE)
+TITLE = re.compile(r"^# =+\n# (\d+) (.+)\n", re.MULTILINE)
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 def test_sections_are_those_of_the_map_in_the_docstring() -> None:
     titles = {int(number): title for number, title in TITLE.findall(text())}
     listed = {
-        int(number): title for number, title in re.findall(r"^ {4}(\d) (\S+(?: \S+)*) {2,}", text(), re.MULTILINE)
+        int(number): title for number, title in re.findall(r"^ {3,4}(\d+) (\S+(?: \S+)*) {2,}", text(), re.MULTILINE)
     }
     assert list(titles) == sorted(titles)
     assert {number: listed[number] for number in titles} == titles
@@ -301,3 +301,22 @@ def test_file_run_as_a_program_hands_over_to_the_copy_that_others_import() -> No
     assert ast.unparse(guard.body[-1]).endswith(".main())")
     before = body[: body.index(guard)]
     assert not [one for one in before if isinstance(one, ast.FunctionDef | ast.ClassDef)]  # Nothing is defined twice
+
+
+def test_older_python_is_told_which_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SOURCE.read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 8))  # An older one reads the whole file before it runs the first line.
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    check = compile(source.partition("import collections\n")[0], "agenthub.py", "exec")
+    text = r"^AgentHub needs Python 3\.11 or newer, this is 3\.10$"
+    with pytest.raises(ImportError, match=text):
+        exec(check, {"__name__": "agenthub"})
+    with pytest.raises(SystemExit, match=text):
+        exec(check, {"__name__": "__main__"})
+
+
+def test_no_pattern_repeats_a_group_possessively() -> None:
+    """Before Python 3.11.5 such a group ends too early. That of JSON_TOKENS takes one character, or two, at a time."""
+    source = Path(agenthub.__file__).read_text(encoding="utf-8").splitlines()
+    found = [line.split(" = ")[0].strip() for line in source if re.search(r"\)[*+?]\+(?!,;)", line)]
+    assert found == ["JSON_TOKENS"]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -443,8 +444,23 @@ async def test_socket_that_never_becomes_a_websocket_is_cut(monkeypatch: pytest.
     assert (pair.owner.opened_count, pair.owner.ends) == (0, [])
 
 
+async def test_request_that_waits_for_its_turn_is_not_cut_as_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub to which thousands of agents come back may take longer for all of them than one handshake may take."""
+    monkeypatch.setattr(agenthub, "HANDSHAKE_S", 0.05)
+    pair = Pair()
+    pair.link.pause_reading(agenthub.PauseReason.TURN_OVER)
+    pair.say()
+    await asyncio.sleep(0.2)
+    assert not pair.socket.is_ended
+    pair.link.resume_reading(agenthub.PauseReason.TURN_OVER)
+    (response,) = await pair.heard()
+    assert isinstance(response, AcceptConnection)
+    await asyncio.sleep(0.2)
+    assert not pair.socket.is_ended
+
+
 async def test_plain_request_is_answered_and_the_socket_closed() -> None:
-    pair = Pair(lambda link, request: (200, f"asked for {request.path}\n"))
+    pair = Pair(lambda link, request: agenthub.HttpAnswer(200, f"asked for {request.path}\n"))
     pair.say()
     await asyncio.sleep(0)
     head, _, body = b"".join(pair.socket.writes).partition(b"\r\n\r\n")
@@ -551,6 +567,56 @@ def test_url_of_a_hub_is_returned(url: str) -> None:
 def test_blanks_and_capitals_that_do_not_matter_in_a_url_are_removed(url: str) -> None:
     assert agenthub.check_url(url) == Agent("a", url=url).url == "ws://Hub/A"
     assert agenthub.split_url(url) == ("hub", 80, False, "/A")
+
+
+# Several URLs.
+
+
+@pytest.mark.parametrize(
+    ("urls", "expected"),
+    [
+        ("ws://a,ws://b", "ws://a,ws://b"),
+        ("WS://a:1/x,y , wss://b/", "ws://a:1/x,y,wss://b/"),
+        ("ws://a,ws://a", "ws://a"),
+    ],
+)
+def test_urls_are_separated_by_commas_before_a_scheme(urls: str, expected: str) -> None:
+    assert agenthub.check_urls(urls) == Agent("a", url=urls).url == expected
+
+
+@pytest.mark.parametrize("urls", ["ws://a,b", "ws://a,", "ws://a:8765,b:8765,ws://c"])
+def test_url_without_a_scheme_behind_a_comma_is_a_value_error(urls: str) -> None:
+    with pytest.raises(ValueError, match=r"each of several URLs needs its scheme, such as ws://hub1:8765,ws://"):
+        agenthub.check_urls(urls)
+
+
+@pytest.mark.parametrize("urls", ["", "ws://a,,ws://b", "ws://a,http://b"])
+def test_wrong_url_among_several_is_a_value_error(urls: str) -> None:
+    with pytest.raises(ValueError, match="URL"):
+        agenthub.check_urls(urls)
+
+
+async def test_first_hub_that_answers_is_used_and_remembered() -> None:
+    async with HubServer(port=0) as hub:
+        hubs = agenthub.HubUrls(f"ws://127.0.0.1:9,{hub.url}")
+        for _ in range(2):
+            link = await hubs.connect(Owner())
+            link.abort()
+            assert hubs.urls == [hub.url, "ws://127.0.0.1:9"]
+
+
+async def test_hub_that_does_not_answer_delays_the_next_one_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "NEXT_HUB_S", 0.1)  # Instead of 3; the handshake of a single hub has 10.
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
+    silent = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with HubServer(port=0) as hub, asyncio.timeout(WAIT_S / 2), Agent("me", url=f"{silent},{hub.url}") as me:
+        assert me.is_online
+    server.close()
+
+
+async def test_all_hubs_that_do_not_answer_are_named() -> None:
+    with pytest.raises(Disconnected, match=r"^no hub at ws://127.0.0.1:9: .*; no hub at ws://127.0.0.1:10: "):
+        await agenthub.HubUrls("ws://127.0.0.1:9,ws://127.0.0.1:10").connect(Owner())
 
 
 async def test_connecting_to_a_port_where_nothing_listens_says_how_to_start_a_hub() -> None:
@@ -756,3 +822,60 @@ async def test_answers_that_nobody_can_read_any_more_are_not_kept(pair: Pair) ->
         assert tracemalloc.get_traced_memory()[0] < 500_000
     finally:
         tracemalloc.stop()
+
+
+# Names with several addresses.
+
+
+@pytest.mark.parametrize("swallowed", [1, 3])
+async def test_hub_is_reached_although_some_of_its_addresses_swallow_packets(
+    swallowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "NEXT_ADDRESS_S", 0.01)
+    connect = agenthub.connect_socket
+    dead = [(socket.AF_INET, (f"192.0.2.{number}", 80)) for number in range(swallowed)]
+
+    async def connecting(family: int, address: Any) -> socket.socket:
+        if (family, address) in dead:
+            await asyncio.Event().wait()
+        return await connect(family, address)
+
+    async with HubServer(port=0) as hub:
+
+        async def looked_up(host: str, port: int) -> list[tuple[int, Any]]:
+            return [*dead, (socket.AF_INET, ("127.0.0.1", hub.port))]
+
+        monkeypatch.setattr(agenthub, "connect_socket", connecting)
+        monkeypatch.setattr(agenthub, "addresses_of", looked_up)
+        async with asyncio.timeout(WAIT_S), agenthub.Agent("me", url=hub.url) as me:
+            assert me.is_online
+
+
+async def test_next_address_is_tried_at_once_when_one_refuses() -> None:
+    async with HubServer(port=0) as hub:
+        url = hub.url.replace("127.0.0.1", "localhost")  # Which often has ::1 too, where nothing listens.
+        async with asyncio.timeout(WAIT_S), agenthub.Agent("me", url=url) as me:
+            assert me.is_online
+
+
+async def test_addresses_of_both_families_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    six, four = socket.AF_INET6, socket.AF_INET
+    found = [(family, 1, 6, "", (str(number),)) for number, family in enumerate([six, six, six, four])]
+
+    async def getaddrinfo(*args: Any, **options: Any) -> Any:
+        return found
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    assert [family for family, _ in await agenthub.addresses_of("hub.example", 80)] == [six, four, six, six]
+
+
+async def test_unexpected_error_while_connecting_is_raised_and_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(host: str, port: int) -> Any:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(agenthub, "addresses_of", broken)
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(TypeError, match="a bug"):
+            await Agent("me", url="ws://127.0.0.1:1").start()

@@ -95,7 +95,7 @@ def test_copy_that_runs_is_the_one_that_is_imported(start: list[str], module: st
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {"is_agent": True, "names": [module], "module": module}
         done = call(url, "fail")
-        assert (done.returncode, done.stderr) == (1, "agenthub: as it should\n")
+        assert (done.returncode, done.stderr.partition(" (")[2]) == (1, "own-code): as it should\n")
         process.send_signal(signal.SIGTERM)
         _, complaint = process.communicate(timeout=WAIT_S)
         assert process.returncode == 0, complaint
@@ -139,7 +139,7 @@ def test_bridge_beside_a_copy_runs_with_it(start: list[str], folder: Path) -> No
     with running(*start, "--http", "70000", cwd=folder, env={"PYTHONPATH": ""}) as process:
         output, complaint = process.communicate(timeout=WAIT_S)
         assert (process.returncode, output) == (2, "")
-        assert complaint.splitlines()[-1] == "agenthub: error: --http must be from 0 to 65535"
+        assert "agenthub bridge: error: --http must be from 0 to 65535; " in complaint.splitlines()[-1]
 
 
 def test_bridge_without_its_package_says_what_to_install(folder: Path) -> None:
