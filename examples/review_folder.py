@@ -1,9 +1,9 @@
-"""Review the Python files of a folder with a hub, two agents in different styles, and a requester that uses both.
+"""Review the Python files of a folder with a hub, three agents in different styles, and a requester that uses them.
 
 $ python -m examples.review_folder FOLDER
 
 Each task contains the text of its file and is sent over real sockets, so the agents could run on other machines.
-Progress is printed to stderr, and a table of findings to stdout. Lines with `# noqa` are ignored.
+Progress is printed to stderr, and the findings that matter most to stdout. Lines with `# noqa` are ignored.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import ast
 import asyncio
 import builtins
 import contextlib
+import functools
+import io
 import itertools
 import json
 import os
@@ -21,12 +23,15 @@ import reprlib
 import shutil
 import sys
 import threading
+import time
 import tokenize
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from agenthub import Agent, AgentHubError, HubServer, HubSettings, capability
 
@@ -34,19 +39,29 @@ SKIPPED_FOLDERS = {"__pycache__", "build", "dist", "node_modules", "venv"}  # An
 FILE_BYTES_MAX = 500_000
 MESSAGE_BYTES_MAX = 4_000_000  # One byte of a file may take up to six in JSON.
 FILES_AT_ONCE = 4
+FUNCTION_LINES_MAX = 100
+SHOWN_MAX = 12  # With the progress and the summary, they fill a terminal of 24 lines.
+SEVERITIES = ("high", "medium", "minor")
 
 
 class Finding(NamedTuple):
-    """A problem and its place. Findings sort in the order of the table."""
+    """A problem, its place, and the agent that found it."""
 
     path: str
     line: int
     check: str
     message: str
+    severity: str
+    agent: str = ""
+
+
+def rank(finding: Finding) -> tuple[Any, ...]:
+    """Return the key that sorts findings by severity, then by place."""
+    return (SEVERITIES.index(finding.severity), *finding)
 
 
 # ============================================================================================
-# The agents: one uses a decorator, the other is a class. Each has its own group of checks.
+# The agents: two use a decorator, one is a class. Each has its own group of checks.
 # ============================================================================================
 
 
@@ -57,6 +72,17 @@ def bug_hunter(url: str) -> Agent:
     def find_bugs(path: str, source: str) -> list[dict[str, Any]]:
         """Find likely bugs in a Python file."""
         return [finding._asdict() for finding in review(path, source, BUGS)]
+
+    return agent
+
+
+def security_scout(url: str) -> Agent:
+    agent = Agent("security-scout", description="Finds risky code and secrets in Python files", url=url)
+
+    @agent.capability("find-risks")
+    def find_risks(path: str, source: str) -> list[dict[str, Any]]:
+        """Find risky code and secrets in a Python file."""
+        return [finding._asdict() for finding in review(path, source, RISKS)]
 
     return agent
 
@@ -80,53 +106,86 @@ class StyleChecker(Agent):
 
 @dataclass
 class Review:
-    """The findings of all reviewed files, and for each other file a note with the reason."""
+    """The findings of all reviewed files, for each other file a note with the reason, and what it took."""
 
     files: int
     findings: list[Finding] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    agents: int = 0
+    tasks: int = 0
+    seconds: float = 0.0
 
 
 class NotReviewed(Exception):
     """A file cannot be reviewed, or is skipped; the text is the reason."""
 
 
-async def review_files(paths: list[Path]) -> Review:
-    """Start the hub and the agents, and delegate the review of all files, several at a time."""
-    outcome = Review(len(paths))
+@contextlib.asynccontextmanager
+async def network() -> AsyncIterator[tuple[HubServer, Agent]]:
+    """Run a hub and the agents; yield the hub and the requester."""
+    async with (
+        HubServer(HubSettings(message_bytes_max=MESSAGE_BYTES_MAX), port=0) as hub,
+        bug_hunter(hub.url),
+        security_scout(hub.url),
+        StyleChecker("style-checker", description="Finds style problems in Python files", url=hub.url),
+        Agent("requester", url=hub.url) as me,
+    ):
+        yield hub, me
+
+
+async def discover_reviewers(me: Agent) -> dict[str, str]:
+    """Return the name of each agent that reviews Python files, with its capability."""
+    found = sorted(await me.discover("python"), key=lambda agent: agent.name)
+    for agent in found:
+        print(f"{agent.name} joined: {agent.description}", file=sys.stderr)
+    return {agent.name: agent.capabilities[0].name for agent in found}
+
+
+async def review_files(me: Agent, paths: list[Path]) -> Review:
+    """Discover the agents, and delegate the review of all files to each of them, several files at a time."""
+    started = time.monotonic()
+    reviewers = await discover_reviewers(me)
+    outcome = Review(len(paths), agents=len(reviewers))
     slots = asyncio.Semaphore(FILES_AT_ONCE)
+    progress = Progress(list(reviewers), len(paths))
 
     async def review_one(path: Path) -> None:
         name = escape_unprintable(path.as_posix())
         async with slots:
             try:
-                outcome.findings.extend(await review_file(me, path, name))
+                outcome.findings.extend(await review_file(me, path, name, reviewers, progress))
             except (NotReviewed, AgentHubError, ValueError) as error:
                 outcome.skipped.append(f"{name}: {error}")
-        progress.step(name)
+        progress.step()
 
-    async with (
-        HubServer(HubSettings(message_bytes_max=MESSAGE_BYTES_MAX), port=0) as hub,
-        bug_hunter(hub.url),
-        StyleChecker(url=hub.url),
-        Agent("requester", url=hub.url) as me,
-    ):
-        print(f"the hub is at {hub.url}", file=sys.stderr)
-        with ProgressLine(len(paths)) as progress:
-            async with asyncio.TaskGroup() as group:
-                for path in paths:
-                    group.create_task(review_one(path))
-    return Review(len(paths), sorted(outcome.findings), sorted(outcome.skipped))
+    async with asyncio.TaskGroup() as group:
+        for path in paths:
+            group.create_task(review_one(path))
+    outcome.findings.sort(key=rank)
+    outcome.skipped.sort()
+    outcome.tasks = progress.done.total()
+    outcome.seconds = time.monotonic() - started
+    return outcome
 
 
-async def review_file(me: Agent, path: Path, name: str) -> set[Finding]:
-    """Delegate a file to both agents at once. Raises NotReviewed, or the error of a task."""
+async def review_file(
+    me: Agent, path: Path, name: str, reviewers: dict[str, str], progress: Progress
+) -> Iterable[Finding]:
+    """Delegate a file to all reviewers at once. Raises NotReviewed, or the error of a task."""
     try:
         file = {"path": name, "source": read_source(path)}
     except (SyntaxError, UnicodeError, LookupError):
-        return {Finding(name, 1, "encoding", "is not UTF-8, or not in the encoding that it declares")}
-    answers = await asyncio.gather(me.delegate("find-bugs", file), me.delegate("check-style", file))
-    return {Finding(**found) for answer in answers for found in answer}  # A set, because both report a syntax error.
+        message = "is not UTF-8, or not in the encoding that it declares"
+        return [Finding(name, 1, "encoding", message, "high", me.name)]
+
+    async def review_by(agent: str, capability: str) -> list[Finding]:
+        with progress.task_of(agent):
+            found = await me.delegate(capability, file)
+        return [Finding(**{**one, "agent": agent}) for one in found]
+
+    answers = await asyncio.gather(*(review_by(*reviewer) for reviewer in reviewers.items()))
+    # All agents report a syntax error; the first one is named.
+    return {one._replace(agent=""): one for answer in reversed(answers) for one in answer}.values()
 
 
 def read_source(path: Path) -> str:
@@ -159,10 +218,13 @@ Check = Callable[[ast.AST], Found]
 Node = TypeVar("Node", bound=ast.AST)
 
 BUGS: dict[str, Check] = {}
+RISKS: dict[str, Check] = {}
 STYLE: dict[str, Check] = {}
+SEVERITY = {"syntax-error": "high", "todo": "minor"}  # Of each check; `check` adds the others.
 
 UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 PARSING = threading.Lock()
+TODO = re.compile(r"\b(TODO|FIXME|XXX)\b")
 NOQA = re.compile(r"#\s*noqa\b", re.IGNORECASE)
 NOQA_FILE = re.compile(r"#\s*(flake8|ruff):\s*noqa\b", re.IGNORECASE)
 
@@ -179,10 +241,21 @@ def review(path: str, source: str, checks: dict[str, Check]) -> list[Finding]:
         tree = parse(source)
     except UNPARSABLE as error:
         line, message = getattr(error, "lineno", None) or 1, getattr(error, "msg", str(error))
-        return [Finding(path, line, "syntax-error", message)]
+        return [Finding(path, line, "syntax-error", message, SEVERITY["syntax-error"])]
     ignored = ignored_lines(tree, source)
-    found = ((line, name, message) for name, find in checks.items() for line, message in find(tree))
-    return [Finding(path, *one) for one in found if one[0] not in ignored]
+    found = [(line, name, message) for name, find in checks.items() for line, message in find(tree)]
+    if checks.keys() & STYLE.keys():
+        found += [(line, "todo", message) for line, message in todos(source)]
+    return [Finding(path, *one, SEVERITY[one[1]]) for one in found if one[0] not in ignored]
+
+
+def todos(source: str) -> Found:
+    """Yield the comments about work that remains; a syntax tree has no comments."""
+    if not TODO.search(source):  # Splitting a file into tokens takes longer than all checks.
+        return
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and (found := TODO.search(token.string)):
+            yield token.start[0], f"a comment says {found[0]}"
 
 
 def ignored_lines(tree: ast.AST, source: str) -> set[int]:
@@ -191,30 +264,31 @@ def ignored_lines(tree: ast.AST, source: str) -> set[int]:
     if any(NOQA_FILE.match(line) for line in lines):
         return set(range(len(lines) + 1))
     ignored = {number for number, line in enumerate(lines, 1) if NOQA.search(line)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.lineno in ignored:
+    for node in nodes(tree, ast.ImportFrom):
+        if node.lineno in ignored:
             ignored.update(range(node.lineno, (node.end_lineno or 0) + 1))
     return ignored
 
 
-def check(group: dict[str, Check]) -> Callable[[Check], Check]:
+def check(group: dict[str, Check], severity: str) -> Callable[[Check], Check]:
     """Add a function to a group of checks, under its own name with hyphens."""
 
     def add(function: Check) -> Check:
-        group[function.__name__.replace("_", "-")] = function
+        name = function.__name__.replace("_", "-")
+        group[name], SEVERITY[name] = function, severity
         return function
 
     return add
 
 
-@check(BUGS)
+@check(BUGS, "medium")
 def bare_except(tree: ast.AST) -> Found:
     for handler in nodes(tree, ast.ExceptHandler):
         if handler.type is None and not any(isinstance(statement, ast.Raise) for statement in handler.body):
             yield handler.lineno, "catches KeyboardInterrupt and SystemExit too"
 
 
-@check(BUGS)
+@check(BUGS, "medium")
 def swallowed_exception(tree: ast.AST) -> Found:
     for handler in nodes(tree, ast.ExceptHandler):
         broad = exceptions(handler) & {"Exception", "BaseException"}
@@ -222,7 +296,7 @@ def swallowed_exception(tree: ast.AST) -> Found:
             yield handler.lineno, f"{min(broad)} is caught, and nobody is told"
 
 
-@check(BUGS)
+@check(BUGS, "high")
 def mutable_default(tree: ast.AST) -> Found:
     for arguments in nodes(tree, ast.arguments):
         for argument, default in defaults(arguments):
@@ -230,7 +304,7 @@ def mutable_default(tree: ast.AST) -> Found:
                 yield default.lineno, f"one {argument} is shared by all calls"
 
 
-@check(BUGS)
+@check(BUGS, "high")
 def unreachable_code(tree: ast.AST) -> Found:
     for block in blocks(tree):
         for statement, following in itertools.pairwise(block):
@@ -240,7 +314,7 @@ def unreachable_code(tree: ast.AST) -> Found:
                 break
 
 
-@check(BUGS)
+@check(BUGS, "medium")
 def none_comparison(tree: ast.AST) -> Found:
     for comparison in nodes(tree, ast.Compare):
         operands = itertools.pairwise([comparison.left, *comparison.comparators])
@@ -249,14 +323,14 @@ def none_comparison(tree: ast.AST) -> Found:
                 yield comparison.lineno, f"use `{'is' if isinstance(operator, ast.Eq) else 'is not'} None`"
 
 
-@check(BUGS)
+@check(BUGS, "high")
 def assert_on_tuple(tree: ast.AST) -> Found:
     for statement in nodes(tree, ast.Assert):
         if isinstance(statement.test, ast.Tuple) and statement.test.elts:
             yield statement.lineno, "a tuple is always true"
 
 
-@check(BUGS)
+@check(BUGS, "high")
 def duplicate_key(tree: ast.AST) -> Found:
     for display in nodes(tree, ast.Dict):
         seen = set()
@@ -267,7 +341,56 @@ def duplicate_key(tree: ast.AST) -> Found:
                 seen.add((type(key.value), key.value))
 
 
-@check(STYLE)
+@check(RISKS, "medium")
+def dynamic_code(tree: ast.AST) -> Found:
+    for call in nodes(tree, ast.Call):
+        if isinstance(call.func, ast.Name) and call.func.id in ("eval", "exec") and not is_literal(call.args):
+            yield call.lineno, f"{call.func.id} runs text that is computed"
+
+
+@check(RISKS, "high")
+def shell_command(tree: ast.AST) -> Found:
+    for call in nodes(tree, ast.Call):
+        runs = name_of(call.func)
+        in_shell = runs in ("create_subprocess_shell", "getoutput", "system") or has_keyword(call, "shell", True)
+        if in_shell and not is_literal(call.args):
+            yield call.lineno, f"{runs} gives text that is computed to a shell"
+
+
+@check(RISKS, "medium")
+def unsafe_load(tree: ast.AST) -> Found:
+    for call in nodes(tree, ast.Call):
+        module = name_of(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+        if module in ("dill", "marshal", "pickle") and name_of(call.func) in ("load", "loads"):
+            yield call.lineno, f"{module} runs code that its input contains"
+
+
+@check(RISKS, "high")
+def unverified_certificate(tree: ast.AST) -> Found:
+    for call in nodes(tree, ast.Call):
+        if has_keyword(call, "verify", False) or name_of(call.func) == "_create_unverified_context":
+            yield call.lineno, "certificates are not verified"
+
+
+@check(RISKS, "high")
+def secret_in_source(tree: ast.AST) -> Found:
+    for constant in nodes(tree, ast.Constant):
+        if isinstance(constant.value, str) and SECRET.search(constant.value):
+            yield constant.lineno, "looks like a key or token; keep it out of the source"
+    for statement in nodes(tree, ast.Assign):
+        names = [name_of(target) for target in statement.targets]
+        if any(SECRET_NAME.search(name) for name in names) and is_password(statement.value):
+            yield statement.lineno, f"{names[0]} is in the source"
+
+
+@check(STYLE, "minor")
+def long_function(tree: ast.AST) -> Found:
+    for node in nodes(tree, *FUNCTIONS):
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES_MAX:
+            yield node.lineno, f"{node.name} has {lines} lines"
+
+
+@check(STYLE, "minor")
 def unused_import(tree: ast.AST) -> Found:
     used = names_read(tree) | names_in_strings(tree)
     for alias in imports(tree):
@@ -277,7 +400,7 @@ def unused_import(tree: ast.AST) -> Found:
             yield alias.lineno, f"{name} is imported and never used"
 
 
-@check(STYLE)
+@check(STYLE, "minor")
 def unused_variable(tree: ast.AST) -> Found:
     for handler in nodes(tree, ast.ExceptHandler):
         if handler.name and handler.name not in names_read(handler):
@@ -291,7 +414,7 @@ def unused_variable(tree: ast.AST) -> Found:
                     yield line, f"{name} is assigned and never used"
 
 
-@check(STYLE)
+@check(STYLE, "minor")
 def shadowed_builtin(tree: ast.AST) -> Found:
     for scope, inside in scopes(tree):
         if not isinstance(scope, ast.ClassDef):  # Attributes shadow nothing.
@@ -300,7 +423,7 @@ def shadowed_builtin(tree: ast.AST) -> Found:
                     yield line, f"{name} is the name of a built-in"
 
 
-@check(STYLE)
+@check(STYLE, "minor")
 def empty_f_string(tree: ast.AST) -> Found:
     format_specs = {value.format_spec for value in nodes(tree, ast.FormattedValue)}
     for string in nodes(tree, ast.JoinedStr):
@@ -312,6 +435,12 @@ def empty_f_string(tree: ast.AST) -> Found:
 # Queries on a syntax tree
 # ============================================================================================
 
+SECRET = re.compile(  # The keys of AWS, GitHub, Slack and OpenAI, and private keys.
+    r"\bAKIA[0-9A-Z]{16}\b|\bgh[oprsu]_\w{36}|\bxox[abprs]-[\w-]{10}|\bsk-[\w-]{32}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----\n"
+)
+SECRET_NAME = re.compile(r"(password|passwd|secret|api_?key)$", re.IGNORECASE)
+PASSWORD = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[!-~]{8,}")
 PROMPT_ONLY = {"copyright", "credits", "exit", "help", "license", "quit"}
 BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - PROMPT_ONLY
 MUTABLE_TYPES = {"Counter", "OrderedDict", "bytearray", "defaultdict", "deque", "dict", "list", "set"}
@@ -320,8 +449,19 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SCOPES = (*FUNCTIONS, ast.Lambda, ast.ClassDef)
 
 
-def nodes(tree: ast.AST, kind: type[Node]) -> Iterator[Node]:
-    return (node for node in ast.walk(tree) if isinstance(node, kind))
+@functools.lru_cache(maxsize=16)
+def nodes_by_kind(module: ast.Module) -> dict[type, list[Any]]:
+    """Return the nodes of a file by their class; finding them again for each check would take twice as long."""
+    kinds: dict[type, list[Any]] = {}
+    for node in ast.walk(module):
+        kinds.setdefault(type(node), []).append(node)
+    return kinds
+
+
+def nodes(tree: ast.AST, *kinds: type[Node]) -> Iterator[Node]:
+    if isinstance(tree, ast.Module):
+        return itertools.chain.from_iterable(nodes_by_kind(tree).get(kind, ()) for kind in kinds)
+    return (node for node in ast.walk(tree) if isinstance(node, kinds))
 
 
 def scopes(tree: ast.AST) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
@@ -375,7 +515,7 @@ def name_of(expression: ast.expr | None) -> str:
 def names_read(tree: ast.AST) -> set[str]:
     """Return the names that are used other than as the target of an assignment."""
     names = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree, ast.Name, ast.AugAssign, ast.Global, ast.Nonlocal):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
             names.add(node.id)
         elif isinstance(node, ast.AugAssign):
@@ -478,6 +618,22 @@ def has_prescribed_signature(scope: ast.AST) -> bool:
     )
 
 
+def is_literal(arguments: list[ast.expr]) -> bool:
+    return all(isinstance(argument, ast.Constant) for argument in arguments[:1])
+
+
+def has_keyword(call: ast.Call, name: str, value: object) -> bool:
+    """Return whether a call has `name=value`."""
+    return any(
+        one.arg == name and isinstance(one.value, ast.Constant) and one.value.value is value for one in call.keywords
+    )
+
+
+def is_password(value: ast.expr) -> bool:
+    """Return whether a value is a string with letters and digits, and without blanks."""
+    return isinstance(value, ast.Constant) and isinstance(value.value, str) and bool(PASSWORD.fullmatch(value.value))
+
+
 def is_idle(statement: ast.stmt) -> bool:
     """Return whether a statement is `pass`, an ellipsis or a string."""
     is_constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
@@ -497,32 +653,55 @@ def is_none(expression: ast.expr) -> bool:
 # ============================================================================================
 
 
-class ProgressLine:
-    """Shows progress on stderr: in a terminal as one line that is redrawn, else as four lines."""
+class Progress:
+    """Shows progress on stderr: in a terminal one line for each agent, redrawn; else four lines in total."""
 
-    def __init__(self, files: int) -> None:
+    def __init__(self, agents: list[str], files: int) -> None:
+        self.agents = agents
         self.files = files
-        self.done = 0
-        self.redraws = sys.stderr.isatty()
-
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+        self.reviewed = 0
+        self.running: Counter[str] = Counter()
+        self.done: Counter[str] = Counter()
+        self.redraws = is_terminal(sys.stderr)
         if self.redraws:
-            self._draw("")
-            print(end="\r", file=sys.stderr, flush=True)
+            print("\n" * len(agents), end="", file=sys.stderr)
+            self._draw()
 
-    def step(self, name: str) -> None:
-        self.done += 1
-        if self.redraws:
-            self._draw(f"reviewed {self.done} of {self.files} files: {name}")
-        elif self.done * 4 // self.files > (self.done - 1) * 4 // self.files:
-            print(f"reviewed {self.done} of {self.files} files", file=sys.stderr)
+    @contextlib.contextmanager
+    def task_of(self, agent: str) -> Iterator[None]:
+        """Count a task as running, then as done."""
+        self.running[agent] += 1
+        try:
+            yield
+        finally:
+            self.running[agent] -= 1
+            self.done[agent] += 1
+            if self.redraws:
+                self._draw()
 
-    def _draw(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:width]:{width}}", end="", file=sys.stderr, flush=True)
+    def step(self) -> None:
+        """Count a file as reviewed."""
+        self.reviewed += 1
+        quarter, before = (number * 4 // self.files for number in (self.reviewed, self.reviewed - 1))
+        if not self.redraws and quarter > before:
+            print(f"reviewed {self.reviewed} of {self.files} files", file=sys.stderr)
+
+    def _draw(self) -> None:
+        columns = shutil.get_terminal_size().columns
+        lines = [fit(self._line(agent, columns), columns - 1) for agent in self.agents]
+        text = "".join(f"{line}\x1b[K\n" for line in lines)
+        print(f"\x1b[{len(lines)}F{text}" if lines else "", end="", file=sys.stderr, flush=True)
+
+    def _line(self, agent: str, columns: int) -> str:
+        name_width = max(map(len, self.agents))
+        bar_width = max(0, min(30, columns - name_width - 32))
+        filled = bar_width * self.done[agent] // max(1, self.files)
+        bar = "#" * filled + "-" * (bar_width - filled)
+        return f"{agent:{name_width}}  {bar}  {self.running[agent]} running  {self.done[agent]:4} of {self.files} done"
+
+
+def is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def escape_unprintable(text: str) -> str:
@@ -530,18 +709,71 @@ def escape_unprintable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def as_table(outcome: Review) -> str:
-    rows = [(f"{one.path}:{one.line}", one.check, one.message) for one in outcome.findings]
-    where_width = max((len(where) for where, _, _ in rows), default=0)
-    check_width = max((len(check) for _, check, _ in rows), default=0)
-    lines = [f"{where:{where_width}}  {check:{check_width}}  {message}" for where, check, message in rows]
-    return "\n".join([*lines, *([""] if lines else []), summary(outcome)])
+def columns_of(text: str) -> int:
+    """Return the width of some text in a terminal, in which characters of East Asia take two columns."""
+    return sum(
+        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "FW" else 1 for one in text
+    )
 
 
-def summary(outcome: Review) -> str:
+def fit(text: str, width: int, *, keep_end: bool = False) -> str:
+    """Return some text shortened to a width, with `…` in place of its end, or of its beginning."""
+    if columns_of(text) <= width:
+        return text
+    while text and columns_of(text) >= width:
+        text = text[1:] if keep_end else text[:-1]
+    return f"…{text}" if keep_end else f"{text}…"
+
+
+def pad(text: str, width: int) -> str:
+    return text + " " * (width - columns_of(text))
+
+
+def as_table(outcome: Review, *, width: int | None = None, show_all: bool = False, colors: bool = False) -> str:
+    """Return the findings, the worst first, and a summary. `width` shortens lines, None does not."""
+    important = [one for one in outcome.findings if one.severity != "minor"]
+    shown = outcome.findings if show_all else important[:SHOWN_MAX]
+    lines = [*rows(shown, width, colors), *([""] if shown else [])]
+    return "\n".join([*lines, *summary(outcome, shown), cost(outcome)])
+
+
+def rows(findings: list[Finding], width: int | None, colors: bool) -> Iterator[str]:
+    """Yield a line for each finding: severity, place, message, and the agent that found it."""
+    agent_width = max((len(one.agent) for one in findings), default=0)
+    place_width = max((columns_of(place_of(one)) for one in findings), default=0)
+    message_width = max((columns_of(one.message) for one in findings), default=0)
+    if width is not None:
+        place_width = min(place_width, max(12, (width - agent_width - 12) // 2))
+        message_width = min(message_width, max(12, width - agent_width - place_width - 12))
+    for one in findings:
+        place = pad(fit(place_of(one), place_width, keep_end=True), place_width)
+        message = pad(fit(one.message, message_width), message_width)
+        yield f"{colored(one.severity, colors)}  {place}  {message}  {one.agent}"
+
+
+def place_of(finding: Finding) -> str:
+    return f"{finding.path}:{finding.line}"
+
+
+def colored(severity: str, colors: bool) -> str:
+    code = {"high": 31, "medium": 33}.get(severity, 2)  # Red, yellow, faint.
+    return f"\x1b[{code}m{severity:6}\x1b[0m" if colors else f"{severity:6}"
+
+
+def summary(outcome: Review, shown: list[Finding]) -> Iterator[str]:
+    """Yield a line with the number of findings, and one with the number of those not shown."""
     files = len({one.path for one in outcome.findings})
     skipped = f", {len(outcome.skipped)} skipped" if outcome.skipped else ""
-    return f"{counted(len(outcome.findings), 'finding')} in {files} of {counted(outcome.files, 'file')}{skipped}"
+    yield f"{counted(len(outcome.findings), 'finding')} in {files} of {counted(outcome.files, 'file')}{skipped}"
+    hidden = Counter(one.severity for one in outcome.findings) - Counter(one.severity for one in shown)
+    if hidden:
+        counts = ", ".join(f"{hidden[severity]} {severity}" for severity in SEVERITIES if hidden[severity])
+        yield f"not shown: {counts} (--all shows them)"
+
+
+def cost(outcome: Review) -> str:
+    tasks, agents = counted(outcome.tasks, "task"), counted(outcome.agents, "agent")
+    return f"{tasks} done by {agents} in {outcome.seconds:.1f} s; to look at the hub yourself, add --keep"
 
 
 def counted(number: int, noun: str) -> str:
@@ -560,9 +792,39 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", default=".", type=Path, metavar="FOLDER", help="the folder to review")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--all", action="store_true", help="show all findings, also the minor ones")
+    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.add_argument("--fail", action="store_true", help="exit with 1 if there are findings")
+    parser.add_argument("--keep", action="store_true", help="keep the hub and the agents running until Ctrl-C")
     return parser
+
+
+async def run(args: argparse.Namespace) -> Review:
+    """Review the folder, print the findings, and keep the hub running if that is wanted."""
+    paths = sorted(python_files(args.folder))
+    async with network() as (hub, me):
+        print(f"the hub is at {hub.url}", file=sys.stderr)
+        outcome = await review_files(me, paths)
+        print_outcome(outcome, args)
+        if args.keep:
+            print("The hub keeps running; Ctrl-C ends it. In another terminal:", file=sys.stderr)
+            print(f"python3 -m agenthub status --url {hub.url}", file=sys.stderr, flush=True)
+            with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C is the way to end it, not a failure.
+                await asyncio.Event().wait()
+    return outcome
+
+
+def print_outcome(outcome: Review, args: argparse.Namespace) -> None:
+    for note in outcome.skipped:
+        print(f"skipped {note}", file=sys.stderr)
+    if args.json:
+        print(as_json(outcome), flush=True)
+        return
+    is_shown = is_terminal(sys.stdout)
+    width = shutil.get_terminal_size().columns if is_shown else None
+    print(
+        as_table(outcome, width=width, show_all=args.all, colors=is_shown and "NO_COLOR" not in os.environ), flush=True
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -571,13 +833,12 @@ def main(argv: list[str] | None = None) -> int:
     if not args.folder.is_dir():
         parser.error(f"no such folder: {args.folder}")
     warnings.simplefilter("ignore", SyntaxWarning)  # Warnings about the reviewed files would clutter the output.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A file's name may have characters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        outcome = asyncio.run(review_files(sorted(python_files(args.folder))))
+        outcome = asyncio.run(run(args))
     except KeyboardInterrupt:
         return 130
-    for note in outcome.skipped:
-        print(f"skipped {note}", file=sys.stderr)
-    print(as_json(outcome) if args.json else as_table(outcome))
     return 1 if args.fail and outcome.findings else 0
 
 

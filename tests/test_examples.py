@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
+import importlib.metadata
 import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from agenthub import URL_DEFAULT, Agent, HubServer, LocalHub, TaskFailed
-from examples import review_folder
-from examples.claude_code import agents as claude_agents
+from agenthub import URL_DEFAULT, Agent, Code, LocalHub, Task, TaskFailed
+from examples import review_folder, two_sites
+from examples.claude_code import code_agents as claude_agents
 from tests.support import ROOT, WAIT_S, hub_process, running
 
 FOLDER = ROOT / "examples"
@@ -97,9 +102,24 @@ def wait_for_lines(process: subprocess.Popen[str], *texts: str) -> None:
 # The numbered examples.
 
 
-@pytest.mark.parametrize("example", ["01_hello.py", "04_pipeline.py", "05_progress_and_cancel.py", "06_shell_agent.py"])
+@pytest.mark.parametrize(
+    "example",
+    [
+        *("01_hello.py", "04_pipeline.py", "05_progress_and_cancel.py", "06_shell_agent.py", "two_sites.py"),
+        *("asks_back.py", "streaming_writer.py"),
+    ],
+)
 def test_example_of_one_program_prints_what_it_says(example: str) -> None:
     play(example, f"python examples/{example}")
+
+
+def test_demo_has_a_dozen_agents_at_work() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    [(command, printed)] = transcript("demo.py").items()
+    outcome = finished(*shlex.split(command)[1:], "--port", str(port), "--seed", "1", env=environment())
+    assert (outcome.returncode, outcome.stdout) == (0, printed.replace("8765", str(port)))
+    assert "Traceback" not in outcome.stderr.replace("handler failed", "")
 
 
 def test_two_agents_in_two_processes() -> None:
@@ -139,6 +159,157 @@ def test_shell_agent_by_hand() -> None:
     with hub_process() as (url, _), running(*args, env=environment(url)) as agent:
         wait_for_lines(agent, "joined agent=sorter")
         play("06_shell_agent.py", call, url)
+
+
+async def test_two_sites_pass_on_progress_questions_trace_failures_and_cancels() -> None:
+    stopped = asyncio.Event()
+    async with asyncio.timeout(WAIT_S), LocalHub() as one, LocalHub() as other, Agent("worker", hub=other) as worker:
+
+        @worker.capability
+        async def talk(task: Task) -> Any:
+            task.progress(0.5, "half")
+            return [task.input, task.trace, await task.ask("which?", {"type": "string"})]
+
+        @worker.capability
+        async def refuse() -> None:
+            raise TaskFailed("not today", code="closed")
+
+        @worker.capability
+        async def hang(task: Task) -> None:
+            task.progress(0.1)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+
+        names = ["talk", "refuse", "hang"]
+        gate = asyncio.create_task(two_sites.main(*names, office={"hub": one}, factory={"hub": other}))
+        async with Agent("me", hub=one) as me:
+            handle = await me.submit("talk", {"a": 1}, trace={"traceparent": "x"}, answers=True, wait=True)
+            news = []
+            async for event in handle:
+                news.append(getattr(event, "detail", None) or getattr(event, "text", None))
+                if handle.question is not None:
+                    await handle.answer("blue")
+            assert news == ["half", "which?"]
+            assert await handle.result() == [{"a": 1}, {"traceparent": "x"}, "blue"]
+            with pytest.raises(TaskFailed, match="not today") as failed:
+                await me.delegate("refuse", wait=True)
+            assert failed.value.code == "closed"
+            hanging = await me.submit("hang", wait=True)
+            async for _ in hanging:
+                await hanging.cancel()
+            await stopped.wait()
+        gate.cancel()
+        await asyncio.wait([gate])
+
+
+# The examples with a language model. A local server takes the place of the model.
+
+ANSWERS = {
+    "/v1/messages": {
+        "id": "1",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude",
+        "content": [{"type": "text", "text": "A hub connects agents and manages their tasks."}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 1, "output_tokens": 1},
+    },
+    "/v1/chat/completions": {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "gpt",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "Agenten bei der Arbeit"},
+            }
+        ],
+    },
+}
+
+
+class ModelHandler(http.server.BaseHTTPRequestHandler):
+    """Answers each request of an SDK, and keeps it."""
+
+    requests: ClassVar[list[tuple[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append((self.path, request))
+        body = json.dumps(ANSWERS[self.path]).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture
+def model_url() -> Iterator[str]:
+    """The URL of a local server that answers like the models."""
+    ModelHandler.requests.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ModelHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("example", "package", "path", "text"),
+    [
+        ("07_anthropic_agent.py", "anthropic", "/v1/messages", "at most 20 words:\n\nA hub brings agents together."),
+        ("08_openai_agent.py", "openai", "/v1/chat/completions", "Translate into German."),
+    ],
+)
+def test_agent_asks_a_language_model(example: str, package: str, path: str, text: str, model_url: str) -> None:
+    pytest.importorskip(package)
+    name = package.upper()
+    base = model_url + ("/v1" if package == "openai" else "")
+    keys = {f"{name}_API_KEY": "none", f"{name}_BASE_URL": base, "NO_PROXY": "127.0.0.1"}
+    hub_started = hub_process(stderr=subprocess.PIPE)
+    with hub_started as (url, hub), running(f"examples/{example}", env={**environment(url), **keys}):
+        wait_for_lines(hub, "joined agent=")
+        [call] = [command for command in transcript(example) if command.startswith("python -m agenthub call")]
+        play(example, call, url)
+    [(asked, request)] = ModelHandler.requests
+    assert asked == path
+    assert text in "".join(message["content"] for message in request["messages"])
+
+
+def test_capabilities_are_tools_of_pydantic_ai() -> None:
+    pytest.importorskip("pydantic_ai")
+    play("pydantic_ai_tool.py", "python examples/pydantic_ai_tool.py")
+
+
+@pytest.mark.parametrize(
+    ("example", "packages"),
+    [
+        ("pydantic_ai_agent.py", ("pydantic_ai", "fastmcp", "mcp")),
+        ("openai_agents_sdk.py", ("agents", "mcp")),
+        ("langgraph_agent.py", ("langgraph", "mcp")),
+    ],
+)
+def test_agent_of_a_framework_delegates_over_the_bridge(example: str, packages: tuple[str, ...]) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    play(example, f"python examples/{example}")
+
+
+def test_no_example_shadows_a_package() -> None:
+    """The folder of a program comes first in its import path."""
+    installed = set(importlib.metadata.packages_distributions()) | {"agents", "anthropic", "langgraph", "mcp", "openai"}
+    names = {path.stem for path in FOLDER.rglob("*.py")} - {"__init__"}
+    assert not names & (installed | sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("example", [name for name in EXAMPLES if name[0].isdigit()])
@@ -245,6 +416,48 @@ TODOS = [
 def test_mcp_json_leads_to_the_hub_of_this_machine_or_of_the_environment() -> None:
     assert claude_server({})["env"] == {"AGENTHUB_URL": URL_DEFAULT}
     assert claude_server({"AGENTHUB_URL": "ws://hub"})["env"] == {"AGENTHUB_URL": "ws://hub"}
+
+
+PLUGIN = CLAUDE / "plugin"
+# https://code.claude.com/docs/en/plugins-reference: the fields of a manifest, and what each must be.
+MANIFEST_FIELDS = {
+    **dict.fromkeys(["name", "version", "description", "homepage", "repository", "license"], str),
+    "author": dict,
+    "keywords": list,
+    **dict.fromkeys(["commands", "agents", "skills", "hooks", "mcpServers", "outputStyles", "lspServers"], str),
+}
+
+
+def test_plugin_has_the_form_that_is_documented() -> None:
+    manifest = json.loads((PLUGIN / ".claude-plugin" / "plugin.json").read_text(encoding="utf-8"))
+    assert {name: type(value) for name, value in manifest.items()} == {name: MANIFEST_FIELDS[name] for name in manifest}
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", manifest["name"])
+    assert manifest["version"] == importlib.import_module("agenthub").__version__
+    assert set(manifest["author"]) <= {"name", "email", "url"}
+    assert manifest["mcpServers"] == "./.mcp.json"
+    assert (PLUGIN / ".mcp.json").read_text("utf-8") == (CLAUDE / ".mcp.json").read_text("utf-8")
+    assert [path.name for path in (PLUGIN / ".claude-plugin").iterdir()] == ["plugin.json"]
+    (skill,) = PLUGIN.glob("skills/*/SKILL.md")
+    _, head, body = skill.read_text(encoding="utf-8").split("---\n", 2)
+    fields = dict(line.split(": ", 1) for line in head.splitlines())
+    assert set(fields) == {"name", "description"}
+    assert fields["name"] == skill.parent.name
+    assert len(fields["name"]) <= 64
+    assert len(fields["description"]) <= 1024
+    assert "$ARGUMENTS" in body
+
+
+async def test_skill_of_the_plugin_names_tools_and_arguments_that_the_bridge_has() -> None:
+    """The bridge that the plugin starts is driven by the tests around this one: its .mcp.json is the folder's."""
+    mcp = pytest.importorskip("mcp")
+    text = (PLUGIN / "skills" / "delegate" / "SKILL.md").read_text(encoding="utf-8")
+    async with asyncio.timeout(3 * WAIT_S), mcp.Client(claude_bridge("ws://127.0.0.1:9")) as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
+    codes = {code.value for code in Code}
+    assert {name for name in named if name in tools} == {"discover_agents", "delegate_task", "get_task_result"}
+    assert named - set(tools) - codes == {"task_id"}
+    assert {"capability", "input", "ttl"} <= set(tools["delegate_task"].input_schema["properties"])
 
 
 async def test_what_the_page_says_can_be_asked_is_done(
@@ -377,15 +590,15 @@ async def test_another_word_can_be_looked_for(project: Path) -> None:
 def test_claude_folder_is_in_the_list_and_its_page_names_its_files() -> None:
     [line] = [line for line in (FOLDER / "README.md").read_text("utf-8").splitlines() if "claude_code" in line]
     assert "](claude_code/README.md)" in line
-    assert "`agenthub hub --with examples/claude_code/agents.py`" in line
-    assert command_of("agenthub hub") == ["hub", "--with", "agents.py"]
-    files = {path.name for path in CLAUDE.iterdir() if path.is_file()} - {"README.md"}
+    assert "`agenthub hub --with examples/claude_code/code_agents.py`" in line
+    assert command_of("agenthub hub") == ["hub", "--with", "code_agents.py"]
+    files = {path.name for path in CLAUDE.iterdir() if path.suffix != ".pyc"} - {"README.md", "__pycache__"}
     assert files == set(re.findall(r"\]\(([^)]*)\)", CLAUDE_PAGE))
 
 
 # review_folder.py: its checks.
 
-ALL_CHECKS = {**review_folder.BUGS, **review_folder.STYLE}
+ALL_CHECKS = {**review_folder.BUGS, **review_folder.RISKS, **review_folder.STYLE}
 
 # One file per check, with all its findings.
 WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
@@ -415,11 +628,23 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         """,
         [(4, "'http' is a key of this dict already")],
     ),
+    "dynamic-code": (
+        """\
+        def run(text):
+            exec(text)
+            return eval(text) + eval("1 + 1")
+        """,
+        [(2, "exec runs text that is computed"), (3, "eval runs text that is computed")],
+    ),
     "empty-f-string": (
         """\
         print(f"no placeholders here")
         """,
         [(1, "an f-string without placeholders")],
+    ),
+    "long-function": (
+        "def count():\n" + "    print()\n" * 100,
+        [(1, "count has 101 lines")],
     ),
     "mutable-default": (
         """\
@@ -448,6 +673,13 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         """,
         [(2, "use `is None`"), (2, "use `is not None`")],
     ),
+    "secret-in-source": (
+        """\
+        PASSWORD = "hunter2hunter2"
+        KEY = "AKIA" "ABCDEFGHIJKLMNOP"
+        """,
+        [(1, "PASSWORD is in the source"), (2, "looks like a key or token; keep it out of the source")],
+    ),
     "shadowed-builtin": (
         """\
         from dataclasses import dataclass
@@ -472,6 +704,21 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
             (5, "list is the name of a built-in"),
         ],
     ),
+    "shell-command": (
+        """\
+        import os
+        import subprocess
+
+
+        def show(folder):
+            os.system(f"ls {folder}")
+            subprocess.run("ls " + folder, shell=True)
+        """,
+        [
+            (6, "system gives text that is computed to a shell"),
+            (7, "run gives text that is computed to a shell"),
+        ],
+    ),
     "swallowed-exception": (
         """\
         import json
@@ -484,6 +731,13 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
                 pass
         """,
         [(7, "Exception is caught, and nobody is told")],
+    ),
+    "todo": (
+        """\
+        # TODO: say hello
+        TODO = "FIXME"
+        """,
+        [(1, "a comment says TODO")],
     ),
     "unreachable-code": (
         """\
@@ -502,6 +756,16 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
             (7, "never runs, after the return above it"),
             (9, "never runs, after the raise above it"),
         ],
+    ),
+    "unsafe-load": (
+        """\
+        import pickle
+
+
+        def load(file):
+            return pickle.load(file)
+        """,
+        [(5, "pickle runs code that its input contains")],
     ),
     "unused-import": (
         """\
@@ -537,6 +801,13 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
             (3, "text is assigned and never used"),
             (6, "error is never used"),
         ],
+    ),
+    "unverified-certificate": (
+        """\
+        def fetch(client, url):
+            return client.get(url, verify=False)
+        """,
+        [(2, "certificates are not verified")],
     ),
 }
 
@@ -596,6 +867,10 @@ RIGHT = {
     "an exception that is used": "try:\n    run = 1\nexcept OSError as error:\n    print(error)\n",
     "a marked line": "import json  # noqa: F401\nfrom os import (  # noqa\n    path,\n)\n",
     "a marked file": "# ruff: noqa\nimport json\n",
+    "a command that is written out": "import os\n\nos.system('ls')\n",
+    "a method with the name of a built-in function": "def run(model):\n    return model.eval(model)\n",
+    "json is no pickle": "import json\n\n\ndef load(file):\n    return json.load(file)\n",
+    "a secret that is read": "import os\n\npassword = os.environ['PASSWORD']\nsecret = 'ask somebody'\n",
     "nothing at all": "",
 }
 
@@ -606,7 +881,8 @@ def found_in(source: str) -> list[tuple[str, int, str]]:
 
 
 def test_each_check_has_a_file_of_its_own() -> None:
-    assert sorted(WRONG) == sorted(ALL_CHECKS)
+    assert sorted(WRONG) == sorted([*ALL_CHECKS, "todo"])
+    assert review_folder.SEVERITY.keys() == {*WRONG, "syntax-error"}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -663,38 +939,65 @@ def fill(folder: Path) -> None:
     (folder / "folder.py").mkdir()
 
 
+AGENTS = {"bug-hunter": review_folder.BUGS, "security-scout": review_folder.RISKS}
+
+
+def found(path: str, line: int, check: str, message: str) -> review_folder.Finding:
+    """Return a finding with the severity of its check, and the agent that does this check."""
+    agent = next((name for name, checks in AGENTS.items() if check in checks), "style-checker")
+    return review_folder.Finding(path, line, check, message, review_folder.SEVERITY[check], agent)
+
+
+NOT_DECODED = "is not UTF-8, or not in the encoding that it declares"
 EXPECTED = sorted(
     [
         *(
-            (f"{name.replace('-', '_')}.py", line, name, message)
-            for name, (_, found) in WRONG.items()
-            for line, message in found
+            found(f"{name.replace('-', '_')}.py", line, name, message)
+            for name, (_, lines) in WRONG.items()
+            for line, message in lines
         ),
-        ("deep/er/syntax.py", 2, "syntax-error", "invalid syntax"),
-        ("latin.py", 2, "unused-import", "json is imported and never used"),
-        ("not_utf8.py", 1, "encoding", "is not UTF-8, or not in the encoding that it declares"),
-        ("odd_encoding.py", 1, "encoding", "is not UTF-8, or not in the encoding that it declares"),
-    ]
+        found("deep/er/syntax.py", 2, "syntax-error", "invalid syntax")._replace(agent="bug-hunter"),
+        found("latin.py", 2, "unused-import", "json is imported and never used"),
+        review_folder.Finding("not_utf8.py", 1, "encoding", NOT_DECODED, "high", "requester"),
+        review_folder.Finding("odd_encoding.py", 1, "encoding", NOT_DECODED, "high", "requester"),
+    ],
+    key=review_folder.rank,
 )
 SKIPPED = "large.py: has more than 500000 bytes"
 
 
-def test_review_of_a_folder_prints_a_table(tmp_path: Path) -> None:
-    fill(tmp_path)
+def printed_by_review(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the command of the docstring in a folder."""
     [command] = transcript("review_folder.py")
-    outcome = finished(*shlex.split(command.replace("FOLDER", "."))[1:], cwd=tmp_path)
-    where_width = max(len(f"{path}:{line}") for path, line, _, _ in EXPECTED)
-    check_width = max(len(check) for _, _, check, _ in EXPECTED)
-    table = [
-        f"{f'{path}:{line}'.ljust(where_width)}  {check.ljust(check_width)}  {message}"
-        for path, line, check, message in EXPECTED
-    ]
-    assert outcome.stdout.splitlines() == [*table, "", f"{len(EXPECTED)} findings in 15 of 18 files, 1 skipped"]
-    [hub, *progress, skipped] = outcome.stderr.splitlines()
+    return finished(*shlex.split(command.replace("FOLDER", "."))[1:], *options, cwd=folder)
+
+
+def test_review_of_a_folder_prints_what_matters_most(tmp_path: Path) -> None:
+    fill(tmp_path)
+    outcome = printed_by_review(tmp_path)
+    *findings, empty, summary, hidden, cost = outcome.stdout.splitlines()
+    shown = EXPECTED[: review_folder.SHOWN_MAX]
+    rest = Counter(one.severity for one in EXPECTED[len(shown) :])
+    assert [line.split()[:2] for line in findings] == [[one.severity, f"{one.path}:{one.line}"] for one in shown]
+    assert [line.split()[-1] for line in findings] == [one.agent for one in shown]
+    assert (empty, summary) == ("", f"{len(EXPECTED)} findings in 22 of 25 files, 1 skipped")
+    counts = ", ".join(f"{rest[severity]} {severity}" for severity in review_folder.SEVERITIES)
+    assert hidden == f"not shown: {counts} (--all shows them)"
+    assert re.fullmatch(r"66 tasks done by 3 agents in \d+\.\d s; to look at the hub yourself, add --keep", cost)
+    assert max(map(len, (*findings, summary, hidden, cost))) <= 100
+    [hub, *joined, one, two, three, four, skipped] = outcome.stderr.splitlines()
     assert re.fullmatch(r"the hub is at ws://127\.0\.0\.1:\d+", hub)
-    assert progress == [f"reviewed {done} of 18 files" for done in (5, 9, 14, 18)]
+    assert [line.split(":")[0] for line in joined] == [f"{name} joined" for name in (*AGENTS, "style-checker")]
+    assert [one, two, three, four] == [f"reviewed {done} of 25 files" for done in (7, 13, 19, 25)]
     assert skipped == f"skipped {SKIPPED}"
     assert outcome.returncode == 0
+
+
+def test_review_shows_all_findings_if_asked_to(tmp_path: Path) -> None:
+    fill(tmp_path)
+    *findings, _, summary, _ = printed_by_review(tmp_path, "--all").stdout.splitlines()
+    assert [line.split()[:2] for line in findings] == [[one.severity, f"{one.path}:{one.line}"] for one in EXPECTED]
+    assert summary.startswith(f"{len(EXPECTED)} findings")
 
 
 def test_review_of_a_folder_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -703,11 +1006,8 @@ def test_review_of_a_folder_as_json(tmp_path: Path, capsys: pytest.CaptureFixtur
     outcome = json.loads(capsys.readouterr().out)
     root = tmp_path.as_posix()
     assert outcome == {
-        "files": 18,
-        "findings": [
-            {"path": f"{root}/{path}", "line": line, "check": check, "message": message}
-            for path, line, check, message in EXPECTED
-        ],
+        "files": 25,
+        "findings": [{**one._asdict(), "path": f"{root}/{one.path}"} for one in EXPECTED],
         "skipped": [f"{root}/{SKIPPED}"],
     }
 
@@ -715,19 +1015,39 @@ def test_review_of_a_folder_as_json(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_review_of_a_clean_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clean.py").write_text("x = 1\n")
     assert review_folder.main([str(tmp_path), "--fail"]) == 0
-    assert capsys.readouterr().out == "0 findings in 0 of 1 file\n"
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "0 findings in 0 of 1 file"
+    assert last.startswith("3 tasks done by 3 agents in ")
 
 
 def test_review_of_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert review_folder.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "0 findings in 0 of 0 files\n"
+    assert capsys.readouterr().out.startswith("0 findings in 0 of 0 files\n0 tasks done by 3 agents in ")
 
 
 def test_review_fails_only_if_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wrong.py").write_text("import json\n")
     assert review_folder.main([str(tmp_path)]) == 0
     assert review_folder.main([str(tmp_path), "--fail"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "1 finding in 1 of 1 file"
+    assert capsys.readouterr().out.splitlines()[-3:-1] == [
+        "1 finding in 1 of 1 file",
+        "not shown: 1 minor (--all shows them)",
+    ]
+
+
+@pytest.mark.skipif(not POSIX, reason="sends SIGINT")
+def test_review_keeps_the_hub_until_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("import json\n")
+    with running("-m", "examples.review_folder", str(tmp_path), "--keep") as process:
+        assert process.stderr is not None
+        command = next(line for line in process.stderr if line.startswith("python3 -m agenthub"))
+        status = finished(*shlex.split(command)[1:])
+        assert (status.returncode, status.stderr) == (0, "")
+        assert all(name in status.stdout for name in (*AGENTS, "style-checker")), status.stdout
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, errors) == (0, "")
+    assert printed.startswith("1 finding in 1 of 1 file\n")
 
 
 def test_review_of_no_folder_is_a_usage_error(tmp_path: Path) -> None:
@@ -736,9 +1056,14 @@ def test_review_of_no_folder_is_a_usage_error(tmp_path: Path) -> None:
     assert outcome.stderr.splitlines()[-1] == f"review_folder: error: no such folder: {tmp_path / 'none'}"
 
 
+async def reviewed(*paths: Path) -> review_folder.Review:
+    async with review_folder.network() as (_, me):
+        return await review_folder.review_files(me, list(paths))
+
+
 def test_review_goes_on_when_a_file_is_gone(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text("import json\n")
-    outcome = asyncio.run(review_folder.review_files([tmp_path / "gone.py", tmp_path / "wrong.py"]))
+    outcome = asyncio.run(reviewed(tmp_path / "gone.py", tmp_path / "wrong.py"))
     assert [finding.check for finding in outcome.findings] == ["unused-import"]
     assert outcome.skipped == [f"{(tmp_path / 'gone.py').as_posix()}: {os.strerror(2)}"]
 
@@ -753,7 +1078,7 @@ def test_review_goes_on_when_an_agent_fails(
     (tmp_path / "a.py").write_text("import json\n")
     assert review_folder.main([str(tmp_path)]) == 0
     printed = capsys.readouterr()
-    assert printed.out == "0 findings in 0 of 1 file, 1 skipped\n"
+    assert printed.out.startswith("0 findings in 0 of 1 file, 1 skipped\n")
     assert printed.err.splitlines()[-1] == f"skipped {tmp_path.as_posix()}/a.py: RuntimeError: out of order"
 
 
@@ -762,26 +1087,47 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_one_line_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_has_a_line_for_each_agent_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "31")
-    with review_folder.ProgressLine(2) as progress:
-        progress.step("a.py")
-        progress.step("some/where/b.py")
-    lines = ["reviewed 1 of 2 files: a.py   ", "reviewed 2 of 2 files: some/wh", " " * 30, ""]
-    assert terminal.getvalue() == "".join(f"\r{line}" for line in lines)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    progress = review_folder.Progress(["hunter", "style"], 2)
+    with progress.task_of("hunter"):
+        pass
+    with progress.task_of("style"):
+        pass
+    progress.step()
+    frames = terminal.getvalue().split("\x1b[2F")
+    assert frames[0] == "\n\n"
+    assert frames[-1].split("\x1b[K\n") == [
+        "hunter  ###########-----------  0 running     1 of 2 done",
+        "style   ###########-----------  0 running     1 of 2 done",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("columns", [10, 40, 80])
+def test_output_fits_a_terminal_also_with_wide_characters(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    findings = [
+        found("源代码/" * 12 + "é.py", 12, "todo", "a comment says TODO"),
+        found("a.py", 1, "todo", "审查" * 30),
+    ]
+    lines = list(review_folder.rows(findings, max(columns, 52), colors=False))
+    widths = [review_folder.columns_of(line) for line in lines]
+    assert max(widths) <= max(columns, 52)
+    assert len({len(line) - len(line.rstrip()) for line in lines}) == 1
+    assert lines[0].split("  ")[1].strip().startswith("…")
+    assert "é.py:12" in lines[0]
+    progress = review_folder.Progress([one.agent for one in findings], 2)
+    assert review_folder.columns_of(review_folder.fit(progress._line("style-checker", columns), columns - 1)) < columns
 
 
 async def test_the_agents_of_a_review_say_what_they_do() -> None:
-    async with (
-        HubServer(port=0) as hub,
-        review_folder.bug_hunter(hub.url),
-        review_folder.StyleChecker(url=hub.url),
-        Agent("me", url=hub.url) as me,
-    ):
-        found = {agent.name: agent for agent in await me.discover("python")}
-    assert {name: [one.name for one in agent.capabilities] for name, agent in found.items()} == {
-        "bug-hunter": ["find-bugs"],
-        "stylechecker": ["check-style"],
-    }
+    async with review_folder.network() as (_, me):
+        assert await review_folder.discover_reviewers(me) == {
+            "bug-hunter": "find-bugs",
+            "security-scout": "find-risks",
+            "style-checker": "check-style",
+        }

@@ -1,4 +1,4 @@
-"""Two agents for Claude Code that use only the standard library: agenthub hub --with agents.py
+"""Two agents for Claude Code that use only the standard library: agenthub hub --with code_agents.py
 
 They run in the hub's process, and read folders on its machine.
 """
