@@ -33,8 +33,8 @@ from agenthub import (
     Register,
     Result,
     TaskOutcome,
-    collect_only_new_objects,
     encode,
+    only_new_objects_collected,
 )
 from benchmarks.measure import Options, Row, Unavailable, alternate, medians, progress, require, running
 
@@ -230,11 +230,11 @@ def time_pause(phase: str, info: dict[str, int]) -> None:
 def run_calls() -> None:
     """Run the calls from stdin and print their results, with garbage collections as rare as in a hub."""
     gc.callbacks.append(time_pause)
-    collect_only_new_objects()
     known = {"fill": fill, "cost_us": cost_us, "pauses": pauses, "expire": expire}
-    for line in sys.stdin:
-        name, *args = json.loads(line)
-        print(json.dumps(known[name](*args)), flush=True)
+    with only_new_objects_collected():
+        for line in sys.stdin:
+            name, *args = json.loads(line)
+            print(json.dumps(known[name](*args)), flush=True)
 
 
 @contextlib.contextmanager

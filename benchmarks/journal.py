@@ -2,7 +2,8 @@
 
 Round trips (delegate, assign, result, outcome) go through a separate hub process, with an agent of the SDK at each end.
 Then a hub starts with a journal that holds many open tasks. The results depend on the disk: the journals are created in
-a temporary folder under --folder.
+a temporary folder under --folder. With AGENTHUB_BENCH_POSTGRES, the URL of a database, a journal there is compared too;
+its schema `agenthub_bench` is dropped and created.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import agenthub
 from agenthub import (
@@ -33,7 +35,10 @@ from agenthub import (
 from benchmarks.measure import Options, Row, Unavailable, alternate, cpu_s, hub, medians, progress
 
 NAME = "journal"
-MODES = {"memory": [], "normal": ["--sync", "normal"], "full": ["--sync", "full"]}
+UNLIMITED = ("--rate", "0")  # By default a connection may send 2,000 messages per second.
+MODES = ("memory", "normal", "full")  # The latter two are those of `--sync`.
+POSTGRES = os.environ.get("AGENTHUB_BENCH_POSTGRES")
+SCHEMA = "agenthub_bench"
 PAYLOAD = {"code": "print('hello')\n" * 8, "strict": True}
 TASKS_PER_S = 10_000  # Times the duration of a load; a twentieth of it with one task in flight.
 OPEN_TASKS = 100_000
@@ -44,8 +49,23 @@ def run(options: Options) -> list[Row]:
     open_tasks = 200 if options.quick else OPEN_TASKS
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        rows = _compare(folder, 1, max(1, tasks // 20), options) + _compare(folder, 200, tasks, options)
+        rows = _compare(folder, 1, max(1, tasks // 20), options)
+        rows += _compare(folder, 200, tasks, options) + _compare(folder, 1000, tasks, options)
         return rows + _recover(folder, open_tasks, options)
+
+
+def _journal(mode: str, path: Path) -> list[str]:
+    """Return the hub's options for an empty journal."""
+    if mode == "memory":
+        return []
+    if mode != "postgres":
+        return ["--db", str(path), "--sync", mode]
+    import psycopg
+
+    assert POSTGRES is not None
+    with psycopg.connect(POSTGRES, autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE; CREATE SCHEMA {SCHEMA}")
+    return ["--db", f"{POSTGRES}{'&' if '?' in POSTGRES else '?'}options={quote(f'-c search_path={SCHEMA}')}"]
 
 
 def _compare(folder: Path, in_flight: int, tasks: int, options: Options) -> list[Row]:
@@ -54,13 +74,13 @@ def _compare(folder: Path, in_flight: int, tasks: int, options: Options) -> list
     numbers = itertools.count()
 
     def turn(mode: str) -> Row:
-        with_db = ["--db", str(folder / f"{in_flight}-{next(numbers)}.db")] if MODES[mode] else []
-        with hub(*MODES[mode], *with_db) as started:
+        with hub(*UNLIMITED, *_journal(mode, folder / f"{in_flight}-{next(numbers)}.db")) as started:
             cpu_before_s = cpu_s(started.pid)
             speed = asyncio.run(round_trips_per_s(started.url, tasks, in_flight))
             return {"tasks_per_s": speed, "hub_cpu_us_per_task": (cpu_s(started.pid) - cpu_before_s) / tasks * 1e6}
 
-    measured = alternate(options.rounds, {mode: functools.partial(turn, mode) for mode in MODES})
+    modes = (*MODES, "postgres") if POSTGRES else MODES
+    measured = alternate(options.rounds, {mode: functools.partial(turn, mode) for mode in modes})
     middles = {mode: medians(rows) for mode, rows in measured.items()}
     base = middles["memory"]["tasks_per_s"]
     return [

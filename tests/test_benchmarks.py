@@ -67,6 +67,10 @@ def test_memory_of_ten_shapes_is_compared_with_what_is_counted(tmp_path: Path) -
     rows = json.loads((tmp_path / "x.json").read_text())["workloads"]["memory"]["rows"]
     assert len(rows) == 10
     assert all(row["counted_bytes_per_task"] > row["payload_bytes"] for row in rows)
+    for row in rows:  # A megabyte for what the allocator keeps.
+        assert (
+            row["memory_bytes_per_task"] * row["tasks"] < 2 * row["counted_bytes_per_task"] * row["tasks"] + 1_000_000
+        )
 
 
 def test_unknown_workload_is_an_error_of_usage() -> None:
