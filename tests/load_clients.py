@@ -1047,14 +1047,17 @@ async def fair_share_life(load: LoadClients, rng: random.Random) -> None:
             await many.wire.writable.wait()
     await many.wire.request(task_id=f"{capability}-last", input="many", **options)
     expires_at = time.monotonic() + 8 * load.pace.unit_s - EARLY_S
-    await single.wire.request(
+    reply = await single.wire.request(
         task_id=f"{capability}-single", input="single", **{**options, "ttl": 8 * load.pace.unit_s}
     )
+    is_waiting = reply["type"] == "status"
+    if not is_waiting and reply["code"] != "shutting_down":
+        load.problems.append(f"a requester's only task was rejected: {reply}")
     worker = Counting(load, rng, "fair", capability, max_tasks=1)
     worker.expects_errors = True
     await worker.join()
     await load.rest(1)
-    if time.monotonic() < expires_at and worker.counts.total() > 3 and not worker.counts["single"]:
+    if is_waiting and time.monotonic() < expires_at and worker.counts.total() > 3 and not worker.counts["single"]:
         load.problems.append(f"a requester's only task waits for those of another: {worker.counts}")
     load.counts["tasks in fair turns"] += worker.counts.total()
     await asyncio.gather(worker.leave(), single.leave())

@@ -177,8 +177,7 @@ async def test_page_shows_agents_tasks_and_the_life_of_a_task(scheme: str, width
         await page.go_back()
         await shown(page, "#subject", "Task plan-article")
         await page.keyboard.press("Escape")
-        await until(page, "!document.getElementById('detail').open")
-        assert "#" not in page.url
+        await until(page, "!document.getElementById('detail').open && !location.hash")
         await page.locator("#filter").fill("no such thing")
         await until(page, "getComputedStyle(document.querySelector('#tasks tbody'), '::after').content === '\"None.\"'")
         await page.locator("#filter").fill("")
