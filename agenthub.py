@@ -2354,8 +2354,7 @@ log_hub = logging.getLogger("agenthub.hub")
 log_tasks = logging.getLogger("agenthub.tasks")  # A line for each task that ends, at the level set for this logger.
 
 TICK_BATCH = 1000  # Tasks that one call ends or hands on: about 10 ms, so that messages are not held up.
-LIST_MAX = 1000  # Tasks in one `status` list,
-LIST_SCAN_MAX = 100_000  # ... for which so many records are looked at.
+LIST_SCAN_MAX = 100_000  # Records that one list of tasks looks at.
 WAITING_MAX = 10  # Requesters in the status of the hub: those with the most pending tasks.
 RECORD_BYTES = 1024  # The memory of a task's record without its payloads (tests/test_hub.py measures it).
 DEPTH_OF_CHILDREN_MAX = 16
@@ -3295,18 +3294,17 @@ class Directory:
 
     def update_load(self, agent: AgentRecord) -> None:
         """List an agent in its pools under its present load."""
-        old, new = agent.load, len(agent.running) + agent.occupied if agent.is_available else None
-        if new != old:
-            for pool in agent.pools:
-                pool.move(agent, old, new)
-            agent.load = new
+        self._list(agent, len(agent.running) + agent.occupied if agent.is_available else None)
 
     def unlist(self, agent: AgentRecord) -> None:
         """Offer an agent no task until `update_load` is called."""
-        if agent.load is not None:
+        self._list(agent, None)
+
+    def _list(self, agent: AgentRecord, load: int | None) -> None:
+        if load != agent.load:
             for pool in agent.pools:
-                pool.move(agent, agent.load, None)
-            agent.load = None
+                pool.move(agent, agent.load, load)
+            agent.load = load
 
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
         """Return an agent that can take a task now: the one to avoid only as a last choice.
@@ -3395,14 +3393,14 @@ class Directory:
         self.index.add_agent(agent)
 
     def _leave_pools(self, agent: AgentRecord) -> None:
+        self.unlist(agent)
         for pool in agent.pools:
-            pool.move(agent, agent.load, None)
             del pool.members[agent.agent_id]
             if not pool.members:
                 del self.pools[pool.name]
                 self.index.drop_pool(pool)
         self.index.drop_agent(agent)
-        agent.pools, agent.words, agent.load = [], {}, None
+        agent.pools, agent.words = [], {}
 
 
 class Histogram:
@@ -3647,8 +3645,7 @@ class TaskTable:
         if task.requester.state is AgentState.DEREGISTERED:
             raise Refused("its requester has left and cannot be asked", code=Code.NO_ANSWERS)
         self.reserve(message_bytes, None)
-        if task.talk is not None:
-            self.forget_talk(task)
+        self.forget_talk(task)
         task.asked += 1
         task.talk = Talk(ask=task.asked, message_id=message.id, question=message.question, bytes=message_bytes)
         task.requester.questions[task.task_id] = task
@@ -4462,8 +4459,7 @@ class Hub:
         task.progress = task.detail = None  # Of the attempt that has failed; `seq` counts on over all of them.
         self.tasks.grow(task, -task.detail_bytes)
         task.detail_bytes = 0
-        if task.talk is not None:
-            self.tasks.forget_talk(task)
+        self.tasks.forget_talk(task)
 
     def _settle(
         self, task: TaskRecord, event: TaskEvent, *, sender: AgentRecord | None = None, error: ErrorInfo | None = None
@@ -8531,18 +8527,17 @@ def process_metrics() -> list[Metric]:
 class LoopLag:
     """Measures how late the timers of the loop are: that is how long a message waits at worst before it is read."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._late: collections.deque[float] = collections.deque(maxlen=LAG_SAMPLES)
-        self._arm()
+        self._timer: asyncio.TimerHandle | None = None
 
-    def _arm(self) -> None:
-        self._due = self._loop.time() + LAG_SAMPLE_S
-        self._timer = self._loop.call_at(self._due, self._sample)
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        due = loop.time() + LAG_SAMPLE_S
+        self._timer = loop.call_at(due, self._sample, loop, due)
 
-    def _sample(self) -> None:
-        self._late.append(self._loop.time() - self._due)
-        self._arm()
+    def _sample(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        self._late.append(loop.time() - due)
+        self.start(loop)
 
     @property
     def worst_s(self) -> float:
@@ -8550,7 +8545,8 @@ class LoopLag:
         return max(self._late, default=0.0)
 
     def stop(self) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class LocalHub:
@@ -8896,6 +8892,7 @@ class HubServer(LocalHub):
         self._served = served
         self._reloading = asyncio.Lock()
         self._accepting: dict[asyncio.Task[None], ServerLink | None] = {}  # Of a listener, or of one connection.
+        self._loop_lag = LoopLag()
         self.is_standby = False  # It listens, but does not have the lease of its journal yet.
         self.sockets: dict[ServerLink, None] = {}  # All connections, also before and without a WebSocket handshake.
         self._paths: dict[str, Callable[[ServerLink, Any], HttpAnswer | None]] = {
@@ -8970,7 +8967,7 @@ class HubServer(LocalHub):
 
     async def _start_listening(self, names: Iterable[str]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop_lag = LoopLag(self._loop)
+        self._loop_lag.start(self._loop)
         self._count_descriptors()
         listeners = await self._listen()
         self.authenticator.origins = self._allow_origins | own_origins(
@@ -9083,8 +9080,7 @@ class HubServer(LocalHub):
         self._sockets_max = min(self.settings.connections_max + CONNECTIONS_OVER, left)
 
     def _stop_listening(self) -> list[Link]:
-        if hasattr(self, "_loop_lag"):
-            self._loop_lag.stop()
+        self._loop_lag.stop()
         for task, link in self._accepting.items():
             if link is not None:
                 link.abort()  # Now: when its task is cancelled, uvloop closes the transport, which does not say so.
@@ -9467,7 +9463,7 @@ class Session:
 
     def send_nowait(self, raw: bytes) -> None:
         """Send a message that may be missed: drop it if the session is closed or its buffer is full."""
-        if self._link is not None and self._link.writable.is_set():
+        if self._link is not None and self.is_writable:
             self._link.send(raw)
 
     def send_request(
@@ -10220,7 +10216,10 @@ MAPPINGS: Mapping[Any, Callable[[dict[Any, Any]], Any]] = {
 
 
 class ArrayType(PythonType):
-    """An array: of items of one type (`rest`), or of the types of `heads`, of which the first `least` are required."""
+    """An array of items of the type `rest`, or of items with the types `heads`, of which the last may be missing.
+
+    At least `least` of `heads` must be there.
+    """
 
     def __init__(
         self,
@@ -10350,9 +10349,7 @@ class ModelType(PythonType):
 
         def validate(value: Any) -> Any:
             try:
-                return adapter.validate_json(
-                    write_json(value)
-                )  # As JSON, of which it makes dates also when it is strict.
+                return adapter.validate_json(write_json(value))  # A strict model accepts a date only from JSON text.
             except pydantic.ValidationError as error:
                 first = error.errors(include_url=False, include_context=False, include_input=False)[0]
                 raise ValidationError(first["msg"], *map(str, first["loc"])) from None
@@ -10959,8 +10956,8 @@ class Task:
 class PieceSender:
     """Sends the pieces of a task's output as a generator yields them: texts together, PIECES_PER_S times a second.
 
-    What was sent is always a beginning of the output. So after a connection was lost, perhaps with pieces on their way,
-    it sends no more: the rest comes with the output.
+    The pieces that were sent are always the start of the output. So it stops when the connection is lost, as pieces may
+    be lost with it: the requester gets the rest with the output.
     """
 
     def __init__(self, connection: HubConnection, execution: Execution) -> None:
@@ -10971,14 +10968,13 @@ class PieceSender:
         self._parts: list[bytes] = []  # All of them, as JSON.
         self._texts: list[str] | None = []  # The same, while all are texts.
         self._bytes = 0
-        self._unsent: list[Any] = []
+        self._unsent: list[Any] = []  # Texts, and payloads of other pieces.
         self._next_at = -math.inf  # When the next message may be sent.
 
     async def send_all_async(self, generator: AsyncGenerator[Any, None]) -> None:
         async with contextlib.aclosing(generator):
             async for piece in generator:
-                self._keep(piece)
-                self._send_soon(piece)
+                self._send_soon(self._keep(piece))
 
     def send_all(self, generator: typing.Generator[Any, None, Any]) -> Any:
         """Return what the generator returns. Runs in a thread."""
@@ -10988,8 +10984,7 @@ class PieceSender:
                     piece = next(generator)
                 except StopIteration as end:
                     return end.value
-                self._keep(piece)
-                self._loop.call_soon_threadsafe(self._send_soon, piece)
+                self._loop.call_soon_threadsafe(self._send_soon, self._keep(piece))
         return None
 
     def output(self, annotation: Any) -> bytes | None:
@@ -11012,23 +11007,28 @@ class PieceSender:
                 for piece in ["".join(pieces)] if is_text else pieces:
                     session.send_nowait(session.encode(Status(task_id=self._execution.task_id, piece=piece)))
 
-    def _keep(self, piece: Any) -> None:
-        """Add a piece to the output. Raises TaskFailed if it is not JSON, or the output becomes too large."""
-        payload = output_payload(piece) or b"null"
-        self._parts.append(payload)
+    def _keep(self, piece: Any) -> str | bytes | None:
+        """Add a piece to the output, and return what to send of it: a text, or the payload of anything else but None.
+
+        Raises TaskFailed if it is not JSON, or the output becomes too large.
+        """
+        payload = output_payload(piece)
+        part = b"null" if payload is None else payload
+        self._parts.append(part)
         if isinstance(piece, str) and self._texts is not None:
             self._texts.append(piece)
         else:
             self._texts = None
-        self._bytes += len(payload)
+        self._bytes += len(part)
         bytes_max = self._session.message_bytes_max if self._session is not None else CLIENT_MESSAGE_BYTES_MAX
         if self._bytes > bytes_max:
             raise TaskFailed(f"the output is larger than {bytes_max} bytes", code=Code.TOO_LARGE)
+        return piece if isinstance(piece, str) else payload
 
-    def _send_soon(self, piece: Any) -> None:
+    def _send_soon(self, piece: str | bytes | None) -> None:
         if piece is None or self._execution.is_stopped:
             return
-        self._unsent.append(piece if isinstance(piece, str) else output_payload(piece))
+        self._unsent.append(piece)
         if self._loop.time() >= self._next_at:
             self.flush()
         elif len(self._unsent) == 1:
@@ -12302,7 +12302,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 class JsonLogFormatter(logging.Formatter):
     """Write one JSON object per record: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and `traceback`.
 
-    What the message says as `name=value` are fields too, such as `task`, `agent`, `code` and `trace`.
+    Every `name=value` in the message becomes a field of the object: `task`, `agent`, `code`, `trace`.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -13641,7 +13641,7 @@ TASK_COLUMNS: dict[str, Callable[[TaskInfo], Any]] = {
 
 @dataclass(slots=True)
 class TopView:
-    """What the keys have chosen: which table has the room, how it is sorted, and from which row on it is shown."""
+    """The state that the keys change: which table is large, its sort order, and its first visible row."""
 
     shows_tasks: bool = True
     orders: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # By `shows_tasks`.
@@ -13714,7 +13714,7 @@ async def _top(args: argparse.Namespace, screen: Any) -> int:
     """Take a snapshot each second, and draw at each key."""
     import curses
 
-    with contextlib.suppress(curses.error):  # Not every terminal can hide it.
+    with contextlib.suppress(curses.error):  # Not every terminal can hide its cursor.
         curses.curs_set(0)
     screen.nodelay(True)
     named = {curses.KEY_UP: "up", curses.KEY_DOWN: "down", curses.KEY_PPAGE: "page up", curses.KEY_NPAGE: "page down"}
@@ -14262,7 +14262,7 @@ def _copy_namespace(source: JournalLike, target: JournalLike, namespace: str) ->
 # the document as text only, and into a link only behind a `#`.
 #
 # `refresh` asks for everything once a second and hands it to `show`, which writes into tables only
-# what has changed. What is opened is in the fragment of the address: #task/ID or #agent/ID.
+# what has changed. The fragment of the address names the open dialog: #task/ID or #agent/ID.
 # ============================================================================================
 
 HubServer.set_page(r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>AgentHub</title>

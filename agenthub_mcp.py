@@ -898,7 +898,7 @@ def mcp_server(bridge: Bridge) -> MCPServer[Any]:
     server = BridgeServer(
         "agenthub", title="AgentHub", instructions=INSTRUCTIONS, version=agenthub.__version__, log_level="WARNING"
     )
-    if bridge.has_channel:
+    if bridge.has_channel:  # MCPServer has no option for experimental capabilities.
         options = server._lowlevel_server.create_initialization_options
         server._lowlevel_server.create_initialization_options = functools.partial(  # type: ignore[method-assign]
             options, experimental_capabilities={"claude/channel": {}}

@@ -11,8 +11,8 @@ the spans go is up to the program: without an SDK of OpenTelemetry they cost lit
 The parent travels in the task's `trace`, as W3C trace context, by the propagator that the program has set. What a
 handler delegates is a child of its SERVER span, so a chain of agents is one trace.
 
-Names and attributes follow the conventions for GenAI agents and for messaging, both of which are still in development
-(https://opentelemetry.io/docs/specs/semconv/gen-ai/): they may change with them, in any release.
+Names and attributes follow the conventions for GenAI agents and for messaging. Both have the status "development"
+(https://opentelemetry.io/docs/specs/semconv/gen-ai/), so they may change in any release.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def instrument(agent: AnyAgent, tracer: trace.Tracer | None = None) -> AnyAgent:
                 set_error(span, error)
                 raise
 
-    agent.submit = traced_submit  # type: ignore[method-assign]
+    agent.submit = traced_submit  # type: ignore[method-assign]  # Of this agent only, so no subclass.
     functions.around_task = traced_task
     return agent
 

@@ -81,7 +81,7 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6434",
+    "DaemonExecutor@6430",
     "CommandProtocol@13358",
 ]
 
@@ -1953,7 +1953,8 @@ class Metric(NamedTuple):
 
 class LoopLag:
     """Measures how late the timers of the loop are: that is how long a message waits at worst before it is read."""
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    def __init__(self) -> None: ...
+    def start(self, loop: asyncio.AbstractEventLoop) -> None: ...
     @property
     def worst_s(self) -> float:
         """The worst of the last LAG_SAMPLES samples, in seconds."""
@@ -2278,7 +2279,10 @@ class ObjectType(PythonType):
     def validator(self, types: TypeReader) -> Validator: ...
 
 class ArrayType(PythonType):
-    """An array: of items of one type (`rest`), or of the types of `heads`, of which the first `least` are required."""
+    """An array of items of the type `rest`, or of items with the types `heads`, of which the last may be missing.
+
+    At least `least` of `heads` must be there.
+    """
 
     rest: Incomplete
     heads: Incomplete
@@ -2477,8 +2481,8 @@ class Task:
 class PieceSender:
     """Sends the pieces of a task's output as a generator yields them: texts together, PIECES_PER_S times a second.
 
-    What was sent is always a beginning of the output. So after a connection was lost, perhaps with pieces on their way,
-    it sends no more: the rest comes with the output.
+    The pieces that were sent are always the start of the output. So it stops when the connection is lost, as pieces may
+    be lost with it: the requester gets the rest with the output.
     """
     def __init__(self, connection: HubConnection, execution: Execution) -> None: ...
     async def send_all_async(self, generator: AsyncGenerator[Any, None]) -> None: ...
@@ -2766,7 +2770,7 @@ class LogFormatter(logging.Formatter):
 class JsonLogFormatter(logging.Formatter):
     """Write one JSON object per record: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and `traceback`.
 
-    What the message says as `name=value` are fields too, such as `task`, `agent`, `code` and `trace`.
+    Every `name=value` in the message becomes a field of the object: `task`, `agent`, `code`, `trace`.
     """
     def format(self, record: logging.LogRecord) -> str: ...
 
@@ -2813,7 +2817,7 @@ class Snapshot(NamedTuple):
 
 @dataclass(slots=True)
 class TopView:
-    """What the keys have chosen: which table has the room, how it is sorted, and from which row on it is shown."""
+    """The state that the keys change: which table is large, its sort order, and its first visible row."""
 
     shows_tasks: bool = ...
     orders: dict[bool, int] = field(default_factory=Incomplete)
