@@ -2167,7 +2167,8 @@ LAST_EVENTS = {  # By what they led to; TaskRecord.last_event knows those that h
     TaskState.TIMEOUT: TaskEvent.EXPIRED,
 }
 # Used for every task: before Python 3.12, reading an enum member costs as much as a call.
-PENDING, ASSIGNED, SUCCEEDED = TaskState.PENDING, TaskEvent.ASSIGNED, TaskEvent.SUCCEEDED
+PENDING, IN_PROGRESS = TaskState.PENDING, TaskState.IN_PROGRESS
+ASSIGNED, SUCCEEDED = TaskEvent.ASSIGNED, TaskEvent.SUCCEEDED
 
 
 def next_state(state: TaskState, event: TaskEvent) -> TaskState:
@@ -2361,7 +2362,8 @@ DEPTH_OF_CHILDREN_MAX = 16
 STEPS_MAX = 14  # Of a task's history, which has its acceptance and its end besides.
 FEATURES = ["ask", "stream", "trace"]  # What this hub knows that not every hub does.
 SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)  # The bounds of a Histogram.
-LONGEST_QUEUES = 20  # Capabilities in the status of the hub: those with the most pending tasks.
+BUCKETS = [f'_bucket{{le="{bound}"}}' for bound in (*SECONDS, "+Inf")]
+LONGEST_QUEUES = 20  # Capabilities in the status and the metrics: those with the most tasks pending, or in progress.
 QUEUES_SCANNED_MAX = 10_000  # ... of so many at most.
 REASON_LOGGED_MAX = 200  # Characters of the text of a refusal.
 TRIES_MAX = 3  # Wrong secrets, or messages without a token, before a connection is closed.
@@ -3434,6 +3436,7 @@ class TaskTable:
         self.undelivered: dict[str, TaskRecord] = {}
         self.counts = dict.fromkeys(TaskState, 0)  # Of the records that are kept.
         self.totals = {state: 0 for state in TaskState if state in FINAL_STATES}  # Of all that have ended.
+        self.running = collections.defaultdict[str | None, int](int)  # In progress, by capability.
         self.codes: dict[tuple[TaskState, str], int] = {}  # Of those that did not succeed, by state and code.
         self.restored = 0  # The sequence of the last task that a journal has kept.
         self.waited = Histogram()  # From the acceptance of each task to its first assignment,
@@ -3521,7 +3524,7 @@ class TaskTable:
     @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""
-        return self.counts[TaskState.IN_PROGRESS]
+        return self.counts[IN_PROGRESS]
 
     def __len__(self) -> int:
         return len(self.open) + len(self.undelivered) + len(self.delivered)
@@ -3598,6 +3601,8 @@ class TaskTable:
         self.bytes += task.bytes
         task.requester.held_bytes += task.bytes
         self.counts[task.state] += 1
+        if task.state is IN_PROGRESS:
+            self.running[task.request.capability] += 1
 
     def list_open(self, task: TaskRecord) -> None:
         self.open[task.task_id] = task.requester.requested[task.task_id] = task
@@ -3607,11 +3612,15 @@ class TaskTable:
 
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state."""
-        state = next_state(task.state, event)
+        was, state = task.state, next_state(task.state, event)
         counts = self.counts
-        counts[task.state] -= 1
+        counts[was] -= 1
         counts[state] += 1
         task.state = state
+        if state is IN_PROGRESS:
+            self.running[task.request.capability] += 1
+        elif was is IN_PROGRESS:
+            self._count_stopped(task)
         if state in FINAL_STATES:
             self.totals[state] += 1
             self._measure_end(task)
@@ -3620,6 +3629,16 @@ class TaskTable:
                 task.parent.children.pop(task.task_id, None)
         if self._is_journaled:
             self.changed[task] = True
+
+    def _count_stopped(self, task: TaskRecord) -> None:
+        self.running[task.request.capability] -= 1
+        if not self.running[task.request.capability]:
+            del self.running[task.request.capability]  # The names are the clients'.
+
+    def most_running(self) -> dict[str, int]:
+        """Return how many tasks are in progress, for the capabilities with most of them."""
+        named = ((number, name) for name, number in self.running.items() if name is not None)
+        return {name: number for number, name in heapq.nlargest(LONGEST_QUEUES, named)}
 
     def _measure_end(self, task: TaskRecord) -> None:
         """Count why a task has ended, and for how long its worker had it. Its `error` and `ended_at` are set."""
@@ -8393,57 +8412,46 @@ def is_in_records(action: HubOutput) -> bool:
 
 
 class Metric(NamedTuple):
-    """A family of samples: of each the rest of its name, with its labels, and its value."""
+    """A family of samples: one number, one for each combination of values of its labels, or a histogram."""
 
-    name: str  # Of a counter without its `_total`.
     kind: str
+    name: str  # Of a counter without its `_total`.
     purpose: str
-    samples: Collection[tuple[str, float]]
+    numbers: float | Mapping[Any, float] | Histogram  # By the value of the label, or by a tuple of values.
+    labels: tuple[str, ...] = ()
 
 
-def labels(**values: str) -> str:
+def samples(metric: Metric) -> Iterator[tuple[str, float]]:
+    """Yield the rest of the name of each sample, with its labels, and its value."""
+    ending, numbers = "_total" if metric.kind == "counter" else "", metric.numbers
+    if isinstance(numbers, Histogram):
+        totals = list(itertools.accumulate(numbers.counts))
+        yield from zip(BUCKETS, totals, strict=True)
+        yield from (("_count", totals[-1]), ("_sum", numbers.sum_s))
+    elif isinstance(numbers, Mapping):
+        for values, number in numbers.items():
+            yield ending + labels(metric.labels, values if isinstance(values, tuple) else (values,)), number
+    else:
+        yield ending, numbers
+
+
+def labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
     """Return the labels of a sample. Their values may be texts that clients chose."""
     pairs = []
-    for name, value in values.items():
+    for name, value in zip(names, values, strict=True):
         text = value.encode(errors="replace").decode()  # Lone surrogates are not UTF-8.
         text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         pairs.append(f'{name}="{text}"')
     return f"{{{','.join(pairs)}}}"
 
 
-def gauge(name: str, purpose: str, number: float) -> Metric:
-    return Metric(name, "gauge", purpose, [("", number)])
-
-
-def gauges(name: str, purpose: str, label: str, numbers: Mapping[str, float]) -> Metric:
-    """Return a gauge with one number for each value of a label."""
-    return Metric(name, "gauge", purpose, [(labels(**{label: value}), number) for value, number in numbers.items()])
-
-
-def counter(name: str, purpose: str, number: float) -> Metric:
-    return Metric(name, "counter", purpose, [("_total", number)])
-
-
-def counters(name: str, purpose: str, label: str, numbers: Mapping[str, float]) -> Metric:
-    """Return a counter with one number for each value of a label."""
-    samples = [("_total" + labels(**{label: value}), number) for value, number in numbers.items()]
-    return Metric(name, "counter", purpose, samples)
-
-
-def histogram(name: str, purpose: str, observed: Histogram) -> Metric:
-    totals = list(itertools.accumulate(observed.counts))
-    bounds = [*map(repr, SECONDS), "+Inf"]
-    buckets = [(f'_bucket{{le="{bound}"}}', total) for bound, total in zip(bounds, totals, strict=True)]
-    return Metric(name, "histogram", purpose, [*buckets, ("_count", totals[-1]), ("_sum", observed.sum_s)])
-
-
 def exposition(metrics: Iterable[Metric], *, is_openmetrics: bool) -> str:
     """Return the text of some metrics. The two formats differ in how counters are announced, and in the end."""
     lines = []
-    for name, kind, purpose, samples in metrics:
-        announced = f"{name}_total" if kind == "counter" and not is_openmetrics else name
-        lines += [f"# HELP {announced} {purpose}", f"# TYPE {announced} {kind}"]
-        lines += [f"{name}{rest} {number:.12g}" for rest, number in samples]
+    for metric in metrics:
+        announced = f"{metric.name}_total" if metric.kind == "counter" and not is_openmetrics else metric.name
+        lines += [f"# HELP {announced} {metric.purpose}", f"# TYPE {announced} {metric.kind}"]
+        lines += [f"{metric.name}{rest} {number:.12g}" for rest, number in samples(metric)]
     return "\n".join([*lines, *(["# EOF"] if is_openmetrics else []), ""])
 
 
@@ -8456,71 +8464,59 @@ def wants_openmetrics(request: Any) -> bool:
 def hub_metrics(local_hub: LocalHub) -> list[Metric]:
     """Return the metrics of the hub of one namespace, in labels of its own words but for the names of capabilities."""
     hub, tasks, directory = local_hub.hub, local_hub.hub.tasks, local_hub.hub.directory
-    summary = hub.summary()
-    ended = {(TaskState.COMPLETED, ""): tasks.totals[TaskState.COMPLETED], **tasks.codes}
-    by_end = [("_total" + labels(state=state.value, code=code), number) for (state, code), number in ended.items()]
-    reason, queues = readiness(hub), summary["queues"]
+    summary, reason = hub.summary(), readiness(hub)
+    queues = summary["queues"]
     unserved = {name: number for name, number in queues.items() if name not in directory.pools}
-    states = {state.value: number for state, number in directory.states.items()}
+    ended = {(TaskState.COMPLETED, ""): tasks.totals[TaskState.COMPLETED], **tasks.codes}
+    accepted, bytes_max = tasks.sequence - tasks.restored, hub.settings.records_bytes_max
+    by_capability = ("capability",)
     return [
-        Metric("agenthub_info", "gauge", "1, with the version.", [(labels(version=__version__), 1)]),
-        Metric("agenthub_ready", "gauge", "1 if new tasks are accepted.", [(labels(reason=reason), reason == "ok")]),
-        gauge("agenthub_uptime_seconds", "Seconds since the start.", summary["uptime_s"]),
-        gauges("agenthub_agents", "Agents that are known, by state.", "state", states),
-        gauge("agenthub_connections", "Connections of agents and observers.", summary["connections"]),
-        gauges("agenthub_tasks", "Tasks whose record is kept, by state.", "state", summary["tasks"]),
-        counter("agenthub_tasks_accepted", "Tasks accepted.", tasks.sequence - tasks.restored),
-        Metric("agenthub_tasks_ended", "counter", "Tasks ended, by state and code.", by_end),
-        gauges("agenthub_queue_tasks", "Tasks that wait, of the longest queues.", "capability", queues),
-        gauges("agenthub_unserved_tasks", "Of these, tasks that no agent offers to do.", "capability", unserved),
-        gauges("agenthub_running_tasks", "Tasks in progress.", "capability", running_by_capability(directory)),
-        histogram("agenthub_task_wait_seconds", "From acceptance to the first assignment.", tasks.waited),
-        histogram("agenthub_task_run_seconds", "From the last assignment to the end.", tasks.ran),
-        counter("agenthub_messages_received", "Messages from clients.", local_hub.messages_in),
-        counter("agenthub_messages_sent", "Messages to clients.", local_hub.messages_out),
-        counters("agenthub_refused", "Messages refused, by code.", "code", summary["refused"]),
-        counters("agenthub_closed", "Connections that ended, by code.", "code", summary["closed"]),
-        gauge("agenthub_records_bytes", "Memory of all records, estimated.", summary["records_bytes"]),
-        gauge("agenthub_records_limit_bytes", "The limit of that.", hub.settings.records_bytes_max),
+        Metric("gauge", "agenthub_info", "1, with the version.", {__version__: 1}, ("version",)),
+        Metric("gauge", "agenthub_ready", "1 if new tasks are accepted.", {reason: reason == "ok"}, ("reason",)),
+        Metric("gauge", "agenthub_uptime_seconds", "Seconds since the start.", summary["uptime_s"]),
+        Metric("gauge", "agenthub_agents", "Agents that are known, by state.", directory.states, ("state",)),
+        Metric("gauge", "agenthub_connections", "Connections of agents and observers.", summary["connections"]),
+        Metric("gauge", "agenthub_tasks", "Tasks whose record is kept, by state.", summary["tasks"], ("state",)),
+        Metric("counter", "agenthub_tasks_accepted", "Tasks accepted.", accepted),
+        Metric("counter", "agenthub_tasks_ended", "Tasks ended, by state and code.", ended, ("state", "code")),
+        Metric("gauge", "agenthub_queue_tasks", "Tasks that wait, of the longest queues.", queues, by_capability),
+        Metric("gauge", "agenthub_unserved_tasks", "Of these, tasks no agent offers to do.", unserved, by_capability),
+        Metric("gauge", "agenthub_running_tasks", "Tasks in progress.", tasks.most_running(), by_capability),
+        Metric("histogram", "agenthub_task_wait_seconds", "From acceptance to the first assignment.", tasks.waited),
+        Metric("histogram", "agenthub_task_run_seconds", "From the last assignment to the end.", tasks.ran),
+        Metric("counter", "agenthub_messages_received", "Messages from clients.", local_hub.messages_in),
+        Metric("counter", "agenthub_messages_sent", "Messages to clients.", local_hub.messages_out),
+        Metric("counter", "agenthub_refused", "Messages refused, by code.", summary["refused"], ("code",)),
+        Metric("counter", "agenthub_closed", "Connections that ended, by code.", summary["closed"], ("code",)),
+        Metric("gauge", "agenthub_records_bytes", "Memory of all records, estimated.", summary["records_bytes"]),
+        Metric("gauge", "agenthub_records_limit_bytes", "The limit of that.", bytes_max),
         *(journal_metrics(local_hub.commit) if local_hub.commit is not None else ()),
     ]
 
 
 def journal_metrics(commit: GroupCommit) -> list[Metric]:
     return [
-        histogram("agenthub_journal_commit_seconds", "Writes to the journal.", commit.commits),
-        counter("agenthub_journal_failures", "Writes to the journal that failed, and were repeated.", commit.failures),
-        gauge("agenthub_journal_held_messages", "Messages that wait for a write.", len(commit.held)),
+        Metric("histogram", "agenthub_journal_commit_seconds", "Writes to the journal.", commit.commits),
+        Metric("counter", "agenthub_journal_failures", "Writes that failed, and were repeated.", commit.failures),
+        Metric("gauge", "agenthub_journal_held_messages", "Messages that wait for a write.", len(commit.held)),
     ]
-
-
-def running_by_capability(directory: Directory) -> dict[str, int]:
-    """Return how many tasks are in progress, for the capabilities with most of them.
-
-    They are counted only when somebody asks, among at most QUEUES_SCANNED_MAX tasks, because each task would pay for
-    a count of its own.
-    """
-    busy = (agent.running.values() for agent in directory.agents.values() if agent.running)
-    tasks = itertools.chain.from_iterable(busy)
-    names = map(operator.attrgetter("request.capability"), itertools.islice(tasks, QUEUES_SCANNED_MAX))
-    counted = collections.Counter(names)
-    del counted[None]  # Those that name an agent only.
-    return dict(counted.most_common(LONGEST_QUEUES))
 
 
 def process_metrics() -> list[Metric]:
     """Return the metrics of this process, under the names that Prometheus' own libraries use."""
     metrics = [
-        counter("process_cpu_seconds", "CPU seconds of this process, user and system.", time.process_time()),
-        gauge("process_start_time_seconds", "When this process started, in seconds of Unix time.", PROCESS_STARTED_AT),
+        Metric("counter", "process_cpu_seconds", "CPU seconds, user and system.", time.process_time()),
+        Metric("gauge", "process_start_time_seconds", "When it started, in Unix time.", PROCESS_STARTED_AT),
     ]
     if (limit := descriptors_max()) < math.inf:
-        metrics.append(gauge("process_max_fds", "File descriptors that this process may have.", limit))
+        metrics.append(Metric("gauge", "process_max_fds", "File descriptors that it may have.", limit))
     with contextlib.suppress(OSError):  # Only Linux has /proc.
-        metrics.append(gauge("process_open_fds", "File descriptors in use.", len(os.listdir("/proc/self/fd"))))
-        with open("/proc/self/statm", "rb") as statm:
+        # Linux 6.2 and newer count them in the size of the folder. Listing it takes time in proportion to them.
+        descriptors = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))
+        metrics.append(Metric("gauge", "process_open_fds", "File descriptors in use.", descriptors))
+        with open("/proc/self/statm", "rb", buffering=0) as statm:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        metrics.append(gauge("process_resident_memory_bytes", "Resident memory in bytes.", resident))
+        metrics.append(Metric("gauge", "process_resident_memory_bytes", "Resident memory in bytes.", resident))
     return metrics
 
 
@@ -9248,18 +9244,19 @@ class HubServer(LocalHub):
 
     def metrics(self) -> list[Metric]:
         """Return the metrics that the namespaces of this server share."""
-        traffic = self.turns.traffic
+        traffic, lag_s, rejected = self.turns.traffic, self._loop_lag.worst_s, self.authenticator.rejected
         return [
-            counter("agenthub_bytes_received", "Bytes from connections, without TLS.", traffic.bytes_in),
-            counter("agenthub_bytes_sent", "Bytes to WebSocket connections, without TLS.", traffic.bytes_out),
-            counter(
+            Metric("counter", "agenthub_bytes_received", "Bytes from connections, without TLS.", traffic.bytes_in),
+            Metric("counter", "agenthub_bytes_sent", "Bytes to WebSockets, without TLS.", traffic.bytes_out),
+            Metric(
+                "counter",
                 "agenthub_rate_limited_seconds",
                 "Seconds that connections over their rate were not read from.",
                 traffic.rate_limited_s,
             ),
-            counters("agenthub_rejected", "Connections and tokens rejected.", "reason", self.authenticator.rejected),
-            gauge("agenthub_sockets", "Open sockets.", len(self.sockets)),
-            gauge("agenthub_loop_lag_seconds", "Worst lag of the event loop in half a minute.", self._loop_lag.worst_s),
+            Metric("counter", "agenthub_rejected", "Connections and tokens rejected.", rejected, ("reason",)),
+            Metric("gauge", "agenthub_sockets", "Open sockets.", len(self.sockets)),
+            Metric("gauge", "agenthub_loop_lag_seconds", "Worst lag of the event loop in half a minute.", lag_s),
         ]
 
 

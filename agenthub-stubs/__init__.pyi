@@ -81,8 +81,8 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6430",
-    "CommandProtocol@13358",
+    "DaemonExecutor@6449",
+    "CommandProtocol@13355",
 ]
 
 class Code(enum.StrEnum):
@@ -1117,6 +1117,7 @@ class TaskTable:
     undelivered: dict[str, TaskRecord]
     counts: Incomplete
     totals: Incomplete
+    running: Incomplete
     codes: dict[tuple[TaskState, str], int]
     restored: int
     waited: Incomplete
@@ -1164,6 +1165,8 @@ class TaskTable:
     def list_open(self, task: TaskRecord) -> None: ...
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state."""
+    def most_running(self) -> dict[str, int]:
+        """Return how many tasks are in progress, for the capabilities with most of them."""
     def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
         """Keep the question of a task's assignee instead of the one before, unless that was sent again."""
     def answer(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
@@ -1944,12 +1947,13 @@ class GroupCommit:
         """Check now whether the journal's file is in its place."""
 
 class Metric(NamedTuple):
-    """A family of samples: of each the rest of its name, with its labels, and its value."""
+    """A family of samples: one number, one for each combination of values of its labels, or a histogram."""
 
-    name: str
     kind: str
+    name: str
     purpose: str
-    samples: Collection[tuple[str, float]]
+    numbers: float | Mapping[Any, float] | Histogram
+    labels: tuple[str, ...] = ...
 
 class LoopLag:
     """Measures how late the timers of the loop are: that is how long a message waits at worst before it is read."""

@@ -327,10 +327,10 @@ def remembered(holder: Any) -> dict[str, Any]:
     for name, value in vars(holder).items():
         if name in NOT_REMEMBERED or isinstance(value, str):
             continue
-        if hasattr(value, "__len__"):
-            found |= {name: value} if len(value) else {}
-        elif type(value).__module__ == Hub.__module__:
+        if type(value).__module__ == Hub.__module__ and hasattr(value, "__dict__"):
             found |= remembered(value)
+        elif hasattr(value, "__len__"):
+            found |= {name: value} if len(value) else {}
         elif name.endswith("bytes") and value:
             found[name] = value
     return found
