@@ -700,7 +700,8 @@ async def test_cancelled_delegate_task_cancels_the_task(bridge: mcp.Client, url:
     before = {task["task_id"] for task in await listed(bridge, limit=1000)}
     call = asyncio.create_task(bridge.call_tool("delegate_task", {"capability": "slow"}))
     (task,) = await eventually(
-        lambda: listed(bridge, limit=1), lambda tasks: tasks[0]["task_id"] not in before and tasks[0]["agent_id"]
+        lambda: listed(bridge, limit=1),
+        lambda tasks: tasks and tasks[0]["task_id"] not in before and tasks[0]["agent_id"],
     )
     await cancelled(call)
     report = await eventually(lambda: state_of(bridge, task["task_id"]), lambda task: task["state"] == "failed")
