@@ -401,6 +401,27 @@ async def test_queries_ask_for_metrics_and_labels_that_there_are(tmp_path: Path)
         assert asked <= names, purpose
 
 
+def test_grafana_s_own_types_know_every_field_of_the_dashboard() -> None:
+    dashboard = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins")
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
+    plugins.register_default_plugins()
+    written = json.loads((DEPLOY / "grafana.json").read_text())
+    read = dashboard.Dashboard.from_json(json.loads((DEPLOY / "grafana.json").read_text()))
+    assert {type(target).__module__.rpartition(".")[2] for panel in read.panels for target in panel.targets} == {
+        "prometheus"
+    }
+    assert fields_of(written) <= fields_of(json.loads(json.dumps(read, cls=encoder.JSONEncoder)))
+
+
+def fields_of(value: Any, path: str = "") -> set[tuple[str, Any]]:
+    """Return all numbers, texts and empty containers in a JSON value, each with its path."""
+    if not isinstance(value, dict | list) or not value:
+        return {(path, repr(value))}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return set().union(*(fields_of(part, f"{path}/{name}") for name, part in parts))
+
+
 def test_the_dashboard_has_a_place_and_a_number_of_its_own_for_each_panel() -> None:
     board = json.loads((DEPLOY / "grafana.json").read_text())
     panels = board["panels"]
