@@ -14276,8 +14276,8 @@ main, dialog { --ink: var(--dim); } .in_progress, .busy { --ink: var(--blue); }
 * { box-sizing: border-box; --tint: color-mix(in srgb, var(--ink) 14%, transparent); }
 [hidden], #facts thead { display: none !important; } #tiles small { display: block; min-height: 1.45em; }
 body { margin: 0 auto; padding: 1rem 1.5rem 3rem; max-width: 90rem; background: var(--back); color: var(--text);
-  font: 14px/1.45 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
-h1, h2, h3 { margin: 0 auto .4rem 0; font-size: 1.05rem; } h1 { margin: 0; } h3 { margin-top: 1.2rem; }
+  font: 14px/1.45 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere; } h1, h2, h3 { margin: 0 auto .4rem 0; font-size: 1.05rem; } h1 { margin: 0; }
 small, thead, #about, #facts th, tbody:empty { margin: 0; color: var(--dim); font-weight: 400; font-size: 12.5px; }
 a { color: var(--blue); text-decoration: none; } a:hover { text-decoration: underline; } th a { font-weight: 600; }
 input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--dim);
@@ -14291,8 +14291,8 @@ svg { position: absolute; inset: auto -1px -1px; width: calc(100% + 2px); height
 polygon { fill: var(--tint); } .scroll { overflow: auto; max-height: 27rem; } #facts th { width: 9rem; }
 table { width: 100%; border-collapse: collapse; } thead th { position: sticky; top: 0; background: var(--card); }
 th, td { padding: .35rem .8rem .35rem 0; text-align: left; vertical-align: top; font-weight: 400; min-width: 3.5rem;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; white-space: pre-line; }
-tbody tr:last-child > * { border-bottom: 0; } tbody:empty::after { content: attr(data-empty); line-height: 3; }
+  border-bottom: 1px solid var(--line); white-space: pre-line; } tbody tr:last-child > * { border-bottom: 0; }
+tbody:empty::after { content: attr(data-empty); line-height: 3; } h3 { margin-top: 1.2rem; }
 tr > * > * { display: block; width: fit-content; unicode-bidi: isolate; } tr a { min-width: 6rem; }
 .number { text-align: right; } .number > * { margin-left: auto; } .number, .short, .badge { white-space: nowrap; }
 .badge { padding: 0 .5rem; border-radius: 99px; font-weight: 600; color: var(--ink); background: var(--tint); }
@@ -14473,9 +14473,9 @@ async function refresh() {
   put($('h-tasks').lastChild, `${found.length}${among}${tasks.length < all ? ` of ${count(all)}` : ''}`);
   show('tasks', found.map(one => [one.task_id, task(one), state(one), agent(one), link('agent', one.requester),
     attempt(one), time(one.age_s), one.ttl ? time(one.ttl) : '']));
-  const [, kind, id] = /^#(task|agent)\/([\w.:-]{1,128})$/.exec(location.hash) ?? [], dialog = $('detail');
+  const {hash} = location, [, kind, id] = /^#(task|agent)\/([\w.:-]{1,128})$/.exec(hash) ?? [], dialog = $('detail');
   if (kind) await (kind === 'task' ? showTask : showAgent)(id, recent.tasks, agents); else dialog.close();
-  if (kind && !dialog.open) dialog.showModal();
+  if (kind && !dialog.open && hash === location.hash) dialog.showModal();  // It may have been closed meanwhile.
 }
 function showFacts(kind, title, facts) {
   put($('subject'), title);

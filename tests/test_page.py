@@ -218,6 +218,35 @@ async def test_names_that_agents_choose_are_shown_as_text_only() -> None:
 
 
 @pytest.mark.long
+async def test_dialog_that_is_closed_during_a_refresh_stays_closed_and_is_no_wider_than_the_page() -> None:
+    name = "n" * 128
+    async with HubServer(port=0) as hub, Agent(name, url=hub.url) as one:
+        await one.submit(name, wait=True)
+        async with opened(hub.url, viewport={"width": 400, "height": 800}) as page:
+            for row in ("#agents a", "#tasks th a"):
+                await page.locator(row).first.click()
+                await shown(page, "#subject", name)
+                assert await page.evaluate(
+                    "[...document.querySelectorAll('#detail, #subject')].every(one => "
+                    "one.scrollWidth <= one.clientWidth)"
+                )
+                if row == "#agents a":
+                    await page.keyboard.press("Escape")
+                    await until(page, "!$('detail').open && !location.hash")
+            await page.evaluate("openings = 0, $('detail').showModal = () => { openings++; }, 0")
+            await page.evaluate(
+                "send = socket.send.bind(socket), release = undefined,"
+                "socket.send = text => { text.includes('task_id') ? release = () => send(text) : send(text); }, 0"
+            )
+            await until(page, "release !== undefined")
+            await page.keyboard.press("Escape")
+            await until(page, "!$('detail').open && !location.hash")
+            rounds = await page.evaluate("release(), serial")
+            await until(page, f"serial > {rounds + 3}")
+            assert await page.evaluate("openings") == 0
+
+
+@pytest.mark.long
 async def test_page_says_when_the_hub_is_gone_and_comes_back_by_itself() -> None:
     async with HubServer(port=0) as hub:
         port = hub.port
