@@ -1796,8 +1796,13 @@ def outside_strings(raw: bytes) -> bytes:
 def may_hold_large_number(raw: bytes) -> bool:
     """Return whether some JSON may hold an integer beyond 64 bits or a number like 1e999; False is certain.
 
-    Those have 19 digits in a row, or an exponent of three.
+    The shape of one is often in a string: one in nine random ids of eight hexadecimal digits has it.
     """
+    return has_shape_of_large_number(raw) and has_shape_of_large_number(outside_strings(without_escapes(raw)))
+
+
+def has_shape_of_large_number(raw: bytes) -> bool:
+    """Return whether there are 19 digits in a row, or an exponent of three."""
     shapes = raw.translate(NUMBER_SHAPES)
     if b"0e000" in shapes:
         return True

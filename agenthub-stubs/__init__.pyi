@@ -81,8 +81,8 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6449",
-    "CommandProtocol@13355",
+    "DaemonExecutor@6454",
+    "CommandProtocol@13360",
 ]
 
 class Code(enum.StrEnum):

@@ -481,6 +481,14 @@ def test_integers_of_64_bits_are_taken_and_larger_ones_refused() -> None:
     assert refusal(raw=with_number("register", "metadata.a", "1" * 4097)).message.startswith("metadata: ")
 
 
+def test_shape_of_a_large_number_in_a_string_needs_no_slower_parser() -> None:
+    for text in ("requester-ab4e929c", "1e999", "12345678901234567890", 'a quote " and 1e999', "a backslash \\"):
+        inside = json.dumps({"task_id": text, "ttl": 5}).encode()
+        assert not agenthub.may_hold_large_number(inside)
+        assert agenthub.may_hold_large_number(inside.replace(b"5", b"1e999"))
+        assert agenthub.may_hold_large_number(inside.replace(b"5", b"12345678901234567890"))
+
+
 # Numbers and depth, which show in the bytes of a message: nothing is walked unless they look suspicious.
 
 AROUND = [*range(100), {"a": 1.5, "b": "c"}]  # Many short values: looking at the bytes is faster than a walk.
