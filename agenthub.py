@@ -375,6 +375,7 @@ class CloseCode(enum.IntEnum):
     GOING_AWAY = 1001
     NOT_ALLOWED = 1008
     TOO_BIG = 1009
+    TRY_LATER = 1013  # All connections together have too much unfinished input, and its address has most of that.
     REPLACED = 4000  # A newer connection resumed the session.
     SILENT = 4001  # No message for three heartbeat intervals, or no first message in time.
     NOT_READING = 4002  # A slow consumer: its backlog exceeds the limit.
@@ -5322,6 +5323,7 @@ PAUSE_MIN_S = 0.02  # Of the rate limit: pausing after each message would cost m
 PAUSE_MAX_S = 10.0  # Of the rate limit: well below the silence after which a connection is closed.
 HANDSHAKE_COST = 2
 READ_BYTES = 65_536  # Cost 1 to read and decrypt.
+INPUT_BYTES_MAX = 268_435_456  # Of unfinished messages, of all connections together.
 SOCKET_READ_COST = 4  # Of the socket of a connection that has had its turn, which the loop reads next: 256 KiB.
 FRAME_COST = 0.25  # Of a ping or a fragment; a plain message costs 1.
 CPU_COUNTED_BYTES = 4096  # From this size on the CPU time of a message is measured; smaller ones cost about the same.
@@ -5550,6 +5552,43 @@ class Traffic:
         self.rate_limited_s = 0.0  # That connections were not read from, because they had used up their rate.
 
 
+class InputBudget:
+    """Limits what all connections of a server keep of messages that are not complete, or that wait to be handled.
+
+    Only connections that keep more than READ_BYTES count. Beyond the limit, of the address that keeps most the
+    connection that has done so for longest is closed, as its message is the least likely to be completed.
+    """
+
+    __slots__ = ("_bytes_max", "_kept", "total")
+
+    def __init__(self, message_bytes_max: int) -> None:
+        self._bytes_max = max(INPUT_BYTES_MAX, 4 * message_bytes_max)
+        self._kept: dict[ServerLink, int] = {}  # The longest first.
+        self.total = 0
+
+    def keep(self, link: ServerLink, size: int) -> None:
+        """Count that a connection keeps so many bytes of input now."""
+        if size > READ_BYTES:
+            self.total += size - self._kept.get(link, 0)
+            self._kept[link] = size
+            while self.total > self._bytes_max:
+                victim = self._victim()
+                self.release(victim)
+                victim.close_unfinished()
+        elif link in self._kept:
+            self.release(link)
+
+    def release(self, link: ServerLink) -> None:
+        self.total -= self._kept.pop(link, 0)
+
+    def _victim(self) -> ServerLink:
+        kept: collections.Counter[str] = collections.Counter()
+        for link, size in self._kept.items():
+            kept[link.address] += size
+        (most, _), *_ = kept.most_common(1)
+        return next(link for link in self._kept if link.address == most)
+
+
 class Turns:
     """Decides whose input is handled next when there is more than one turn of the loop should take.
 
@@ -5560,11 +5599,12 @@ class Turns:
     were handled at the same time. All connections of one address, and those of one token, have the share of one.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, message_bytes_max: int = MESSAGE_BYTES_MAX) -> None:
         self.left: float = TURN_COST  # Until connections wait; of a connection that has waited, its quantum.
         self.addresses: dict[str, int] = {}  # How many connections each address has,
         self.grants: dict[str, int] = {}  # ... and how many use a token, by its name.
         self.traffic = Traffic()
+        self.input_budget = InputBudget(message_bytes_max)
         self._is_armed = False
         self._loop = loop
         self._waiting: list[tuple[float, int, Callable[[], None]]] = []  # A heap: the finish times come first.
@@ -5897,6 +5937,7 @@ class ServerLink(WebSocketLink):
         self._postponed: collections.deque[Any] | None = None  # To be sent when it is not backlogged any more;
         self._postponed_bytes = 0  # the size of those that are encoded.
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._keeps_input = False  # It counts in the budget of input.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -5908,6 +5949,7 @@ class ServerLink(WebSocketLink):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
         self._on_gone(self)
+        self.turns.input_budget.release(self)
         super().connection_lost(error)
 
     @property
@@ -5966,14 +6008,34 @@ class ServerLink(WebSocketLink):
         self.turns.left -= len(data) / READ_BYTES
         self.traffic.bytes_in += len(data)
         if self.pause_reasons:
+            self._count_input()
             return
         if self.turns.left <= 0 and not self.protocol.is_open:  # A handshake costs more than a message.
             self._end_turn()
         else:
             self._read()
+            self._count_input()
             self._check_turn()  # An unfinished message has cost the time to read it.
         if self.turns.is_crowded and self._is_flush_scheduled:
             self._flush()  # At the end of this turn of the loop it would wait for all that others have sent.
+
+    def resume_reading(self, reason: str) -> None:
+        super().resume_reading(reason)
+        self._count_input()
+
+    def _count_input(self) -> None:
+        kept_bytes = self.protocol.kept_bytes
+        if kept_bytes > READ_BYTES or self._keeps_input:
+            self._keeps_input = kept_bytes > READ_BYTES
+            self.turns.input_budget.keep(self, kept_bytes)
+
+    def close_unfinished(self) -> None:
+        """Close a connection whose input takes the memory of others."""
+        reason = "too much unfinished input; retry later"
+        self.protocol.fail(CloseCode.TRY_LATER, reason)
+        if not self._is_closing:
+            self._report_closed(CloseCode.TRY_LATER, reason)
+        self._process_output()
 
     def _end_turn(self) -> None:
         if PauseReason.TURN_OVER in self.pause_reasons:  # It waits already, and would be resumed twice.
@@ -6832,6 +6894,13 @@ class WebSocketProtocol:
     @property
     def unread_bytes(self) -> int:
         return len(self._buffer) - self.position
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes of messages are kept that are not complete, or were not asked for yet."""
+        if not self._buffer and self._fragments is None:  # As after most reads.
+            return 0
+        return self.unread_bytes + self._fragments_bytes
 
     def receive_data(self, data: bytes) -> None:
         """Keep bytes that came in, for `next_event`."""
@@ -8945,7 +9014,7 @@ class HubServer(LocalHub):
         self._check_stopped()
         names = self._allow_hosts | {self._name.lower()} | set(LOOPBACK_NAMES if is_loopback(self.host) else ())
         is_any_name = not is_loopback(self.host) and not self._allow_hosts
-        self.turns = Turns(asyncio.get_running_loop())
+        self.turns = Turns(asyncio.get_running_loop(), self.settings.message_bytes_max)
         self.authenticator = Authenticator(self.access, None if is_any_name else names, self._admit, self._served)
         self.authenticator.knows_own_pages = self.access is not None and not is_loopback(self.host)
         self.is_standby = has_lease(self.journal)

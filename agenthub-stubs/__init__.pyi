@@ -81,8 +81,8 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6454",
-    "CommandProtocol@13360",
+    "DaemonExecutor@6516",
+    "CommandProtocol@13429",
 ]
 
 class Code(enum.StrEnum):
@@ -172,6 +172,7 @@ class CloseCode(enum.IntEnum):
     GOING_AWAY = 1001
     NOT_ALLOWED = 1008
     TOO_BIG = 1009
+    TRY_LATER = 1013
     REPLACED = 4000
     SILENT = 4001
     NOT_READING = 4002
@@ -1441,6 +1442,19 @@ class Traffic:
     rate_limited_s: float
     def __init__(self) -> None: ...
 
+class InputBudget:
+    """Limits what all connections of a server keep of messages that are not complete, or that wait to be handled.
+
+    Only connections that keep more than READ_BYTES count. Beyond the limit, of the address that keeps most the
+    connection that has done so for longest is closed, as its message is the least likely to be completed.
+    """
+
+    total: int
+    def __init__(self, message_bytes_max: int) -> None: ...
+    def keep(self, link: ServerLink, size: int) -> None:
+        """Count that a connection keeps so many bytes of input now."""
+    def release(self, link: ServerLink) -> None: ...
+
 class Turns:
     """Decides whose input is handled next when there is more than one turn of the loop should take.
 
@@ -1455,7 +1469,8 @@ class Turns:
     addresses: dict[str, int]
     grants: dict[str, int]
     traffic: Incomplete
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    input_budget: Incomplete
+    def __init__(self, loop: asyncio.AbstractEventLoop, message_bytes_max: int = ...) -> None: ...
     @property
     def is_crowded(self) -> bool:
         """Whether connections wait, so that the next turn of the loop takes long."""
@@ -1534,6 +1549,9 @@ class ServerLink(WebSocketLink):
     def charge(self, cost: float) -> None: ...
     def waits(self, cost: float, handle: Callable[[], None]) -> bool: ...
     def data_received(self, data: bytes) -> None: ...
+    def resume_reading(self, reason: str) -> None: ...
+    def close_unfinished(self) -> None:
+        """Close a connection whose input takes the memory of others."""
     is_backlogged: bool
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
@@ -1710,6 +1728,9 @@ class WebSocketProtocol:
         """Accept no larger messages from now on."""
     @property
     def unread_bytes(self) -> int: ...
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes of messages are kept that are not complete, or were not asked for yet."""
     def receive_data(self, data: bytes) -> None:
         """Keep bytes that came in, for `next_event`."""
     def next_event(self) -> Event | None:

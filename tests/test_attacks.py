@@ -43,8 +43,8 @@ from agenthub import (
     hash_of,
 )
 from tests.harness import changes_of
-from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, HANDSHAKE, PING, Peer, frame
-from tests.support import WAIT_S, agenthub_main, client_link, raw_client
+from tests.raw_websocket import BINARY, CLOSE, CONTINUATION, HANDSHAKE, PING, TEXT, Peer, frame
+from tests.support import WAIT_S, RawClient, agenthub_main, client_link, raw_client
 from tests.test_cli import ran
 from tests.test_security import (
     AUTHORITY,
@@ -292,6 +292,52 @@ async def test_bytes_of_unfinished_messages_use_up_a_turn_too() -> None:
     rationed.link.data_received(raw[agenthub.READ_BYTES :])
     rationed.clock.run_soon()
     assert rationed.count == 1
+
+
+@pytest.mark.parametrize("is_fragmented", [False, True])
+async def test_unfinished_messages_are_limited_together_and_the_address_with_most_pays(
+    is_fragmented: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "INPUT_BYTES_MAX", 0)  # So it is four messages.
+    text = (STATUS + " " * 190_000).encode()
+    whole = (
+        frame(text[:130_000], TEXT, fin=False) + frame(text[130_000:], CONTINUATION) if is_fragmented else frame(text)
+    )
+    settings = HubSettings(message_bytes_max=200_000)
+    async with HubServer(settings, port=0) as hub, contextlib.AsyncExitStack() as stack:
+
+        async def begun(address: str) -> RawClient:
+            client = await stack.enter_async_context(raw_client(hub.url, local_addr=(address, 0)))
+            before = hub.turns.traffic.bytes_in
+            client.connection.transport.write(whole[:145_000])
+            await until(lambda: hub.turns.traffic.bytes_in >= before + 145_000)
+            return client
+
+        other = await begun("127.0.0.2")
+        crowd = [await begun("127.0.0.1") for _ in range(12)]
+        for client in crowd[:8]:
+            assert await client.closed() == 1013
+        for client in (other, *crowd[8:]):
+            client.connection.transport.write(whole[145_000:])
+            assert (await client.receive())["type"] == "status"
+        assert hub.turns.input_budget.total == 0
+        last = await begun("127.0.0.1")
+        assert hub.turns.input_budget.total > 0
+        last.connection.transport.abort()
+        await until(lambda: hub.turns.input_budget.total == 0)
+
+
+async def test_input_that_waits_for_its_turn_counts_until_it_is_handled() -> None:
+    rationed = Rationed(0)
+    budget = rationed.link.turns.input_budget
+    rationed.link.pause_reading("test")
+    raw = frame(HEARTBEAT + b" " * 100_000) * 3
+    rationed.link.data_received(raw)
+    assert budget.total == len(raw)
+    rationed.link.resume_reading("test")
+    rationed.clock.run_soon()
+    assert rationed.count == 3
+    assert budget.total == 0
 
 
 async def test_sockets_of_connections_that_have_had_their_turn_are_not_all_read_at_once() -> None:
