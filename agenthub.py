@@ -1797,14 +1797,13 @@ def outside_strings(raw: bytes) -> bytes:
 def may_hold_large_number(raw: bytes) -> bool:
     """Return whether some JSON may hold an integer beyond 64 bits or a number like 1e999; False is certain.
 
-    The shape of one is often in a string: one in nine random ids of eight hexadecimal digits has it.
+    Those have 19 digits in a row, or an exponent of three. Many strings have too: one in nine random ids of eight
+    hexadecimal digits.
     """
-    return has_shape_of_large_number(raw) and has_shape_of_large_number(outside_strings(without_escapes(raw)))
-
-
-def has_shape_of_large_number(raw: bytes) -> bool:
-    """Return whether there are 19 digits in a row, or an exponent of three."""
     shapes = raw.translate(NUMBER_SHAPES)
+    if b"0e000" not in shapes and b"0" * 19 not in shapes:
+        return False
+    shapes = outside_strings(without_escapes(raw)).translate(NUMBER_SHAPES)
     if b"0e000" in shapes:
         return True
     return b"0" * 19 in shapes and (b"0" * 20 in shapes or b"-" + b"0" * 19 in shapes)
@@ -2463,6 +2462,11 @@ Effect = tuple[Any, HubOutput | Close]
 LifeStep = tuple[str, str, int, float]
 
 
+def last_begun_s(steps: tuple[LifeStep, ...]) -> float:
+    """Return when the last attempt began, or the first of its steps that are kept was."""
+    return next((step[3] for step in reversed(steps) if step[0] == ASSIGNED), steps[0][3] if steps else 0.0)
+
+
 @record
 class Talk:
     """A question of a task's worker, and its answer (None: not yet). A repeated one has the same `message_id`."""
@@ -2513,7 +2517,8 @@ class TaskRecord:
     pieces: int = 0  # Of its output, passed on so far.
     asked: int = 0  # Questions so far; counted on over all attempts.
     talk: Talk | None = None  # The last question of the present attempt.
-    steps: tuple[LifeStep, ...] = ()  # Between its acceptance and its end, the last STEPS_MAX.
+    begun_s: float = 0.0  # When its last attempt began, in seconds after its acceptance.
+    listed_steps: tuple[LifeStep, ...] | None = None  # None while its first assignment is all that has happened.
 
     @property
     def queue_key(self) -> tuple[int, int]:
@@ -2577,16 +2582,19 @@ class TaskRecord:
 
     def add_step(self, event: str, agent: AgentRecord, now: float) -> None:
         """Note a step between its acceptance and its end, in which an agent had a part."""
+        steps = self.steps
         step = event, agent.agent_id, self.attempt, now - self.accepted_at
-        self.steps = (*self.steps[1:], step) if len(self.steps) == STEPS_MAX else (*self.steps, step)
+        self.listed_steps = (*steps[1:], step) if len(steps) == STEPS_MAX else (*steps, step)
 
-    def begun_s(self) -> float:
-        """Return how many seconds after its acceptance its last attempt began."""
-        event, _, _, at = self.steps[-1]
-        if event is ASSIGNED:
-            return at
-        # It has asked since; only the last STEPS_MAX steps are kept.
-        return next((step[3] for step in reversed(self.steps) if step[0] == ASSIGNED), self.steps[0][3])
+    @property
+    def steps(self) -> tuple[LifeStep, ...]:
+        """What has happened between its acceptance and its end, the last STEPS_MAX.
+
+        As most tasks are only assigned once, that is not listed until more happens.
+        """
+        if self.listed_steps is not None:
+            return self.listed_steps
+        return () if self.assignee is None else ((ASSIGNED, self.assignee.agent_id, 1, self.begun_s),)
 
     def history(self, now: float) -> list[TaskStep]:
         """Return its life so far: its acceptance, what happened then, and its end."""
@@ -3300,19 +3308,24 @@ class Directory:
         self._count_bytes(agent, 0)
         self.mark(agent, is_kept=False)
 
-    def update_load(self, agent: AgentRecord) -> None:
-        """List an agent in its pools under its present load."""
-        self._list(agent, len(agent.running) + agent.occupied if agent.is_available else None)
-
-    def unlist(self, agent: AgentRecord) -> None:
-        """Offer an agent no task until `update_load` is called."""
-        self._list(agent, None)
-
-    def _list(self, agent: AgentRecord, load: int | None) -> None:
-        if load != agent.load:
+    def update_load(self, agent: AgentRecord, *, is_listed: bool = True) -> None:
+        """List an agent in its pools under its present load; unless `is_listed`, it is offered no task until then."""
+        old, new = agent.load, len(agent.running) + agent.occupied if is_listed and agent.is_available else None
+        if new != old:
             for pool in agent.pools:
-                pool.move(agent, agent.load, load)
-            agent.load = load
+                pool.move(agent, old, new)
+            agent.load = new
+
+    def running_by_capability(self) -> dict[str, int]:
+        """Return how many tasks are in progress, for the capabilities with most of them, among QUEUES_SCANNED_MAX.
+
+        They are counted when somebody asks: a count that is kept would cost each task 0.8 µs.
+        """
+        tasks = itertools.chain.from_iterable(agent.running.values() for agent in self.agents.values())
+        names = map(operator.attrgetter("request.capability"), itertools.islice(tasks, QUEUES_SCANNED_MAX))
+        counted = collections.Counter(names)
+        del counted[None]  # Those that name an agent only.
+        return dict(counted.most_common(LONGEST_QUEUES))
 
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
         """Return an agent that can take a task now: the one to avoid only as a last choice.
@@ -3401,7 +3414,7 @@ class Directory:
         self.index.add_agent(agent)
 
     def _leave_pools(self, agent: AgentRecord) -> None:
-        self.unlist(agent)
+        self.update_load(agent, is_listed=False)
         for pool in agent.pools:
             del pool.members[agent.agent_id]
             if not pool.members:
@@ -3442,7 +3455,6 @@ class TaskTable:
         self.undelivered: dict[str, TaskRecord] = {}
         self.counts = dict.fromkeys(TaskState, 0)  # Of the records that are kept.
         self.totals = {state: 0 for state in TaskState if state in FINAL_STATES}  # Of all that have ended.
-        self.running = collections.defaultdict[str | None, int](int)  # In progress, by capability.
         self.codes: dict[tuple[TaskState, str], int] = {}  # Of those that did not succeed, by state and code.
         self.restored = 0  # The sequence of the last task that a journal has kept.
         self.waited = Histogram()  # From the acceptance of each task to its first assignment,
@@ -3592,7 +3604,8 @@ class TaskTable:
             is_journaled=True,
             asked=row.life.asked,
             talk=row.life.talk,
-            steps=row.life.steps,
+            begun_s=last_begun_s(row.life.steps),
+            listed_steps=row.life.steps,
         )
         if task.question is not None:
             task.requester.questions[task.task_id] = task
@@ -3607,8 +3620,6 @@ class TaskTable:
         self.bytes += task.bytes
         task.requester.held_bytes += task.bytes
         self.counts[task.state] += 1
-        if task.state is IN_PROGRESS:
-            self.running[task.request.capability] += 1
 
     def list_open(self, task: TaskRecord) -> None:
         self.open[task.task_id] = task.requester.requested[task.task_id] = task
@@ -3617,47 +3628,29 @@ class TaskTable:
             task.parent.children[task.task_id] = task
 
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
-        """Take one step of the table. Nothing else assigns a task's state."""
-        was, state = task.state, next_state(task.state, event)
+        """Take one step of the table. Nothing else assigns a task's state; `error` and `ended_at` are set before."""
+        state = next_state(task.state, event)
         counts = self.counts
-        counts[was] -= 1
+        counts[task.state] -= 1
         counts[state] += 1
         task.state = state
-        if state is IN_PROGRESS:
-            self.running[task.request.capability] += 1
-        elif was is IN_PROGRESS:
-            self._count_stopped(task)
         if state in FINAL_STATES:
             self.totals[state] += 1
-            self._measure_end(task)
+            if task.error is not None:
+                self._count_code(task, task.error)
+            if task.assignee is not None:
+                ran, ran_s = self.ran, task.ended_at - task.accepted_at - task.begun_s
+                bucket = 0 if ran_s <= SECONDS[0] else bisect_left(SECONDS, ran_s)
+                ran.counts[bucket] += 1  # As `add` does, without the call.
+                ran.sum_s += ran_s
             del self.open[task.task_id], task.requester.requested[task.task_id]
             if task.parent is not None and task.parent.children:
                 task.parent.children.pop(task.task_id, None)
         if self._is_journaled:
             self.changed[task] = True
 
-    def _count_stopped(self, task: TaskRecord) -> None:
-        self.running[task.request.capability] -= 1
-        if not self.running[task.request.capability]:
-            del self.running[task.request.capability]  # The names are the clients'.
-
-    def most_running(self) -> dict[str, int]:
-        """Return how many tasks are in progress, for the capabilities with most of them."""
-        named = ((number, name) for name, number in self.running.items() if name is not None)
-        return {name: number for number, name in heapq.nlargest(LONGEST_QUEUES, named)}
-
-    def _measure_end(self, task: TaskRecord) -> None:
-        """Count why a task has ended, and for how long its worker had it. Its `error` and `ended_at` are set."""
-        if task.error is not None:
-            code = task.error.code if task.error.code in KNOWN_CODES else "other"
-            key = task.state, code
-            self.codes[key] = self.codes.get(key, 0) + 1
-        if task.assignee is not None and task.steps:  # Old journals have no steps.
-            step = task.steps[-1]
-            ran_s = task.ended_at - task.accepted_at - (step[3] if step[0] is ASSIGNED else task.begun_s())
-            ran = self.ran
-            ran.counts[bisect_left(SECONDS, ran_s)] += 1  # As `add` does, without the call.
-            ran.sum_s += ran_s
+    def _count_code(self, task: TaskRecord, error: ErrorInfo) -> None:
+        count(self.codes, (task.state, error.code if error.code in KNOWN_CODES else "other"))
 
     def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
         """Keep the question of a task's assignee instead of the one before, unless that was sent again."""
@@ -3833,6 +3826,7 @@ class Hub:
         self._passed_on_max = settings.passed_on_max
         # An agent never runs more tasks than fit into the reply to its next `register`.
         self._running_max = max(1, self._passed_on_max // REF_BYTES)
+        self._is_logging_ends = is_logging_ends()
         self._refusals: dict[str, int] = {}  # How many, by code.
         self._closes: dict[str, int] = {}  # How many connections ended, by close code.
         self.connections: dict[Hashable, Connection] = {}
@@ -3913,6 +3907,7 @@ class Hub:
             self.deadlines.discard(due[1])
             self._on_deadline(due[1], self._now - due[0])
         if self._now >= self.next_sweep:
+            self._is_logging_ends = is_logging_ends()
             self._reap()
         return self._take_step()
 
@@ -4379,15 +4374,13 @@ class Hub:
         self.tasks.transition(task, ASSIGNED)
         task.attempt += 1
         task.assignee = agent
-        if task.steps:
+        begun_s = task.begun_s = self._now - task.accepted_at
+        if task.listed_steps is not None:
             task.add_step(ASSIGNED, agent, self._now)
-        else:  # As it does, without the call: this is used for every task.
-            waited_s = self._now - task.accepted_at
-            task.steps = ((ASSIGNED, agent.agent_id, 1, waited_s),)
-            if waited_s:
-                self.tasks.waited.add(waited_s)
-            else:  # As it does, without the call.
-                self.tasks.waited.counts[0] += 1
+        elif begun_s:
+            self.tasks.waited.add(begun_s)
+        else:  # As it does, without the call: this is used for most tasks.
+            self.tasks.waited.counts[0] += 1
         agent.running[task.task_id] = task
 
     def _hand_out(self, task: TaskRecord, agent: AgentRecord) -> None:
@@ -4404,7 +4397,7 @@ class Hub:
         while self.tasks.counts[PENDING] and agent.is_available:
             if self._steps_left <= 0:
                 self._deferred[agent.agent_id] = agent
-                self.directory.unlist(agent)  # New tasks must not overtake those that wait.
+                self.directory.update_load(agent, is_listed=False)  # New tasks must not overtake those that wait.
                 return
             self._steps_left -= 1
             task = self.pending.first_for(agent)
@@ -4497,7 +4490,7 @@ class Hub:
         if task.talk is not None:
             self.tasks.forget_talk(task)
         self.deadlines.discard(task)
-        if log_tasks.isEnabledFor(log_tasks.level or logging.DEBUG):
+        if self._is_logging_ends:
             log_ended(task)
         if task.assignee is not None:
             del task.assignee.running[task.task_id]
@@ -4551,7 +4544,7 @@ class Hub:
             self.tasks.keep_delivered(task)  # Nobody is left to deliver it to.
         else:
             self.tasks.keep_undelivered(task)
-        if self.tasks.records_bytes > self.tasks.bytes_max:
+        if self.tasks.bytes + self.directory.registrations_bytes > self.tasks.bytes_max:
             self.tasks.make_room(0, requester)
 
     def _reap(self) -> None:
@@ -4603,6 +4596,11 @@ EXPECTED_COSTS: dict[type, Callable[[Hub, Any], int]] = {
 }
 
 
+def is_logging_ends() -> bool:
+    """Return whether `log_ended` has an effect: looked up now and then, because that takes as long as a whole step."""
+    return log_tasks.isEnabledFor(log_tasks.level or logging.DEBUG)
+
+
 def log_ended(task: TaskRecord) -> None:
     """Log the end of a task: at the level of its logger, or at DEBUG if that has none of its own.
 
@@ -4610,7 +4608,7 @@ def log_ended(task: TaskRecord) -> None:
     """
     code = task.error.code if task.error is not None else None
     waited_s = task.steps[0][3] if task.steps else task.ended_at - task.accepted_at
-    ran_s = task.ended_at - task.accepted_at - task.begun_s() if task.steps else 0.0
+    ran_s = task.ended_at - task.accepted_at - task.begun_s if task.steps else 0.0
     log_tasks.log(
         log_tasks.level or logging.DEBUG,
         "ended task=%s state=%s code=%r capability=%r requester=%s agent=%s attempt=%d waited_s=%.3f ran_s=%.3f"
@@ -4706,7 +4704,7 @@ def deadlock_text(message: Delegate, cycle: list[str]) -> str:
     )
 
 
-def count(counts: dict[str, int], what: str) -> None:
+def count(counts: dict[Any, int], what: Any) -> None:
     counts[what] = counts.get(what, 0) + 1
 
 
@@ -5395,7 +5393,13 @@ class PauseReason(enum.StrEnum):
 
 
 class Link:
-    """What all links share: decoding for the owner, and calling its `closed` once."""
+    """What all links share: decoding for the owner, and calling its `closed` once.
+
+    The attributes that each message needs are slots, here and in `LocalHub`: instances with more than 30 attributes of
+    other kinds have slower ones (SHARED_KEYS_MAX_SIZE in CPython's Objects/dictobject.c).
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_decode", "_is_closing", "_is_reported", "_owner", "gone", "writable")
 
     address = ""  # The network address of the other end.
     grant: Any = None  # What the other end may do; None: everything.
@@ -5664,6 +5668,17 @@ class WebSocketLink(Link, AsyncioProtocol):
     What is sent in one turn of the loop goes out together, at its end or when it is more than OUT_BYTES_MAX, so the
     replies to the messages of a chunk share their writes.
     """
+
+    __slots__ = (
+        "_at_end",
+        "_is_flush_scheduled",
+        "_is_handling",
+        "_timer",
+        "loop",
+        "pause_reasons",
+        "protocol",
+        "transport",
+    )
 
     def __init__(self, protocol: WebSocketProtocol, owner: LinkOwner, decode: Callable[[bytes], Any]) -> None:
         super().__init__(owner, decode)
@@ -8542,6 +8557,7 @@ def hub_metrics(local_hub: LocalHub) -> list[Metric]:
     queues = summary["queues"]
     unserved = {name: number for name, number in queues.items() if name not in directory.pools}
     ended = {(TaskState.COMPLETED, ""): tasks.totals[TaskState.COMPLETED], **tasks.codes}
+    running = directory.running_by_capability()
     accepted, bytes_max = tasks.sequence - tasks.restored, hub.settings.records_bytes_max
     by_capability = ("capability",)
     return [
@@ -8555,7 +8571,7 @@ def hub_metrics(local_hub: LocalHub) -> list[Metric]:
         Metric("counter", "agenthub_tasks_ended", "Tasks ended, by state and code.", ended, ("state", "code")),
         Metric("gauge", "agenthub_queue_tasks", "Tasks that wait, of the longest queues.", queues, by_capability),
         Metric("gauge", "agenthub_unserved_tasks", "Of these, tasks no agent offers to do.", unserved, by_capability),
-        Metric("gauge", "agenthub_running_tasks", "Tasks in progress.", tasks.most_running(), by_capability),
+        Metric("gauge", "agenthub_running_tasks", "Tasks in progress.", running, by_capability),
         Metric("histogram", "agenthub_task_wait_seconds", "From acceptance to the first assignment.", tasks.waited),
         Metric("histogram", "agenthub_task_run_seconds", "From the last assignment to the end.", tasks.ran),
         Metric("counter", "agenthub_messages_received", "Messages from clients.", local_hub.messages_in),
@@ -8632,6 +8648,23 @@ class LocalHub:
     """
 
     settings: HubSettings
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_is_arming",
+        "_is_verbose",
+        "_loop",
+        "_timers",
+        "commit",
+        "hub",
+        "is_running",
+        "links",
+        "lost",
+        "messages_in",
+        "messages_out",
+        "settings",
+    )
+
     hub: Hub
     lost: asyncio.Future[None]
 

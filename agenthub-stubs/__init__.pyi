@@ -81,8 +81,8 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6516",
-    "CommandProtocol@13429",
+    "DaemonExecutor@6531",
+    "CommandProtocol@13462",
 ]
 
 class Code(enum.StrEnum):
@@ -792,7 +792,8 @@ class TaskRecord:
     pieces: int = ...
     asked: int = ...
     talk: Talk | None = ...
-    steps: tuple[LifeStep, ...] = ...
+    begun_s: float = ...
+    listed_steps: tuple[LifeStep, ...] | None = ...
     @property
     def queue_key(self) -> tuple[int, int]:
         """Where it stands among its requester's tasks: the higher priority first, then the order of acceptance."""
@@ -814,8 +815,12 @@ class TaskRecord:
         """Return the message that passes its progress, or a piece of its output, on to its requester."""
     def add_step(self, event: str, agent: AgentRecord, now: float) -> None:
         """Note a step between its acceptance and its end, in which an agent had a part."""
-    def begun_s(self) -> float:
-        """Return how many seconds after its acceptance its last attempt began."""
+    @property
+    def steps(self) -> tuple[LifeStep, ...]:
+        """What has happened between its acceptance and its end, the last STEPS_MAX.
+
+        As most tasks are only assigned once, that is not listed until more happens.
+        """
     def history(self, now: float) -> list[TaskStep]:
         """Return its life so far: its acceptance, what happened then, and its end."""
     @property
@@ -1073,10 +1078,13 @@ class Directory:
     def forget_unneeded(self) -> None:
         """Drop those that are gone and that nothing needs any more."""
     def forget(self, agent: AgentRecord) -> None: ...
-    def update_load(self, agent: AgentRecord) -> None:
-        """List an agent in its pools under its present load."""
-    def unlist(self, agent: AgentRecord) -> None:
-        """Offer an agent no task until `update_load` is called."""
+    def update_load(self, agent: AgentRecord, *, is_listed: bool = True) -> None:
+        """List an agent in its pools under its present load; unless `is_listed`, it is offered no task until then."""
+    def running_by_capability(self) -> dict[str, int]:
+        """Return how many tasks are in progress, for the capabilities with most of them, among QUEUES_SCANNED_MAX.
+
+        They are counted when somebody asks: a count that is kept would cost each task 0.8 µs.
+        """
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
         """Return an agent that can take a task now: the one to avoid only as a last choice.
 
@@ -1118,7 +1126,6 @@ class TaskTable:
     undelivered: dict[str, TaskRecord]
     counts: Incomplete
     totals: Incomplete
-    running: Incomplete
     codes: dict[tuple[TaskState, str], int]
     restored: int
     waited: Incomplete
@@ -1165,9 +1172,7 @@ class TaskTable:
         """
     def list_open(self, task: TaskRecord) -> None: ...
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
-        """Take one step of the table. Nothing else assigns a task's state."""
-    def most_running(self) -> dict[str, int]:
-        """Return how many tasks are in progress, for the capabilities with most of them."""
+        """Take one step of the table. Nothing else assigns a task's state; `error` and `ended_at` are set before."""
     def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
         """Keep the question of a task's assignee instead of the one before, unless that was sent again."""
     def answer(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
@@ -1377,7 +1382,11 @@ class PauseReason(enum.StrEnum):
     AUTH_BACKOFF = "auth backoff"
 
 class Link:
-    """What all links share: decoding for the owner, and calling its `closed` once."""
+    """What all links share: decoding for the owner, and calling its `closed` once.
+
+    The attributes that each message needs are slots, here and in `LocalHub`: instances with more than 30 attributes of
+    other kinds have slower ones (SHARED_KEYS_MAX_SIZE in CPython's Objects/dictobject.c).
+    """
 
     address: str
     grant: Any
