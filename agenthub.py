@@ -5309,6 +5309,7 @@ CLOSING_S = 2.0  # For a peer to answer a close, or to read what it was sent bef
 SLICE_BYTES = 16_384  # Handled from one connection before the others have their turn.
 # The cost of a message (see COST_BYTES) is an estimate of its CPU time: a plain one costs 1, and so do COST_S seconds.
 COST_S = 125e-6  # With the two limits below, CPU_SHARE of a second.
+PLAIN_COST = 0.4  # Of a turn. Nothing costs less than 1 of the rate, but a plain message takes less than COST_S.
 TURN_COST = 200  # What messages may cost together before connections wait for the loop's next turn,
 QUANTUM_COST = 8  # ... and those of one connection that has waited.
 OUT_BYTES_MAX = 2048  # Gathered in one turn of the loop before they are written, so that the peer can start on them.
@@ -5991,7 +5992,7 @@ class ServerLink(WebSocketLink):
 
     def charge(self, cost: float) -> None:
         turns = self.turns
-        turns.left -= cost
+        turns.left -= cost if cost > 1 else cost * PLAIN_COST
         if turns.left < 0:
             self._check_turn()
         if self._bucket.take(cost):

@@ -81,8 +81,8 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6531",
-    "CommandProtocol@13462",
+    "DaemonExecutor@6532",
+    "CommandProtocol@13463",
 ]
 
 class Code(enum.StrEnum):
