@@ -58,25 +58,25 @@ export type TaskOptions = {
     onQuestion?: (question: Question, handle: Handle) => any;
 };
 export type Delegation = [capability: string | null, input?: Json, options?: TaskOptions];
-/** @typedef {any} Json @typedef {{[field: string]: any}} Message @typedef {(input: any, task: Task) => any} Handler */
-/** @typedef {{text: string, schema?: Json, ask: number}} Question  `ask` counts the questions of a task from 1. */
-/** @typedef {{progress?: number | null, detail?: Json, piece?: Json, question?: Question, seq?: number}} TaskEvent */
-/** @typedef {{name: string, description?: string, input_schema?: Json, output_schema?: Json}} Capability */
-/** @typedef {{agent_id: string, name: string, description: string, running: number, max_tasks: number,
- *   metadata: Message, capabilities: Capability[], online_s?: number}} AgentInfo */
-/** @typedef {{url?: string, token?: string, description?: string, maxTasks?: number, metadata?: Message,
- *   agentId?: string, resume?: string, WebSocket?: any, log?: (text: string, error?: unknown) => void}} AgentOptions */
-/** @typedef {{ttl?: number, priority?: number, maxRetries?: number, wait?: boolean, agentId?: string, taskId?: string,
+/** @typedef {any} Json @typedef {{[field: string]: any}} Message @typedef {(input: any, task: Task) => any} Handler
+ * @typedef {{text: string, schema?: Json, ask: number}} Question  `ask` counts the questions of a task from 1.
+ * @typedef {{progress?: number | null, detail?: Json, piece?: Json, question?: Question, seq?: number}} TaskEvent
+ * @typedef {{name: string, description?: string, input_schema?: Json, output_schema?: Json}} Capability
+ * @typedef {{agent_id: string, name: string, description: string, running: number, max_tasks: number,
+ *   metadata: Message, capabilities: Capability[], online_s?: number}} AgentInfo
+ * @typedef {{url?: string, token?: string, description?: string, maxTasks?: number, metadata?: Message,
+ *   agentId?: string, resume?: string, WebSocket?: any, log?: (text: string, error?: unknown) => void}} AgentOptions
+ * @typedef {{ttl?: number, priority?: number, maxRetries?: number, wait?: boolean, agentId?: string, taskId?: string,
  *   parentId?: string, trace?: {[key: string]: string}, signal?: AbortSignal, answers?: boolean,
- *   onQuestion?: (question: Question, handle: Handle) => any}} TaskOptions  Times are in seconds. */
-/** @typedef {[capability: string | null, input?: Json, options?: TaskOptions]} Delegation  To a named worker: null. */
+ *   onQuestion?: (question: Question, handle: Handle) => any}} TaskOptions  Times are in seconds.
+ * @typedef {[capability: string | null, input?: Json, options?: TaskOptions]} Delegation  To a named worker: null. */
 /** The base of all errors of this module. `code` is stable, for programs; `message` is for people. */
 export declare class AgentHubError extends Error {
     code: string;
     taskId: string | undefined;
-    /** @type {number | undefined} */ closeCode: number | undefined;
-    /** @param {string} message @param {string} [code] @param {string} [taskId] */
-    constructor(message: string, code?: string, taskId?: string);
+    closeCode: number | undefined;
+    /** @param {string} message @param {string} [code] @param {string} [taskId] @param {number} [closeCode] */
+    constructor(message: string, code?: string, taskId?: string, closeCode?: number);
 }
 /** The hub rejected a request, which had no effect. */
 export declare class Refused extends AgentHubError {
@@ -90,38 +90,56 @@ export declare class TaskFailed extends AgentHubError {
 /** A task did not end within its time to live. */
 export declare class TaskTimeout extends TaskFailed {
 }
-/** What an agent keeps over all its sessions: its tasks, and its requests without a reply. @param {Message} options */
-declare function createCore({ name, description, maxTasks, metadata, urls, token, WebSocket, log, agentId, resume }: Message): {
-    /** @type {any} */ session: any;
-    /** @type {any} */ ended: any;
-    /** @type {string[]} */ features: string[];
-    identity: {
-        agent_id: any;
-        resume: any;
-    };
-    /** @type {Map<string, {offer: Message, handler: Handler}>} */ handlers: Map<string, {
-        offer: Message;
-        handler: Handler;
-    }>;
-    /** @type {Map<string, Handle>} */ handles: Map<string, Handle>;
-    /** @type {((message: Json, sender: string) => any) | null} */ onBroadcast: ((message: Json, sender: string) => any) | null;
-    maxBytes: number;
-    isLeaving: boolean;
-    started: any;
-    closed: any;
-    isBusy: () => boolean;
-    log: any;
-    run: () => Promise<void>;
-    end: (error: Error) => void;
-    announce: () => void;
-    request: (text: string | (() => string), repeats?: boolean, onReply?: (reply: Message) => void, session?: any) => Promise<Message>;
-};
-export type Core = ReturnType<typeof createCore>;
-/** @typedef {ReturnType<typeof createCore>} Core */
+/** A program on the hub: what it offers, and its way to delegate to others. It connects by `start`, or by its first
+ * request, and keeps trying without a hub. */
+export declare class Agent {
+    #private;
+    /** @type {string | undefined} */ agentId: string | undefined;
+    /** @type {string | undefined} */ resume: string | undefined;
+    /** Is called with each broadcast of others. @type {(message: Json, sender: string) => any} */ onBroadcast: (message: Json, sender: string) => any;
+    /** The end of the agent: resolves after `close`, rejects with what made another attempt to connect pointless.
+     * @type {Promise<void>} */ closed: Promise<void>;
+    /** @param {string} name For people; several agents may have the same. @param {AgentOptions} [options] */
+    constructor(name: string, { url, token, log, WebSocket, maxTasks, ...more }?: AgentOptions);
+    /** Whether the agent is registered and has a connection just now. */
+    get online(): boolean;
+    /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
+     * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
+    capability(name: string, schema: Message | Handler, handler?: Handler): this;
+    /** Connect; resolves when the hub has registered this agent. Throws what makes another attempt pointless.
+     * @returns {Promise<void>} */
+    start(): Promise<void>;
+    /** Leave the hub; first wait up to `drain` seconds for running tasks to end. Handles of open tasks fail. */
+    close({ drain }?: {
+        drain?: number | undefined;
+    }): Promise<void>;
+    /** Have another agent do a task, and return its output. Throws what `submit` and `Handle.result` throw.
+     * @param {Delegation} delegation @returns {Promise<any>} */
+    delegate(...delegation: Delegation): Promise<any>;
+    /** Delegate a task, and return its handle when the hub has accepted it. Throws Refused with the hub's code,
+     * TaskTimeout if it was not accepted within its ttl, TypeError if the input is not JSON, and what ended the agent.
+     * @param {Delegation} delegation @returns {Promise<Handle>} */
+    submit(...[capability, input, options]: Delegation): Promise<Handle>;
+    /** Delegate a task, and yield the pieces of its output as they come; at the end the rest of it, if some were lost
+     * with a connection or the loop is slow. Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`,
+     * if the task was begun again, and its output does not continue what was yielded.
+     * @param {Delegation} delegation @returns {AsyncGenerator<any>} */
+    stream(...delegation: Delegation): AsyncGenerator<any>;
+    /** Find agents by a keyword, the best match first; the empty one finds all. @param {number} [limit] Up to 1000.
+     * @returns {Promise<AgentInfo[]>} */
+    discover(capability?: string, limit?: number): Promise<AgentInfo[]>;
+    /** Send any JSON to all other online agents (with that capability); return how many there are. Throws Disconnected if
+     * the connection is lost before the hub replies: then it may have been sent or not.
+     * @param {Json} message @param {string} [capability] @returns {Promise<number>} */
+    broadcast(message: Json, capability?: string): Promise<number>;
+    /** Return the hub's reply about itself (in `hub`), or about one task. Throws Refused with the code `unknown_task`.
+     * @param {string} [taskId] @returns {Promise<Message>} */
+    status(taskId?: string): Promise<Message>;
+}
 /** A task, as its handler sees it. `signal` is aborted when the task ends without its handler. */
 export declare class Task {
     #private;
-    /** @type {AbortSignal} */ signal: AbortSignal;
+    signal: AbortSignal;
     /** @type {string} */ taskId: string;
     /** @type {string} */ requester: string;
     /** @type {string | undefined} */ capability: string | undefined;
@@ -149,7 +167,7 @@ export declare class Task {
 /** A task that this agent delegated. Iterate it (`for await`) for its events, until its outcome. */
 export declare class Handle {
     #private;
-    taskId: string;
+    /** @type {string} */ taskId: string;
     /** Whether the task has ended. */ done: boolean;
     /** Return the output, when the task has completed. Throws TaskFailed, with the hub's code (`hub_lost` if the hub no
      * longer knows the task), TaskTimeout, the reason of the signal, or what ended the agent. @returns {Promise<any>} */
@@ -157,57 +175,7 @@ export declare class Handle {
     /** Cancel the task: `result` then throws TaskFailed with the code `cancelled`. Without effect if it has ended. */
     cancel(reason?: string): Promise<void>;
     /** Answer the last question; return whether it still waited for its answer. @param {Json} answer */
-    answer(answer: Json): Promise<boolean>;
+    answer(answer: Json, ask?: number): Promise<boolean>;
     /** @returns {AsyncGenerator<TaskEvent, void>} */
     [Symbol.asyncIterator](): AsyncGenerator<TaskEvent, void>;
 }
-/** A program on the hub: what it offers, and its way to delegate to others. It connects by `start`, or by its first
- * request, and keeps trying without a hub. */
-export declare class Agent {
-    #private;
-    /** The end of the agent: resolves after `close`, rejects with what made another attempt to connect pointless.
-     * @type {Promise<void>} */
-    closed: Promise<void>;
-    /** @param {string} name For people; several agents may have the same. @param {AgentOptions} [options] */
-    constructor(name: string, options?: AgentOptions);
-    /** The agent's id, which the hub issues. */
-    get agentId(): any;
-    /** The secret with which another agent can resume this one's session. */
-    get resume(): any;
-    /** Whether the agent is registered and has a connection just now. */
-    get online(): boolean;
-    /** @param {(message: Json, sender: string) => any} listener Is called with each broadcast of others. */
-    set onBroadcast(listener: (message: Json, sender: string) => any);
-    /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
-     * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
-    capability(name: string, schema: Message | Handler, handler?: Handler): this;
-    /** Connect; resolves when the hub has registered this agent. Throws what makes another attempt pointless. */
-    start(): Promise<void>;
-    /** Leave the hub; first wait up to `drain` seconds for running tasks to end. Handles of open tasks fail. */
-    close({ drain }?: {
-        drain?: number | undefined;
-    }): Promise<void>;
-    /** Have another agent do a task, and return its output. Throws what `submit` and `Handle.result` throw.
-     * @param {Delegation} delegation @returns {Promise<any>} */
-    delegate(...delegation: Delegation): Promise<any>;
-    /** Delegate a task, and return its handle when the hub has accepted it. Throws Refused with the hub's code,
-     * TaskTimeout if it was not accepted within its ttl, TypeError if the input is not JSON, and what ended the agent.
-     * @param {Delegation} delegation @returns {Promise<Handle>} */
-    submit(...[capability, input, options]: Delegation): Promise<Handle>;
-    /** Delegate a task, and yield the pieces of its output as they come; at the end the rest of it, if some were lost
-     * with a connection or the loop is slow. Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`,
-     * if the task was begun again, and its output does not continue what was yielded.
-     * @param {Delegation} delegation @returns {AsyncGenerator<any>} */
-    stream(...delegation: Delegation): AsyncGenerator<any>;
-    /** Find agents by a keyword, the best match first; the empty one finds all. @param {number} [limit] Up to 1000.
-     * @returns {Promise<AgentInfo[]>} */
-    discover(capability?: string, limit?: number): Promise<AgentInfo[]>;
-    /** Send any JSON to all other online agents (with that capability); return how many there are. Throws Disconnected if
-     * the connection is lost before the hub replies: then it may have been sent or not.
-     * @param {Json} message @param {string} [capability] @returns {Promise<number>} */
-    broadcast(message: Json, capability?: string): Promise<number>;
-    /** Return the hub's reply about itself (in `hub`), or about one task. Throws Refused with the code `unknown_task`.
-     * @param {string} [taskId] */
-    status(taskId?: string): Promise<Message>;
-}
-export {};
