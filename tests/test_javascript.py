@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from agenthub import Agent, Refused, Task, TaskFailed, TaskTimeout
+from agenthub import Agent, Piece, Refused, Task, TaskFailed, TaskTimeout
 from clients.conformance import CHECKS
 from tests.support import ROOT, WAIT_S, hub_process
 from tests.test_interop import PageHandler, PageServer, chromium_command, page, started  # noqa: F401  # a fixture
@@ -164,6 +164,35 @@ async def test_javascript_delegates_to_python(url: str, websocket: str | None) -
         ["Refused", "no_agent"],
         ["TaskFailed", "invalid_input"],
     ]
+
+
+@needs_node
+async def test_minimal_client_asks_answers_and_streams(url: str) -> None:
+    """The client without our code, as a worker and as a requester of the real hub."""
+    me = Agent("requester", url=url)
+
+    @me.capability
+    async def elsewhere(task: Task) -> Any:
+        return [await task.ask("which?"), task.input]
+
+    command = [*NODE, str(TESTS.parent / "interop" / "minimal.mjs")]
+    async with asyncio.timeout(WAIT_S), me, started(*command, env=environment(url, None)):
+        answers = await me.delegate(
+            "ask", ["main?", "sure?"], wait=True, on_question=lambda question: question.text * 2
+        )
+        assert answers == ["main?main?", "sure?sure?"]
+        assert await me.delegate("answer", 7) == ["which?", 7]
+        with pytest.raises(TaskFailed) as failed:
+            await me.delegate("ask", ["main?"])
+        assert failed.value.code == "no_answers"
+        with pytest.raises(TaskFailed) as failed:
+            await me.delegate("relay", 7)
+        assert failed.value.code == "failed" or failed.value.code == "no_answers"
+        items = [{"line": number} for number in range(20)]
+        handle = await me.submit("stream", items)
+        assert [one.piece async for one in handle if isinstance(one, Piece)] == items
+        assert await handle.result() == items
+        assert [piece async for piece in me.stream("stream", items)] == items
 
 
 @needs_node
