@@ -87,8 +87,10 @@ def test_client_passes_its_tests_in_node(websocket: str | None) -> None:
 
 @needs_node
 @pytest.mark.long
-def test_client_survives_random_cuts() -> None:
-    run_in_node("chaos.test.mjs")
+@pytest.mark.parametrize("websocket", [None, "ws"])
+@pytest.mark.parametrize("name", ["chaos.test.mjs", "hostile.test.mjs"])
+def test_client_survives_a_bad_network(name: str, websocket: str | None) -> None:
+    run_in_node(name, websocket)
 
 
 @pytest.fixture
@@ -187,7 +189,7 @@ async def test_minimal_client_asks_answers_and_streams(url: str) -> None:
         assert failed.value.code == "no_answers"
         with pytest.raises(TaskFailed) as failed:
             await me.delegate("relay", 7)
-        assert failed.value.code == "failed" or failed.value.code == "no_answers"
+        assert failed.value.code == "no_answers"
         items = [{"line": number} for number in range(20)]
         handle = await me.submit("stream", items)
         assert [one.piece async for one in handle if isinstance(one, Piece)] == items
