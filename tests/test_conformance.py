@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from typing import Any
 
@@ -13,10 +14,11 @@ from agenthub import CloseCode, Code
 from clients import conformance
 from tests import vectors
 from tests.support import ROOT
-from tests.test_javascript import NODE, needs_node
+from tests.test_javascript import MODULES, NODE, needs_node
 
 VECTORS: list[dict[str, Any]] = json.loads(vectors.PATH.read_text(encoding="utf-8"))
 JAVASCRIPT = shlex.join([*NODE, str(ROOT / "clients" / "conformance_worker.mjs")])
+RUNTIMES = {"deno": ["run", "--allow-net", "--allow-env"], "bun": ["run"]}  # And their flags.
 MINIMAL = shlex.join([*NODE, str(ROOT / "tests" / "interop" / "minimal.mjs")])
 PYTHON = shlex.join([sys.executable, "-m", "clients.conformance_worker"])
 NAIVE = shlex.join([sys.executable, "-m", "tests.naive_client"])
@@ -72,6 +74,17 @@ async def test_clients_conform_in_all_checks(command: str) -> None:
     verdicts = await conformance.run_checks(command, conformance.CHECKS)
     assert faults(verdicts) == {}
     assert [one.name for one in verdicts if one.skipped] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("runtime", RUNTIMES)
+async def test_javascript_client_conforms_in_other_runtimes(runtime: str) -> None:
+    installed = MODULES / ".bin" / runtime
+    program = str(installed) if installed.exists() else shutil.which(runtime)
+    if program is None:
+        pytest.skip(f"needs npm install --no-save {runtime}")
+    command = shlex.join([program, *RUNTIMES[runtime], str(ROOT / "clients" / "conformance_worker.mjs")])
+    assert faults(await conformance.run_checks(command, conformance.CHECKS)) == {}
 
 
 async def test_naive_client_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
