@@ -68,7 +68,7 @@ const within = (/** @type {number} */ seconds, /** @type {Promise<any>} */ promi
 const environment = (/** @type {string} */ name) => {
   try { return /** @type {any} */ (globalThis).process?.env?.[name]; } catch { return undefined; }
 };
-/** Return the text of whatever was thrown. */
+/** Return the text of whatever was thrown. @returns {string} */
 const textOf = (/** @type {any} */ error) => {
   try { return String(error); } catch { return `${typeof error} without a text`; }
 };
@@ -297,7 +297,7 @@ export class Agent {
   #registration() {
     const [{ agentId, resume }, capabilities] = [this, [...this.handlers.values()].map(({ offer }) => offer)];
     this.#offered = capabilities.length;
-    return { type: "register", ...toWire({ ...this.#options.about, agentId, resume }), capabilities };
+    return { ...toWire({ ...this.#options.about, agentId, resume }), type: "register", capabilities };
   }
   /** Register once more if there is a session and the agent offers more than before. */
   #announce() {
@@ -362,6 +362,7 @@ export class Task {
   #asking = Promise.resolve(); // The last question.
   #given = new Map(); // By the number of a question: a promise of its answer.
   /** @type {Message | undefined} */ #result; // Until the hub has replied.
+  #refusals = 0; // Of a result that does not fit, which becomes a failure that may be refused, too.
 
   /** @param {Agent} agent @param {Message} message @internal */
   constructor(agent, { task_id, sender, capability, input = null, attempt, trace, ttl, answers }) {
@@ -461,8 +462,7 @@ export class Task {
     const refusal = await this.#agent.request(result).then(ignore, (error) => error);
     if (refusal instanceof Disconnected || this.#result !== result) return;
     const code = { too_large: "too_large", invalid_message: "failed" }[/** @type {string} */ (refusal?.code)];
-    const isSecond = result.error?.message.startsWith("refused: ");
-    code && !isSecond ? this.fail(code, `refused: ${refusal.message}`) : this.#forget();
+    code && !this.#refusals++ ? this.fail(code, `refused: ${refusal.message}`) : this.#forget();
   }
   #forget() {
     clearTimeout(this.#timer);
@@ -506,7 +506,7 @@ export class Handle {
     if (agent.handles.has(taskId)) throw new TypeError(`this agent has an open task ${taskId}`);
     signal?.throwIfAborted();
     const terms = toWire({ taskId, capability, ttl, maxRetries, answers: onQuestion && true, ...more });
-    this.#message = { type: "delegate", ...terms, input: copyOf(input) };
+    this.#message = { ...terms, type: "delegate", input: copyOf(input) };
     this.#agent = agent;
     this.#options = options;
     this.#deadline = now() + ttl;

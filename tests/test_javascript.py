@@ -7,6 +7,7 @@ in the project's folder brings all of it, and what is missing is skipped.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import re
@@ -206,6 +207,28 @@ def test_types_are_strict_and_fresh(tmp_path: Path) -> None:
     assert run.stdout == ""
     assert run.returncode == 0
     assert (tmp_path / TYPES.name).read_text() == TYPES.read_text()
+
+
+def gzip_kb(raw: bytes) -> float:
+    return len(gzip.compress(raw, 9)) / 1000
+
+
+def test_client_is_as_small_as_the_page_says() -> None:
+    text = CLIENT.read_text(encoding="utf-8")
+    assert max(map(len, text.splitlines())) <= 120
+    said = re.search(r"has ([\d.]+) kB gzip", PAGE.read_text(encoding="utf-8"))
+    assert said is not None
+    assert abs(gzip_kb(text.encode()) - float(said[1])) < 0.1
+
+
+@needs_node
+@pytest.mark.skipif(not (MODULES / ".bin" / "esbuild").exists(), reason="needs npm install --no-save esbuild")
+def test_bundle_is_as_small_as_the_page_says() -> None:
+    command = [str(MODULES / ".bin" / "esbuild"), "--bundle", "--minify", "--format=esm", str(CLIENT)]
+    bundle = subprocess.run(command, capture_output=True, check=True, timeout=WAIT_S).stdout
+    said = re.search(r"adds ([\d.]+) kB gzip", PAGE.read_text(encoding="utf-8"))
+    assert said is not None
+    assert gzip_kb(bundle) <= float(said[1])
 
 
 @needs_node

@@ -52,6 +52,7 @@ test("a failure has the code and the message that the handler chose", async (t) 
   made.capability("deep", () => JSON.parse("[".repeat(100) + "]".repeat(100)));
   made.capability("long", () => "x".repeat(2_000_000));
   made.capability("code", () => { throw new TaskFailed("no", "bad\ncode"); });
+  made.capability("refused", () => { throw new TaskFailed("refused: no", "bad\ncode"); });
   await made.start();
   const me = agent(t, "requester", hub.url);
   await assert.rejects(me.delegate("own"), { code: "closed", message: "not today", name: "TaskFailed" });
@@ -63,7 +64,7 @@ test("a failure has the code and the message that the handler chose", async (t) 
   await assert.rejects(me.delegate("big"), { code: "failed", message: /BigInt/ });
   await assert.rejects(me.delegate("deep"), { code: "failed", message: /refused/ });
   await assert.rejects(me.delegate("long"), { code: "too_large" });
-  await assert.rejects(me.delegate("code"), { code: "failed", message: /refused/ });
+  for (const name of ["code", "refused"]) await assert.rejects(me.delegate(name), { code: "failed", message: /refused/ });
   await assert.rejects(me.delegate(null, null, { agentId: made.agentId }), failsWith(TaskFailed, "no_handler"));
 });
 
