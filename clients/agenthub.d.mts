@@ -94,8 +94,8 @@ export declare class TaskTimeout extends TaskFailed {
  * request, and keeps trying without a hub. */
 export declare class Agent {
     #private;
-    /** @type {string | undefined} */ agentId: string | undefined;
-    /** @type {string | undefined} */ resume: string | undefined;
+    /** The agent's id, which the hub issues. @type {string | undefined} */ agentId: string | undefined;
+    /** The secret with which another agent can resume this one's session. @type {string | undefined} */ resume: string | undefined;
     /** Is called with each broadcast of others. @type {(message: Json, sender: string) => any} */ onBroadcast: (message: Json, sender: string) => any;
     /** The end of the agent: resolves after `close`, rejects with what made another attempt to connect pointless.
      * @type {Promise<void>} */ closed: Promise<void>;
@@ -141,14 +141,14 @@ export declare class Task {
     #private;
     signal: AbortSignal;
     /** @type {string} */ taskId: string;
-    /** @type {string} */ requester: string;
+    /** The agent_id of the requester. @type {string} */ requester: string;
     /** @type {string | undefined} */ capability: string | undefined;
     /** @type {Json} */ input: Json;
-    /** @type {number} */ attempt: number;
+    /** Counts from 1. @type {number} */ attempt: number;
     /** @type {{[key: string]: string} | undefined} */ trace: {
         [key: string]: string;
     } | undefined;
-    /** @type {number} */ deadline: number;
+    /** In seconds of performance.now(). @type {number} */ deadline: number;
     /** Report progress: a number from 0 to 1, and any JSON. Dropped without a connection, or if that is slow.
      * @param {number | null} progress @param {Json} [detail] */
     progress(progress: number | null, detail?: Json): void;
@@ -174,7 +174,7 @@ export declare class Handle {
     result(): Promise<any>;
     /** Cancel the task: `result` then throws TaskFailed with the code `cancelled`. Without effect if it has ended. */
     cancel(reason?: string): Promise<void>;
-    /** Answer the last question; return whether it still waited for its answer. @param {Json} answer */
+    /** Answer the last question, or that of the number `ask`; return whether it still waited. @param {Json} answer */
     answer(answer: Json, ask?: number): Promise<boolean>;
     /** @returns {AsyncGenerator<TaskEvent, void>} */
     [Symbol.asyncIterator](): AsyncGenerator<TaskEvent, void>;

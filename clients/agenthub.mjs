@@ -95,8 +95,8 @@ const restOf = (output, got) => {
 /** A program on the hub: what it offers, and its way to delegate to others. It connects by `start`, or by its first
  * request, and keeps trying without a hub. */
 export class Agent {
-  /** @type {string | undefined} */ agentId; // The hub issues it,
-  /** @type {string | undefined} */ resume; // and the secret with which another agent can resume this one's session.
+  /** The agent's id, which the hub issues. @type {string | undefined} */ agentId;
+  /** The secret with which another agent can resume this one's session. @type {string | undefined} */ resume;
   /** Is called with each broadcast of others. @type {(message: Json, sender: string) => any} */ onBroadcast = ignore;
   /** The end of the agent: resolves after `close`, rejects with what made another attempt to connect pointless.
    * @type {Promise<void>} */ closed;
@@ -372,12 +372,12 @@ export class Task {
     agent.tasks.set(task_id, this);
     this.signal = this.#controller.signal;
     /** @type {string} */ this.taskId = task_id;
-    /** @type {string} */ this.requester = sender; // Its agent_id.
+    /** The agent_id of the requester. @type {string} */ this.requester = sender;
     /** @type {string | undefined} */ this.capability = capability ?? undefined;
     /** @type {Json} */ this.input = input;
-    /** @type {number} */ this.attempt = attempt; // Counts from 1.
+    /** Counts from 1. @type {number} */ this.attempt = attempt;
     /** @type {{[key: string]: string} | undefined} */ this.trace = trace ?? undefined;
-    /** @type {number} */ this.deadline = now() + ttl; // In seconds of performance.now().
+    /** In seconds of performance.now(). @type {number} */ this.deadline = now() + ttl;
   }
   /** Report progress: a number from 0 to 1, and any JSON. Dropped without a connection, or if that is slow.
    * @param {number | null} progress @param {Json} [detail] */
@@ -525,7 +525,7 @@ export class Handle {
     const error = { code: "cancelled", message: reason.slice(0, TEXT_MAX) };
     if (!this.done) await this.#send({ type: "result", success: false, error });
   }
-  /** Answer the last question; return whether it still waited for its answer. @param {Json} answer */
+  /** Answer the last question, or that of the number `ask`; return whether it still waited. @param {Json} answer */
   async answer(answer, ask = this.#asked) { return this.#send({ type: "status", ask, answer: answer ?? null }); }
   /** Return whether a message did not come too late. Throws Refused for another reason. @param {Message} message */
   async #send(message) {
