@@ -58,25 +58,25 @@ export type TaskOptions = {
     onQuestion?: (question: Question, handle: Handle) => any;
 };
 export type Delegation = [capability: string | null, input?: Json, options?: TaskOptions];
-/** @typedef {any} Json @typedef {{[field: string]: any}} Message @typedef {(input: any, task: Task) => any} Handler */
-/** @typedef {{text: string, schema?: Json, ask: number}} Question  `ask` counts the questions of a task from 1. */
-/** @typedef {{progress?: number | null, detail?: Json, piece?: Json, question?: Question, seq?: number}} TaskEvent */
-/** @typedef {{name: string, description?: string, input_schema?: Json, output_schema?: Json}} Capability */
-/** @typedef {{agent_id: string, name: string, description: string, running: number, max_tasks: number,
- *   metadata: Message, capabilities: Capability[], online_s?: number}} AgentInfo */
-/** @typedef {{url?: string, token?: string, description?: string, maxTasks?: number, metadata?: Message,
- *   agentId?: string, resume?: string, WebSocket?: any, log?: (text: string, error?: unknown) => void}} AgentOptions */
-/** @typedef {{ttl?: number, priority?: number, maxRetries?: number, wait?: boolean, agentId?: string, taskId?: string,
+/** @typedef {any} Json @typedef {{[field: string]: any}} Message @typedef {(input: any, task: Task) => any} Handler
+ * @typedef {{text: string, schema?: Json, ask: number}} Question  `ask` counts the questions of a task from 1.
+ * @typedef {{progress?: number | null, detail?: Json, piece?: Json, question?: Question, seq?: number}} TaskEvent
+ * @typedef {{name: string, description?: string, input_schema?: Json, output_schema?: Json}} Capability
+ * @typedef {{agent_id: string, name: string, description: string, running: number, max_tasks: number,
+ *   metadata: Message, capabilities: Capability[], online_s?: number}} AgentInfo
+ * @typedef {{url?: string, token?: string, description?: string, maxTasks?: number, metadata?: Message,
+ *   agentId?: string, resume?: string, WebSocket?: any, log?: (text: string, error?: unknown) => void}} AgentOptions
+ * @typedef {{ttl?: number, priority?: number, maxRetries?: number, wait?: boolean, agentId?: string, taskId?: string,
  *   parentId?: string, trace?: {[key: string]: string}, signal?: AbortSignal, answers?: boolean,
- *   onQuestion?: (question: Question, handle: Handle) => any}} TaskOptions  Times are in seconds. */
-/** @typedef {[capability: string | null, input?: Json, options?: TaskOptions]} Delegation  To a named worker: null. */
+ *   onQuestion?: (question: Question, handle: Handle) => any}} TaskOptions  Times are in seconds.
+ * @typedef {[capability: string | null, input?: Json, options?: TaskOptions]} Delegation  To a named worker: null. */
 /** The base of all errors of this module. `code` is stable, for programs; `message` is for people. */
 export declare class AgentHubError extends Error {
     code: string;
     taskId: string | undefined;
-    /** @type {number | undefined} */ closeCode: number | undefined;
-    /** @param {string} message @param {string} [code] @param {string} [taskId] */
-    constructor(message: string, code?: string, taskId?: string);
+    closeCode: number | undefined;
+    /** @param {string} message @param {string} [code] @param {string} [taskId] @param {number} [closeCode] */
+    constructor(message: string, code?: string, taskId?: string, closeCode?: number);
 }
 /** The hub rejected a request, which had no effect. */
 export declare class Refused extends AgentHubError {
@@ -90,98 +90,24 @@ export declare class TaskFailed extends AgentHubError {
 /** A task did not end within its time to live. */
 export declare class TaskTimeout extends TaskFailed {
 }
-/** What an agent keeps over all its sessions: its tasks, and its requests without a reply. @param {Message} options */
-declare function createCore({ name, description, maxTasks, metadata, urls, token, WebSocket, log, agentId, resume }: Message): {
-    /** @type {any} */ session: any;
-    /** @type {any} */ ended: any;
-    /** @type {string[]} */ features: string[];
-    identity: {
-        agent_id: any;
-        resume: any;
-    };
-    /** @type {Map<string, {offer: Message, handler: Handler}>} */ handlers: Map<string, {
-        offer: Message;
-        handler: Handler;
-    }>;
-    /** @type {Map<string, Handle>} */ handles: Map<string, Handle>;
-    /** @type {((message: Json, sender: string) => any) | null} */ onBroadcast: ((message: Json, sender: string) => any) | null;
-    maxBytes: number;
-    isLeaving: boolean;
-    started: any;
-    closed: any;
-    isBusy: () => boolean;
-    log: any;
-    run: () => Promise<void>;
-    end: (error: Error) => void;
-    announce: () => void;
-    request: (text: string | (() => string), repeats?: boolean, onReply?: (reply: Message) => void, session?: any) => Promise<Message>;
-};
-export type Core = ReturnType<typeof createCore>;
-/** @typedef {ReturnType<typeof createCore>} Core */
-/** A task, as its handler sees it. `signal` is aborted when the task ends without its handler. */
-export declare class Task {
-    #private;
-    /** @type {AbortSignal} */ signal: AbortSignal;
-    /** @type {string} */ taskId: string;
-    /** @type {string} */ requester: string;
-    /** @type {string | undefined} */ capability: string | undefined;
-    /** @type {Json} */ input: Json;
-    /** @type {number} */ attempt: number;
-    /** @type {{[key: string]: string} | undefined} */ trace: {
-        [key: string]: string;
-    } | undefined;
-    /** @type {number} */ deadline: number;
-    /** Report progress: a number from 0 to 1, and any JSON. Dropped without a connection, or if that is slow.
-     * @param {number | null} progress @param {Json} [detail] */
-    progress(progress: number | null, detail?: Json): void;
-    /** Ask the requester, and return its answer; one question after the other. Throws TaskFailed with the code
-     * `no_answers` if it did not delegate the task with `answers` or `onQuestion`.
-     * @param {string} text @param {{schema?: Json}} [options] @returns {Promise<any>} */
-    ask(text: string, { schema }?: {
-        schema?: Json;
-    }): Promise<any>;
-    /** Delegate a subtask, as `Agent.delegate` does; it ends with this task at the latest.
-     * @param {Delegation} delegation @returns {Promise<any>} */
-    delegate(...delegation: Delegation): Promise<any>;
-    /** Submit a subtask, as `Agent.submit` does. @param {Delegation} delegation */
-    submit(...[capability, input, options]: Delegation): Promise<Handle>;
-}
-/** A task that this agent delegated. Iterate it (`for await`) for its events, until its outcome. */
-export declare class Handle {
-    #private;
-    taskId: string;
-    /** Whether the task has ended. */ done: boolean;
-    /** Return the output, when the task has completed. Throws TaskFailed, with the hub's code (`hub_lost` if the hub no
-     * longer knows the task), TaskTimeout, the reason of the signal, or what ended the agent. @returns {Promise<any>} */
-    result(): Promise<any>;
-    /** Cancel the task: `result` then throws TaskFailed with the code `cancelled`. Without effect if it has ended. */
-    cancel(reason?: string): Promise<void>;
-    /** Answer the last question; return whether it still waited for its answer. @param {Json} answer */
-    answer(answer: Json): Promise<boolean>;
-    /** @returns {AsyncGenerator<TaskEvent, void>} */
-    [Symbol.asyncIterator](): AsyncGenerator<TaskEvent, void>;
-}
 /** A program on the hub: what it offers, and its way to delegate to others. It connects by `start`, or by its first
  * request, and keeps trying without a hub. */
 export declare class Agent {
     #private;
+    /** The agent's id, which the hub issues. @type {string | undefined} */ agentId: string | undefined;
+    /** The secret with which another agent can resume this one's session. @type {string | undefined} */ resume: string | undefined;
+    /** Is called with each broadcast of others. @type {(message: Json, sender: string) => any} */ onBroadcast: (message: Json, sender: string) => any;
     /** The end of the agent: resolves after `close`, rejects with what made another attempt to connect pointless.
-     * @type {Promise<void>} */
-    closed: Promise<void>;
+     * @type {Promise<void>} */ closed: Promise<void>;
     /** @param {string} name For people; several agents may have the same. @param {AgentOptions} [options] */
-    constructor(name: string, options?: AgentOptions);
-    /** The agent's id, which the hub issues. */
-    get agentId(): any;
-    /** The secret with which another agent can resume this one's session. */
-    get resume(): any;
+    constructor(name: string, { url, token, log, WebSocket, maxTasks, ...more }?: AgentOptions);
     /** Whether the agent is registered and has a connection just now. */
     get online(): boolean;
-    /** @param {(message: Json, sender: string) => any} listener Is called with each broadcast of others. */
-    set onBroadcast(listener: (message: Json, sender: string) => any);
     /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
      * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
     capability(name: string, schema: Message | Handler, handler?: Handler): this;
-    /** Connect; resolves when the hub has registered this agent. Throws what makes another attempt pointless. */
+    /** Connect; resolves when the hub has registered this agent. Throws what makes another attempt pointless.
+     * @returns {Promise<void>} */
     start(): Promise<void>;
     /** Leave the hub; first wait up to `drain` seconds for running tasks to end. Handles of open tasks fail. */
     close({ drain }?: {
@@ -207,7 +133,49 @@ export declare class Agent {
      * @param {Json} message @param {string} [capability] @returns {Promise<number>} */
     broadcast(message: Json, capability?: string): Promise<number>;
     /** Return the hub's reply about itself (in `hub`), or about one task. Throws Refused with the code `unknown_task`.
-     * @param {string} [taskId] */
+     * @param {string} [taskId] @returns {Promise<Message>} */
     status(taskId?: string): Promise<Message>;
 }
-export {};
+/** A task, as its handler sees it. `signal` is aborted when the task ends without its handler. */
+export declare class Task {
+    #private;
+    signal: AbortSignal;
+    /** @type {string} */ taskId: string;
+    /** The agent_id of the requester. @type {string} */ requester: string;
+    /** @type {string | undefined} */ capability: string | undefined;
+    /** @type {Json} */ input: Json;
+    /** Counts from 1. @type {number} */ attempt: number;
+    /** @type {{[key: string]: string} | undefined} */ trace: {
+        [key: string]: string;
+    } | undefined;
+    /** In seconds of performance.now(). @type {number} */ deadline: number;
+    /** Report progress: a number from 0 to 1, and any JSON. Dropped without a connection, or if that is slow.
+     * @param {number | null} progress @param {Json} [detail] */
+    progress(progress: number | null, detail?: Json): void;
+    /** Ask the requester, and return its answer; one question after the other. Throws TaskFailed with the code
+     * `no_answers` if it did not delegate the task with `answers` or `onQuestion`.
+     * @param {string} text @param {{schema?: Json}} [options] @returns {Promise<any>} */
+    ask(text: string, { schema }?: {
+        schema?: Json;
+    }): Promise<any>;
+    /** Delegate a subtask, as `Agent.delegate` does; it ends with this task at the latest.
+     * @param {Delegation} delegation @returns {Promise<any>} */
+    delegate(...delegation: Delegation): Promise<any>;
+    /** Submit a subtask, as `Agent.submit` does. @param {Delegation} delegation */
+    submit(...[capability, input, options]: Delegation): Promise<Handle>;
+}
+/** A task that this agent delegated. Iterate it (`for await`) for its events, until its outcome. */
+export declare class Handle {
+    #private;
+    /** @type {string} */ taskId: string;
+    /** Whether the task has ended. */ done: boolean;
+    /** Return the output, when the task has completed. Throws TaskFailed, with the hub's code (`hub_lost` if the hub no
+     * longer knows the task), TaskTimeout, the reason of the signal, or what ended the agent. @returns {Promise<any>} */
+    result(): Promise<any>;
+    /** Cancel the task: `result` then throws TaskFailed with the code `cancelled`. Without effect if it has ended. */
+    cancel(reason?: string): Promise<void>;
+    /** Answer the last question, or that of the number `ask`; return whether it still waited. @param {Json} answer */
+    answer(answer: Json, ask?: number): Promise<boolean>;
+    /** @returns {AsyncGenerator<TaskEvent, void>} */
+    [Symbol.asyncIterator](): AsyncGenerator<TaskEvent, void>;
+}

@@ -8,7 +8,13 @@ the command must join as an agent with these capabilities:
     fail    fails with the code `own`
     relay   delegates a task for the capability `elsewhere` with its own input, and returns what that returns
 
-It prints a line for each check, and exits with 0 if the client did all of them right.
+Checks of questions and pieces are skipped for a client that does not offer the capabilities for them:
+
+    ask     asks its requester each of the texts in its input, one after the other, and returns the answers
+    answer  like relay, but answers each question of that task with the question's own text
+    stream  sends each item of its input, a list, as a piece (but not null), and returns the input
+
+It prints a line for each check, and exits with 0 if the client did all of them right that were not skipped.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ MESSAGE_BYTES_MAX = 1_048_576
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 CAPABILITIES = {"echo", "sleep", "fail", "relay"}
+FEATURES = ["ask", "stream", "trace"]
 VALUES: list[Any] = [
     None,
     True,
@@ -54,6 +61,10 @@ VALUES: list[Any] = [
 
 class Wrong(Exception):
     """The client did something else than it must."""
+
+
+class Skipped(Exception):
+    """The client does not claim to do this."""
 
 
 def expect(condition: object, what: str) -> None:
@@ -222,8 +233,17 @@ class Play:
         self.registration = message
         reply = {"type": "register", "reply_to": message.get("id"), "agent_id": self.agent_id, "resume": self.resume}
         limits = {"heartbeat_s": self.heartbeat_s, "max_bytes": MESSAGE_BYTES_MAX, "tasks": list(tasks)}
-        await line.send({**reply, **limits, **more})
+        await line.send({**reply, **limits, "features": FEATURES, **more})
         return line
+
+    def needs(self, capability: str) -> None:
+        """Skip the check if the client does not offer a capability."""
+        if capability not in self.offered:
+            raise Skipped(f"it does not offer {capability}")
+
+    @property
+    def offered(self) -> set[str]:
+        return {one["name"] if isinstance(one, dict) else one for one in self.registration.get("capabilities", [])}
 
     async def no_line(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -249,8 +269,7 @@ async def check_register(play: Play, line: Line) -> None:
     registration = play.registration
     expect(isinstance(registration.get("id"), str), "register has no id, a string")
     expect(isinstance(registration.get("name"), str) and registration["name"], "register has no name")
-    offered = {one["name"] if isinstance(one, dict) else one for one in registration.get("capabilities", [])}
-    expect(offered >= CAPABILITIES, f"capabilities: {sorted(offered)}, must have {sorted(CAPABILITIES)}")
+    expect(play.offered >= CAPABILITIES, f"capabilities: {sorted(play.offered)}, must have {sorted(CAPABILITIES)}")
     expect("resume" not in registration or registration["resume"] is None, "it resumes a session that it cannot have")
 
 
@@ -561,15 +580,205 @@ async def check_missed(play: Play, line: Line) -> None:
     expect((await line.result("t")).get("output") == 8, "another output")
 
 
+# Questions
+
+
+def news(task: Message, **fields: Any) -> Message:
+    return {"type": "status", "task_id": task["task_id"], "state": "in_progress", "attempt": 1, **fields}
+
+
+async def asked(line: Line, text: str = "which?") -> Message:
+    """Return the next question of the client."""
+    found = await line.until(lambda one: one.get("type") == "status" and one.get("question"), "question")
+    expect(isinstance(found.get("id"), str), "a question needs an id, to be acknowledged and repeated")
+    expect(found["question"].get("text") == text, f"question {found['question']}, must have the text {text}")
+    return found
+
+
+def answer(question: Message, ask: int, value: Any) -> Message:
+    return news(question, sender="checker-1", ask=ask, answer=value)
+
+
+@check
+async def check_ask(play: Play, line: Line) -> None:
+    """asks its requester, and takes the answers"""
+    play.needs("ask")
+    await line.send(delegation("t", "ask", ["main?", "sure?"], answers=True))
+    for ask, (text, value) in enumerate([("main?", {"branch": "main"}), ("sure?", None)], 1):
+        question = await asked(line, text)
+        await line.send(news(question, reply_to=question["id"], ask=ask))
+        await line.send(answer(question, ask, value))
+    expect((await line.result("t")).get("output") == [{"branch": "main"}, None], "other answers")
+
+
+@check
+async def check_ask_again(play: Play, line: Line) -> None:
+    """asks again with the same id if its question was not acknowledged"""
+    play.needs("ask")
+    await line.send(delegation("t", "ask", ["which?"], answers=True))
+    first = await asked(line)
+    line.cut()
+    line = await play.join([{"task_id": "t", "attempt": 1}])
+    again = await asked(line)
+    expect(again["id"] == first["id"], "it asked again with another id, which is another question")
+    await line.send(news(again, reply_to=again["id"], ask=1))
+    await line.send(answer(again, 1, "main"))
+    expect((await line.result("t")).get("output") == ["main"], "another answer")
+
+
+@check
+async def check_answer_first(play: Play, line: Line) -> None:
+    """takes an answer that is redelivered before its question is acknowledged"""
+    play.needs("ask")
+    await line.send(delegation("t", "ask", ["which?"], answers=True))
+    first = await asked(line)
+    line.cut()
+    line = await play.join([{"task_id": "t", "attempt": 1}])
+    await line.send(answer(first, 1, "main"))
+    again = await asked(line)
+    await line.send(news(again, reply_to=again["id"], ask=1))
+    expect((await line.result("t")).get("output") == ["main"], "another answer")
+
+
+@check
+async def check_answer_missed(play: Play, line: Line) -> None:
+    """takes the answer to an acknowledged question after a reconnect"""
+    play.needs("ask")
+    await line.send(delegation("t", "ask", ["which?"], answers=True))
+    question = await asked(line)
+    await line.send(news(question, reply_to=question["id"], ask=1))
+    await line.send(delegation("other"))
+    await line.result("other")
+    line.cut()
+    line = await play.join([{"task_id": "t", "attempt": 1}])
+    await line.send(answer(question, 1, "main"))
+    expect((await line.result("t")).get("output") == ["main"], "another answer")
+
+
+@check
+async def check_answer_twice(play: Play, line: Line) -> None:
+    """takes each answer for its own question, even if one comes twice"""
+    play.needs("ask")
+    await line.send(delegation("t", "ask", ["first?", "second?"], answers=True))
+    for ask, text in enumerate(["first?", "second?"], 1):
+        question = await asked(line, text)
+        await line.send(answer(question, 1, "one"))
+        await line.send(news(question, reply_to=question["id"], ask=ask))
+    await line.send(answer(question, 2, "two"))
+    expect((await line.result("t")).get("output") == ["one", "two"], "an answer to another question")
+
+
+@check
+async def check_no_answers(play: Play, line: Line) -> None:
+    """fails a task whose requester cannot be asked, instead of waiting"""
+    play.needs("ask")
+
+    def is_question_or_result(message: Message) -> bool:
+        return message.get("task_id") == "t" and bool(message.get("type") == "result" or message.get("question"))
+
+    await line.send(delegation("t", "ask", ["which?"], answers=False))
+    found = await line.until(is_question_or_result, "result")
+    if found["type"] == "result":
+        line.skipped.append(found)
+    else:
+        error = {"type": "error", "reply_to": found.get("id"), "code": "no_answers", "task_id": "t"}
+        await line.send({**error, "message": "the requester of this task cannot be asked"})
+    expect((await line.result("t")).get("success") is False, "success is not false")
+
+
+@check
+async def check_stop_asking(play: Play, line: Line) -> None:
+    """sends no result of a task that has ended while its question waited"""
+    play.needs("ask")
+    await line.send(delegation("t", "ask", ["which?"], answers=True))
+    question = await asked(line)
+    await line.send(news(question, reply_to=question["id"], ask=1))
+    await line.send({"type": "status", "task_id": "t", "state": "failed", "attempt": 1})
+    await line.send(answer(question, 1, "main"))
+    await line.no_result("t")
+
+
+async def question_relayed(line: Line) -> Message:
+    """Have the client delegate a task, and ask it something about that; return the task."""
+    await line.send(delegation("t", "answer", 7))
+    task = await relayed(line)
+    expect(task.get("answers") is True, "delegate must say answers")
+    await line.send(acknowledgement(task, "in_progress"))
+    await line.send(news(task, sender="other-1", ask=1, question={"text": "which?"}))
+    return task
+
+
+async def given(line: Line, task: Message) -> Message:
+    """Return the client's next answer."""
+    found = await line.until(lambda one: one.get("task_id") == task["task_id"] and one.get("ask"), "answer")
+    expect(isinstance(found.get("id"), str), "an answer needs an id, to be acknowledged")
+    expect((found["ask"], found.get("answer")) == (1, "which?"), f"answer {found.get('answer')} to {found['ask']}")
+    return found
+
+
+@check
+async def check_answer(play: Play, line: Line) -> None:
+    """answers a question of its worker"""
+    play.needs("answer")
+    task = await question_relayed(line)
+    await line.send(acknowledgement(await given(line, task), "in_progress"))
+    await line.send(outcome(task, 8))
+    expect((await line.result("t")).get("output") == 8, "another output")
+
+
+@check
+async def check_answer_again(play: Play, line: Line) -> None:
+    """answers again if its answer was not acknowledged, and takes no_question for a yes"""
+    play.needs("answer")
+    task = await question_relayed(line)
+    await given(line, task)
+    line.cut()
+    line = await play.join([{"task_id": "t", "attempt": 1}])
+    again = await given(line, task)
+    error = {"code": "no_question", "message": "it was answered before", "task_id": task["task_id"]}
+    await line.send({"type": "error", "reply_to": again["id"], **error})
+    await line.send(outcome(task, 8))
+    expect((await line.result("t")).get("output") == 8, "another output")
+
+
+# Pieces
+
+
+def pieces_in(line: Line) -> list[Any]:
+    return [one["piece"] for one in line.skipped if one.get("piece") is not None]
+
+
+@check
+async def check_stream(play: Play, line: Line) -> None:
+    """sends pieces in order, and all of them as the output"""
+    play.needs("stream")
+    items = [{"line": number} for number in range(20)]
+    await line.send(delegation("t", "stream", [*items, None]))
+    expect((await line.result("t")).get("output") == [*items, None], "the output is not the whole")
+    expect(pieces_in(line) == items, f"pieces {str(pieces_in(line))[:50]}, not {str(items)[:50]}")
+
+
+@check
+async def check_no_stream(play: Play, line: Line) -> None:
+    """sends no pieces to a hub without that feature"""
+    play.needs("stream")
+    line.cut()
+    line = await play.join(features=[])
+    await line.send(delegation("t", "stream", [1, 2]))
+    expect((await line.result("t")).get("output") == [1, 2], "the output is not the whole")
+    expect(not pieces_in(line), "it sent a piece")
+
+
 # Running them
 
 
 class Verdict(NamedTuple):
-    """What a check found: `fault` is empty if the client did it right."""
+    """What a check found: `fault` is empty if the client did it right, or if it was skipped."""
 
     name: str
     duty: str
     fault: str
+    skipped: str = ""
 
 
 async def run_check(name: str, command: str) -> Verdict:
@@ -577,16 +786,18 @@ async def run_check(name: str, command: str) -> Verdict:
     function = CHECKS[name]
     play = Play()
     play.heartbeat_s = HEARTBEAT_S if name in ("heartbeat", "silence") else 30.0
-    fault = ""
+    fault = skipped = ""
     async with serving(play), running(play, command):
         try:
             line = await play.join(within_s=JOIN_S)
             await function(play, line)
+        except Skipped as reason:
+            skipped = str(reason)
         except (Wrong, json.JSONDecodeError) as wrong:
             fault = str(wrong)
         except (asyncio.IncompleteReadError, ConnectionError):
             fault = "it closed the connection"
-    return Verdict(name, function.__doc__ or "", fault)
+    return Verdict(name, function.__doc__ or "", fault, skipped)
 
 
 @contextlib.asynccontextmanager
@@ -633,11 +844,14 @@ def table(verdicts: Iterable[Verdict]) -> str:
     verdicts = list(verdicts)
     width = max(len(one.name) for one in verdicts)
     lines = [
-        f"{'wrong' if one.fault else 'right'}  {one.name:{width}}  {one.duty}{f': {one.fault}' if one.fault else ''}"
+        f"{'wrong' if one.fault else 'skip ' if one.skipped else 'right'}  {one.name:{width}}  "
+        f"{one.duty}{': ' if one.fault or one.skipped else ''}{one.fault or one.skipped}"
         for one in verdicts
     ]
-    right = sum(not one.fault for one in verdicts)
-    return "\n".join([*lines, f"{right} of {len(verdicts)} right"])
+    skipped = sum(bool(one.skipped) for one in verdicts)
+    right = sum(not one.fault and not one.skipped for one in verdicts)
+    total = f"{right} of {len(verdicts) - skipped} right"
+    return "\n".join([*lines, f"{total}, {skipped} skipped" if skipped else total])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,4 +10,11 @@ agent.capability("sleep", (seconds, task) => new Promise((resolve, reject) => {
 }));
 agent.capability("fail", () => { throw new TaskFailed("as it was asked to", "own"); });
 agent.capability("relay", (input, task) => task.delegate("elsewhere", input));
+agent.capability("answer", (input, task) => task.delegate("elsewhere", input, { onQuestion: ({ text }) => text }));
+agent.capability("ask", async (texts, task) => {
+  const answers = [];
+  for (const text of texts) answers.push(await task.ask(text));
+  return answers;
+});
+agent.capability("stream", async function* (items) { yield* items; });
 await agent.start();

@@ -28,5 +28,21 @@ async def relay(task: Task):
     return await task.delegate("elsewhere", task.input)
 
 
+@agent.capability
+async def answer(task: Task):
+    return await task.delegate("elsewhere", task.input, on_question=lambda question: question.text)
+
+
+@agent.capability
+async def ask(task: Task):
+    return [await task.ask(text) for text in task.input]
+
+
+@agent.capability
+async def stream(task: Task):
+    for item in task.input:
+        yield item
+
+
 if __name__ == "__main__":
     agent.run()

@@ -201,6 +201,12 @@ class HubHarness(HubDriver):
         else:
             self.received(connection, encode(message))
 
+    def said(self, connection: str, text: str) -> None:
+        self.received(connection, text.encode())
+
+    def said_binary(self, connection: str, raw: bytes) -> None:
+        self.handle(connection, InvalidMessage("message: must be text, not binary"), len(raw))
+
     def send(self, handle: str, message: Any, raw: bytes) -> None:
         assert handle in self.clients, f"{message} for a connection that has ended"
         assert len(raw) <= self.hub.settings.message_bytes_max, f"{len(raw)} bytes of {raw[:200]!r}"
@@ -252,6 +258,14 @@ class Client(Connection):
     def tell(self, message: AgentMessage | InvalidMessage) -> None:
         """Send a message that needs no reply."""
         self.harness.receive(self.connection, message)
+
+    def say(self, text: str) -> None:
+        """Send a text that may be no message."""
+        self.harness.said(self.connection, text)
+
+    def say_binary(self, raw: bytes) -> None:
+        """Send a binary message, which the WebSocket does not hand to the decoder."""
+        self.harness.said_binary(self.connection, raw)
 
     def ask(self, message: AgentMessage) -> Any:
         """Send a request, and return the one reply to it."""

@@ -7,6 +7,7 @@ in the project's folder brings all of it, and what is missing is skipped.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from agenthub import Agent, Refused, Task, TaskFailed, TaskTimeout
+from agenthub import Agent, Piece, Refused, Task, TaskFailed, TaskTimeout
 from clients.conformance import CHECKS
 from tests.support import ROOT, WAIT_S, hub_process
 from tests.test_interop import PageHandler, PageServer, chromium_command, page, started  # noqa: F401  # a fixture
@@ -87,8 +88,10 @@ def test_client_passes_its_tests_in_node(websocket: str | None) -> None:
 
 @needs_node
 @pytest.mark.long
-def test_client_survives_random_cuts() -> None:
-    run_in_node("chaos.test.mjs")
+@pytest.mark.parametrize("websocket", [None, "ws"])
+@pytest.mark.parametrize("name", ["chaos.test.mjs", "hostile.test.mjs"])
+def test_client_survives_a_bad_network(name: str, websocket: str | None) -> None:
+    run_in_node(name, websocket)
 
 
 @pytest.fixture
@@ -167,6 +170,35 @@ async def test_javascript_delegates_to_python(url: str, websocket: str | None) -
 
 
 @needs_node
+async def test_minimal_client_asks_answers_and_streams(url: str) -> None:
+    """The client without our code, as a worker and as a requester of the real hub."""
+    me = Agent("requester", url=url)
+
+    @me.capability
+    async def elsewhere(task: Task) -> Any:
+        return [await task.ask("which?"), task.input]
+
+    command = [*NODE, str(TESTS.parent / "interop" / "minimal.mjs")]
+    async with asyncio.timeout(WAIT_S), me, started(*command, env=environment(url, None)):
+        answers = await me.delegate(
+            "ask", ["main?", "sure?"], wait=True, on_question=lambda question: question.text * 2
+        )
+        assert answers == ["main?main?", "sure?sure?"]
+        assert await me.delegate("answer", 7) == ["which?", 7]
+        with pytest.raises(TaskFailed) as failed:
+            await me.delegate("ask", ["main?"])
+        assert failed.value.code == "no_answers"
+        with pytest.raises(TaskFailed) as failed:
+            await me.delegate("relay", 7)
+        assert failed.value.code == "no_answers"
+        items = [{"line": number} for number in range(20)]
+        handle = await me.submit("stream", items)
+        assert [one.piece async for one in handle if isinstance(one, Piece)] == items
+        assert await handle.result() == items
+        assert [piece async for piece in me.stream("stream", items)] == items
+
+
+@needs_node
 @pytest.mark.skipif(not (MODULES / ".bin" / "tsc").exists(), reason="needs npm install --no-save typescript")
 def test_types_are_strict_and_fresh(tmp_path: Path) -> None:
     """To make them again: the command of this test, with clients as the folder."""
@@ -175,6 +207,28 @@ def test_types_are_strict_and_fresh(tmp_path: Path) -> None:
     assert run.stdout == ""
     assert run.returncode == 0
     assert (tmp_path / TYPES.name).read_text() == TYPES.read_text()
+
+
+def gzip_kb(raw: bytes) -> float:
+    return len(gzip.compress(raw, 9)) / 1000
+
+
+def test_client_is_as_small_as_the_page_says() -> None:
+    text = CLIENT.read_text(encoding="utf-8")
+    assert max(map(len, text.splitlines())) <= 120
+    said = re.search(r"has ([\d.]+) kB gzip", PAGE.read_text(encoding="utf-8"))
+    assert said is not None
+    assert abs(gzip_kb(text.encode()) - float(said[1])) < 0.1
+
+
+@needs_node
+@pytest.mark.skipif(not (MODULES / ".bin" / "esbuild").exists(), reason="needs npm install --no-save esbuild")
+def test_bundle_is_as_small_as_the_page_says() -> None:
+    command = [str(MODULES / ".bin" / "esbuild"), "--bundle", "--minify", "--format=esm", str(CLIENT)]
+    bundle = subprocess.run(command, capture_output=True, check=True, timeout=WAIT_S).stdout
+    said = re.search(r"adds ([\d.]+) kB gzip", PAGE.read_text(encoding="utf-8"))
+    assert said is not None
+    assert gzip_kb(bundle) <= float(said[1])
 
 
 @needs_node

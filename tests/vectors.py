@@ -2,7 +2,8 @@
 
 Each test of tests/test_hub.py and tests/test_hub_talk.py whose story is short becomes one: what each connection sends,
 what the hub sends to it, how much time passes, and which connections are lost or closed. The limits of messages in
-tests/test_messages.py become one each, too. `replay` plays an exchange to a hub, which must do the same again.
+tests/test_messages.py become one each, too, and those in tests/exchanges.py are written for clients. `replay` plays an
+exchange to a hub, which must do the same again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from agenthub import Close
-from tests import harness, test_hub, test_hub_talk, test_messages
+from tests import exchanges, harness, test_hub, test_hub_talk, test_messages
 from tests.support import ROOT
 
 PATH = ROOT / "docs" / "protocol-vectors.json"
@@ -37,6 +38,7 @@ class Recorder(harness.HubHarness):
 
     def __init__(self, **options: Any) -> None:
         self.steps: list[dict[str, Any]] = []
+        self.is_malformed = False  # Whether what is being received is no JSON.
         self.is_exchange = options.get("seed", SEED) == SEED and options.get("ledger") is None
         self.options = {name: value for name, value in options.items() if name not in ("seed", "ledger")}
         self.is_exchange &= all(isinstance(value, int | float | str) for value in self.options.values())
@@ -52,8 +54,21 @@ class Recorder(harness.HubHarness):
         self.steps.append({"from": handle, "message": message})
         super().received(handle, json.dumps(message).encode())
 
+    def said(self, connection: str, text: str) -> None:
+        self.steps.append({"from": connection, "text": text})
+        self.is_malformed = not is_json(text)
+        super().received(connection, text.encode())
+        self.is_malformed = False
+
+    def said_binary(self, connection: str, raw: bytes) -> None:
+        self.steps.append({"from": connection, "binary": raw.hex()})
+        super().said_binary(connection, raw)
+
     def send(self, handle: str, message: Any, raw: bytes) -> None:
-        self.steps.append({"to": handle, "message": json.loads(raw)})
+        sent = json.loads(raw)
+        if self.is_malformed:
+            del sent["message"]  # Its words are those of the decoder that is installed.
+        self.steps.append({"to": handle, "message": sent})
         super().send(handle, message, raw)
 
     def close(self, handle: str, effect: Close) -> None:
@@ -67,6 +82,17 @@ class Recorder(harness.HubHarness):
     def pass_time(self, seconds: float) -> None:
         self.steps.append({"seconds": seconds})
         super().pass_time(seconds)
+
+
+def is_json(text: str) -> bool:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        json.loads(text, parse_constant=refuse)
+    except ValueError:
+        return False
+    return True
 
 
 def without_defaults(message: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +140,8 @@ def recorded() -> list[Vector]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_hub, "HubHarness", Recorder)
         patch.setattr(test_hub_talk, "HubHarness", Recorder)
-        for name, function in [*stories(), *rejections()]:
+        patch.setattr(exchanges, "HubHarness", Recorder)
+        for name, function in [*stories(), *rejections(), *exchanges.STORIES.items()]:
             Recorder.made.clear()
             function()
             if len(Recorder.made) != 1 or not Recorder.made[0].is_exchange:
@@ -123,7 +150,7 @@ def recorded() -> list[Vector]:
             vector = {"name": name, "settings": hub.options, "steps": hub.steps}
             if (
                 2 <= len(hub.steps) <= STEPS_MAX
-                and len(json.dumps(vector)) <= BYTES_MAX
+                and (name in exchanges.STORIES or len(json.dumps(vector)) <= BYTES_MAX)
                 and replay(vector) == hub.steps
             ):
                 vectors.append(vector)
@@ -138,7 +165,12 @@ def replay(vector: Vector) -> list[dict[str, Any]]:
         if "connect" in step:
             clients[step["connect"]] = hub.connect()
         elif "from" in step and step["from"] in hub.clients:
-            hub.received(step["from"], json.dumps(step["message"]).encode())
+            if "message" in step:
+                hub.received(step["from"], json.dumps(step["message"]).encode())
+            elif "text" in step:
+                hub.said(step["from"], step["text"])
+            else:
+                hub.said_binary(step["from"], bytes.fromhex(step["binary"]))
         elif "lost" in step and step["lost"] in hub.clients:
             hub.lose(clients[step["lost"]])
         elif "seconds" in step:

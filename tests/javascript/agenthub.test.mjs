@@ -52,6 +52,7 @@ test("a failure has the code and the message that the handler chose", async (t) 
   made.capability("deep", () => JSON.parse("[".repeat(100) + "]".repeat(100)));
   made.capability("long", () => "x".repeat(2_000_000));
   made.capability("code", () => { throw new TaskFailed("no", "bad\ncode"); });
+  made.capability("refused", () => { throw new TaskFailed("refused: no", "bad\ncode"); });
   await made.start();
   const me = agent(t, "requester", hub.url);
   await assert.rejects(me.delegate("own"), { code: "closed", message: "not today", name: "TaskFailed" });
@@ -63,7 +64,7 @@ test("a failure has the code and the message that the handler chose", async (t) 
   await assert.rejects(me.delegate("big"), { code: "failed", message: /BigInt/ });
   await assert.rejects(me.delegate("deep"), { code: "failed", message: /refused/ });
   await assert.rejects(me.delegate("long"), { code: "too_large" });
-  await assert.rejects(me.delegate("code"), { code: "failed", message: /refused/ });
+  for (const name of ["code", "refused"]) await assert.rejects(me.delegate(name), { code: "failed", message: /refused/ });
   await assert.rejects(me.delegate(null, null, { agentId: made.agentId }), failsWith(TaskFailed, "no_handler"));
 });
 
@@ -176,13 +177,32 @@ test("the rest of a stream comes with the output after a lost connection", async
     for await (const piece of me.stream(`rest-${side}`)) {
       found.push(piece);
       if (found.length === 2) {
-        proxy.cut();
-        await until(() => !(side === 0 ? made : me).online, "the cut");
-        go.open();
+        await proxy.cutOff(side === 0 ? made : me, go.open);
       }
     }
     assert.equal(found.join(""), "abcd");
   }
+});
+
+test("a stream whose first pieces were lost yields all of the output", async (t) => {
+  const proxy = await Proxy.open(t, hub.port);
+  const made = agent(t, "streaming", hub.url);
+  const [begun, first, second] = [gate(), gate(), gate()];
+  made.capability("lost-first", async function* () {
+    begun.open();
+    await first.opened;
+    yield "a";
+    await second.opened;
+    yield "b";
+  });
+  await made.start();
+  const me = agent(t, "requester", proxy.url);
+  const stream = all(me.stream("lost-first"));
+  await begun.opened;
+  await proxy.cutOff(me, first.open);
+  await until(() => me.online, "the requester to be back");
+  second.open();
+  assert.equal((await within(stream, "the stream")).join(""), "ab");
 });
 
 test("a worker asks its requester", async (t) => {
@@ -302,15 +322,13 @@ test("a result waits for the next connection", async (t) => {
   made.capability("offline", async (input, task) => {
     begun.open();
     await go.opened;
-    await until(() => !made.online, "the cut");
     return "kept";
   });
   await made.start();
   const { agentId } = made;
   const handle = await agent(t, "requester", hub.url).submit("offline");
   await begun.opened;
-  proxy.cut();
-  go.open();
+  await proxy.cutOff(made, go.open);
   assert.equal(await within(handle.result(), "the result"), "kept");
   assert.equal(made.agentId, agentId);
 });

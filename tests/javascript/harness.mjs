@@ -116,6 +116,7 @@ export class Proxy {
   seen = 0;
   connections = 0;
   isDeaf = false; // Forwards nothing, and closes nothing.
+  isShut = false; // Accepts no connection.
   sockets = new Set();
 
   static async open(t, port, cutAt = Infinity, after = false) {
@@ -129,6 +130,7 @@ export class Proxy {
   }
 
   #join(near, far, cutAt, after) {
+    if (this.isShut) return [near, far].forEach((socket) => socket.on("error", () => {}).destroy());
     const isFirst = this.connections++ === 0;
     const both = [near, far];
     const end = () => both.forEach((socket) => socket.destroy());
@@ -147,6 +149,15 @@ export class Proxy {
         }
       });
     }
+  }
+
+  /** Cut an agent's connection, and let none through while `during` runs. */
+  async cutOff(agent, during) {
+    this.isShut = true;
+    this.cut();
+    await until(() => !agent.online, "the cut");
+    await during();
+    this.isShut = false;
   }
 
   cut() {
