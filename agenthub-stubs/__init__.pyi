@@ -82,7 +82,7 @@ __all__ = [
     "serve",
     "main",
     "DaemonExecutor@6430",
-    "CommandProtocol@13358",
+    "CommandProtocol@13359",
 ]
 
 class Code(enum.StrEnum):
