@@ -14159,7 +14159,11 @@ def _run_a2a(args: argparse.Namespace) -> int:
     args.headers = {"Authorization": f"Bearer {check_token('AGENTHUB_A2A_TOKEN', token)}"} if token else {}
     if args.join is None:
         _prepare_gateway(args)
-    asyncio.run(_until_stopped(functools.partial(_serve_gateway if args.join is None else module.join, args)))
+    if args.log_level != "debug":  # They log what clients send.
+        for name in ("a2a", "httpx", "uvicorn", "opentelemetry"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger("a2a.server.agent_execution").setLevel(logging.ERROR)
+    run_loop(_until_stopped(functools.partial(_serve_gateway if args.join is None else module.join, args)))
     return 0
 
 
@@ -14168,15 +14172,35 @@ async def _until_stopped(run: Callable[[asyncio.Event], typing.Coroutine[Any, An
         await run(stopped)
 
 
+def _closing_idle(protocol: Any) -> Any:
+    """Return a protocol of uvicorn that closes connections without a request: uvicorn lets them wait forever."""
+
+    class Protocol(protocol):  # type: ignore[misc]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(TOKEN_S, self.check, None)
+
+        def check(self, last: Any) -> None:
+            """Close the connection if it has no request, and had none since the last check."""
+            is_idle = self.cycle is None or self.cycle.response_complete
+            if is_idle and last is self.cycle:
+                self.transport.abort()
+            elif not self.transport.is_closing():
+                self.loop.call_later(TOKEN_S, self.check, self.cycle if is_idle else "busy")
+
+    return Protocol
+
+
 async def _serve_gateway(args: argparse.Namespace, stopped: asyncio.Event) -> None:
     """Serve HTTP until an event is set, with an agent that resumes its session at the hub."""
     module = sibling_module("agenthub_a2a", "the A2A gateway")
     uvicorn = module.uvicorn
+    http = _closing_idle(importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol)
     async with _shared_caller(args.url, args.name or "a2a-gateway", None) as agent:
         gateway = module.Gateway(agent, args)
         options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         limits = {"limit_concurrency": args.max_connections, "timeout_graceful_shutdown": 1}
-        config = uvicorn.Config(gateway, **options, **limits, proxy_headers=False)
+        config = uvicorn.Config(gateway, http=http, proxy_headers=False, **options, **limits)
         config.load()
         config.ssl, server = args.tls, uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # `stop_signals` handles them.

@@ -48,7 +48,6 @@ json_utils.dumps = json.dumps  # ASCII only: a2a-sdk's client would take U+2028 
 WORKING, PAUSED = pb.TASK_STATE_WORKING, (pb.TASK_STATE_INPUT_REQUIRED, pb.TASK_STATE_AUTH_REQUIRED)
 ENDED = (pb.TASK_STATE_COMPLETED, pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELED, pb.TASK_STATE_REJECTED)
 COMPLETED, FAILED, CANCELED, REJECTED = ENDED
-NOT_ACCEPTED = ("invalid_input", "no_agent", "unknown_agent", "overloaded", "rejected", "too_large", "disconnected")
 JSON, CARD = "application/json", "/.well-known/agent-card.json"
 CARDS = (CARD, f"/a2a{CARD}")
 HUB_S = 5.0  # For the hub to accept a task, or to end one that is cancelled.
@@ -81,8 +80,7 @@ def value_of(parts: Sequence[pb.Part]) -> Any:
 
 
 def number(text: str) -> int | float:
-    """Return a whole double as an integer, which a schema may want: in A2A, 3 and 3.0 are the same."""
-    return int(value) if (value := float(text)).is_integer() and abs(value) < 2**63 else value
+    return int(value) if (value := float(text)).is_integer() and abs(value) < 2**63 else value  # In A2A, 3 is 3.0.
 
 
 def task_id_of(context: ServerCallContext, message_id: str) -> str:
@@ -114,7 +112,7 @@ class TaskStore(tasks.InMemoryTaskStore):
         while self.ended and (self.is_full() or next(iter(self.ended.values()))[0] < time.monotonic()):
             await self.delete(oldest := next(iter(self.ended)), self.ended[oldest][1])
 
-    async def delete(self, task_id: str, context: ServerCallContext) -> None:
+    async def delete(self, task_id: str, context: ServerCallContext) -> Any:
         self.ended.pop(task_id, None)
         self.bytes_total -= self.bytes.pop(task_id, 0)
         if await self.push.get_info(task_id, context):
@@ -176,7 +174,7 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
 
     async def offers(self, keyword: str) -> dict[str, tuple[str, list[agenthub.Capability]]]:
         found: dict[str, tuple[str, list[agenthub.Capability]]] = {}
-        for agent in await self.agent.discover(keyword, 1000):
+        for agent in await self.agent.discover(keyword[:128].replace("\0", ""), 1000):
             for one in agent.capabilities:
                 found.setdefault(one.name, (one.description, [one]))
                 found[f"@{agent.agent_id}"] = agent.description, agent.capabilities
@@ -223,6 +221,8 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
             context.state["new_id"] = task_id_of(context, message.message_id)
         known = await self.store.get(message.task_id or context.state["new_id"], context)
         is_new = message.task_id and known and all(one.message_id != message.message_id for one in known.history)
+        if known and not message.task_id and known.status.state == REJECTED:
+            known = await self.store.delete(known.id, context)  # The hub does not know it, so try again.
         if known and not is_new and known.status.state in (*ENDED, *PAUSED):
             yield known
             return
@@ -266,7 +266,7 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
         options: Any = {"agent_id": target[1:]} if target.startswith("@") else {"capability": target}
         options |= {"ttl": self.args.ttl, "max_retries": self.args.max_retries, "patience_s": HUB_S, "answers": True}
         task = pb.Task(id=updater.task_id, context_id=updater.context_id, history=[] if report else [context.message])
-        task.status.state = pb.TASK_STATE_SUBMITTED
+        task.status.state = WORKING
         task.status.timestamp.GetCurrentTime()
         try:
             if not self.agent.is_online:
@@ -276,14 +276,14 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
             if report and report.question is not None:
                 handle._on_report(report)  # The hub delivers a question again only after a reconnect.
             self.open[task.id] = handle, updater, asyncio.current_task()
-            task.status.state = WORKING
             await event_queue.enqueue_event(task)
             await publish(updater, handle)
         except (agenthub.AgentHubError, ValueError) as error:
-            if task.id not in self.open:
+            if not_accepted := task.id not in self.open:
                 await event_queue.enqueue_event(task)
             code = error.code if isinstance(error, agenthub.AgentHubError) else "invalid_input"
-            state = CANCELED if code == "cancelled" else REJECTED if code in NOT_ACCEPTED else FAILED
+            is_rejected = not_accepted or code in ("invalid_input", "rejected")
+            state = CANCELED if code == "cancelled" else REJECTED if is_rejected else FAILED
             message = updater.new_agent_message([pb.Part(text=str(error) or code)])
             await updater.update_status(state, message, metadata={"code": code})
         finally:

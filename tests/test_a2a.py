@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 import shutil
+import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator
@@ -299,6 +300,26 @@ async def test_the_code_of_a_failure_decides_about_the_state(code: str, state: i
         assert (task.status.state, text_of(task), task.metadata["code"]) == (state, "on purpose", code)
 
 
+async def test_a_rejected_message_is_tried_again_when_it_is_sent_again() -> None:
+    async with world() as (hub, url, agent), client_of(f"{url}/a2a/double") as client:
+        await agent.stop()
+        task = await send(client, {"n": 21}, "m-1")
+        assert (task.status.state, task.metadata["code"]) == (pb.TASK_STATE_REJECTED, "no_agent")
+        async with worker(url=hub):
+            again = await send(client, {"n": 21}, "m-1")
+            assert (output_of(again), again.id) == (42, task.id)
+
+
+async def test_without_a_hub_a_message_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub_a2a, "HUB_S", 0.1)
+    async with asyncio.timeout(WAIT_S), contextlib.AsyncExitStack() as stack:
+        async with HubServer(port=0) as hub, worker(url=hub.url):
+            url = await stack.enter_async_context(gateway(hub.url))
+            client = await stack.enter_async_context(client_of(f"{url}/a2a/double"))
+        task = await send(client, {"n": 21})
+        assert (task.status.state, task.metadata["code"]) == (pb.TASK_STATE_REJECTED, "hub_lost")
+
+
 async def test_what_the_hub_does_not_accept_is_rejected() -> None:
     async with world() as (_, url, _), client_of(f"{url}/a2a/double") as client:
         task = await send(client, {"n": "x"})
@@ -509,6 +530,23 @@ async def test_a_restarted_gateway_finds_its_tasks_by_their_ids(tmp_path: Path) 
                     assert output_of(await send(client, "main", task_id=asking.id)) == "on main"
 
 
+async def test_a_killed_gateway_finds_its_tasks_too() -> None:
+    async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub, worker(url=hub.url):
+        argv, task = ["-m", "agenthub", "a2a", "--port", "0", "--url", hub.url], pb.Task()
+        for attempt in range(2):
+            with running(*argv) as process:
+                assert process.stdout is not None
+                url = (await asyncio.to_thread(process.stdout.readline)).split()[-1]
+                async with client_of(f"{url}/a2a/wait", polling=True, streaming=False) as client:
+                    if attempt == 0:
+                        task = await send(client, None, "m-1")
+                        process.kill()
+                    else:
+                        assert (await send(client, None, "m-1")).id == task.id
+                        cancelled = await client.cancel_task(pb.CancelTaskRequest(id=task.id))
+                        assert cancelled.status.state == pb.TASK_STATE_CANCELED
+
+
 @pytest.mark.parametrize("has_journal", [True, False])
 async def test_a_task_outlives_a_hub_with_a_journal_and_fails_without(has_journal: bool, tmp_path: Path) -> None:
     journal = ["--db", str(tmp_path / "hub.db")] if has_journal else []
@@ -590,6 +628,47 @@ async def test_a_request_that_is_too_large_is_rejected() -> None:
 
         answer = await http.post(f"{url}/a2a/echo/rpc", content=chunks())
         assert answer.status_code == 413 or "too large" in answer.text.lower()
+
+
+async def test_connections_without_a_request_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenthub, "TOKEN_S", 0.05)
+    async with world() as (_, url, _):
+        host, port = url.removeprefix("http://").split(":")
+        for sent in (b"", b"GET / HTTP/1.1\r\n", f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\nGET /".encode()):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            with contextlib.suppress(ConnectionResetError):
+                while await reader.read(1000):
+                    pass
+            writer.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs TCP_USER_TIMEOUT")
+@pytest.mark.long
+async def test_a_client_that_reads_nothing_is_disconnected() -> None:
+    """The kernel does it, after half a second here. Until then, the stream is the one request that it may have."""
+    async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub, worker(url=hub.url):
+        args, stopped = options("--url", hub.url, "--max-requests", "1"), asyncio.Event()
+        agenthub._prepare_gateway(args)
+        args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)
+        args.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
+        serving = asyncio.create_task(agenthub._serve_gateway(args, stopped))
+        text = json.dumps({"messageId": "m", "role": "ROLE_USER", "parts": [{"text": "x" * 900_000}]})
+        body = f'{{"message": {text}}}'.encode()
+        head = "POST /a2a/echo/rest/message:stream HTTP/1.1\r\nHost: 127.0.0.1\r\nA2A-Version: 1.0\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5_000)
+            client.connect(args.listening.getsockname())
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(client, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert (await loop.sock_recv(client, 17)).startswith(b"HTTP/1.1 200")
+            async with httpx.AsyncClient(timeout=WAIT_S) as http:
+                assert (await http.get(args.base_url)).status_code == 429
+                while (await http.get(args.base_url)).status_code == 429:
+                    await asyncio.sleep(0)
+        stopped.set()
+        await serving
 
 
 async def test_a_client_may_have_a_number_of_requests_at_once() -> None:
@@ -726,8 +805,18 @@ async def test_foreign_hosts_and_web_pages_are_rejected() -> None:
             assert (await http.get(url, headers=headers)).status_code == status
 
 
+MESSAGE = {"message": {"messageId": "m", "role": "ROLE_USER", "parts": [{"text": "x"}]}}
+
+
 async def test_odd_paths_are_not_found() -> None:
     async with world() as (_, url, _), httpx.AsyncClient(timeout=WAIT_S) as http:
+        for name in ("x" * 200, "%00", "%ff", "a%0Ab"):
+            assert (await http.get(f"{url}/a2a/{name}/.well-known/agent-card.json")).status_code == 404
+            answer = await http.post(
+                f"{url}/a2a/{name}/rest/message:send", json=MESSAGE, headers={"A2A-Version": "1.0"}
+            )
+            assert answer.status_code == 200
+            assert answer.json()["task"]["status"]["state"] == "TASK_STATE_REJECTED"
         for path in ("/a2a", "/a2a/", "/a2a/double", "/a2a/rpc", "//a2a/double/rpc", "/a2a/double/x/rpc", "/x/a2a/rpc"):
             assert (await http.post(f"{url}{path}", json={})).status_code in (404, 405)
         answer = await http.post(f"{url}/%612a/rest/message:send", json={}, headers={"A2A-Version": "1.0"})
