@@ -14036,11 +14036,16 @@ def _task_refusals(args: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def _shared_caller(url: str, name: str = "", give_up_after_s: float | None = 0) -> AsyncIterator[Agent]:
-    """Resume this user's shared agent at a hub, one command at a time, and leave it disconnected for the next one."""
+    """Resume this user's shared agent at a hub, one command at a time, and leave it disconnected for the next one.
+
+    An agent with a `name` is not waited for: raises CommandFailed while another process has it.
+    """
     agent = Agent(name or "call", url=url, give_up_after_s=give_up_after_s)
     urls = URL_SEPARATOR.join(sorted(HubUrls(url).urls))  # In any order, they are those of one hub.
     with _private_file(f"{hash_of(f'{urls} {bearer_token()}{name}')[:16]}.json") as file:
         while not try_lock(file):
+            if name:
+                raise CommandFailed(f"another process is the agent {name} of this hub: give --name")
             await asyncio.sleep(LOCK_POLL_S)
         with contextlib.suppress(ValueError):  # It is new, or its writer was killed.
             agent.agent_id, agent.resume = json.loads(file.read())
@@ -14196,7 +14201,9 @@ async def _serve_gateway(args: argparse.Namespace, stopped: asyncio.Event) -> No
     module = sibling_module("agenthub_a2a", "the A2A gateway")
     uvicorn = module.uvicorn
     http = _closing_idle(importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol)
-    async with _shared_caller(args.url, args.name or "a2a-gateway", None) as agent:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(args.listening)
+        agent = await stack.enter_async_context(_shared_caller(args.url, args.name or "a2a-gateway", None))
         gateway = module.Gateway(agent, args)
         options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         limits = {"limit_concurrency": args.max_connections, "timeout_graceful_shutdown": 1}

@@ -83,7 +83,7 @@ __all__ = [
     "main",
     "DaemonExecutor@6430",
     "CommandProtocol@13359",
-    "Protocol@14178",
+    "Protocol@14183",
 ]
 
 class Code(enum.StrEnum):

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import socket
+import ssl
 import sys
 import uuid
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ from agenthub import Agent, HubServer, Task, TaskFailed
 from tests.raw_websocket import WAIT_S
 from tests.support import ROOT, agenthub_main, hub_process, running
 from tests.test_docs import blocks
+from tests.test_security import AUTHORITY, CERTIFICATE, KEY, private_file
 
 pytest.importorskip("a2a", reason="needs a2a-sdk[http-server]: tox -e a2a")
 httpx = pytest.importorskip("httpx")
@@ -530,6 +532,15 @@ async def test_a_restarted_gateway_finds_its_tasks_by_their_ids(tmp_path: Path) 
                     assert output_of(await send(client, "main", task_id=asking.id)) == "on main"
 
 
+async def test_two_gateways_of_a_hub_need_different_names() -> None:
+    async with world() as (hub, _, _):
+        with pytest.raises(agenthub.CommandFailed, match="give --name"):
+            async with gateway(hub):
+                pass
+        async with gateway(hub, "--name", "another"):
+            pass
+
+
 async def test_a_killed_gateway_finds_its_tasks_too() -> None:
     async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub, worker(url=hub.url):
         argv, task = ["-m", "agenthub", "a2a", "--port", "0", "--url", hub.url], pb.Task()
@@ -792,6 +803,20 @@ async def test_users_of_the_access_file_see_only_their_own_tasks(tmp_path: Path)
             assert answer.status_code == status, (name, target)
 
 
+async def test_tls_is_that_of_the_hub(tmp_path: Path) -> None:
+    files = {"cert": CERTIFICATE, "key": KEY, "authority": AUTHORITY}
+    paths = {name: private_file(tmp_path / f"{name}.pem", text) for name, text in files.items()}
+    async with world("--tls-cert", paths["cert"], "--tls-key", paths["key"]) as (_, url, _):
+        assert url.startswith("https://")
+        url = url.replace("127.0.0.1", "localhost")
+        context = ssl.create_default_context(cafile=paths["authority"])
+        async with httpx.AsyncClient(timeout=WAIT_S, verify=context) as http:
+            card = (await http.get(f"{url}/a2a/echo/.well-known/agent-card.json")).json()
+            assert card["supportedInterfaces"][0]["url"] == f"{url}/a2a/echo/rpc"
+            answer = await http.post(f"{url}/a2a/echo/rest/message:send", json=MESSAGE, headers={"A2A-Version": "1.0"})
+            assert answer.json()["task"]["artifacts"][0]["parts"] == [{"text": "x"}]
+
+
 async def test_foreign_hosts_and_web_pages_are_rejected() -> None:
     async with world("--allow-host", "example.org") as (_, url, _), httpx.AsyncClient(timeout=WAIT_S) as http:
         for headers, status in (
@@ -806,6 +831,22 @@ async def test_foreign_hosts_and_web_pages_are_rejected() -> None:
 
 
 MESSAGE = {"message": {"messageId": "m", "role": "ROLE_USER", "parts": [{"text": "x"}]}}
+
+
+@pytest.mark.parametrize("binding", ["rpc", "rest"])
+@pytest.mark.parametrize(
+    "data",
+    ["[" * 30_000 + "]" * 30_000, "1e400", '"\\ud800"', "9" * 5000, '{"a": NaN}', "[" * 60 + "]" * 60, '"\\u2028"'],
+)
+async def test_odd_json_is_answered_and_the_gateway_goes_on(binding: str, data: str) -> None:
+    message = f'{{"message": {{"messageId": "m", "role": "ROLE_USER", "parts": [{{"data": {data}}}]}}}}'
+    call = f'{{"jsonrpc": "2.0", "id": 1, "method": "SendMessage", "params": {message}}}'
+    async with world() as (_, url, _), httpx.AsyncClient(timeout=WAIT_S, headers={"A2A-Version": "1.0"}) as http:
+        path, body = ("rpc", call) if binding == "rpc" else ("rest/message:send", message)
+        answer = await http.post(f"{url}/a2a/echo/{path}", content=body)
+        assert answer.status_code in (200, 400, 500)
+        async with client_of(f"{url}/a2a/double") as client:
+            assert output_of(await send(client, {"n": 21})) == 42
 
 
 async def test_odd_paths_are_not_found() -> None:
@@ -885,7 +926,7 @@ async def test_the_client_and_the_curl_of_the_page_greet_ada() -> None:
 
 
 async def test_the_client_of_the_example_answers_the_agent_of_the_example() -> None:
-    (agent,) = agenthub.load_agents(str(EXAMPLE / "agents.py"))
+    (agent,) = agenthub.load_agents(str(EXAMPLE / "reviewer_agent.py"))
     async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub:
         agent.use_hub(hub)
         async with agent, gateway(hub.url) as url:

@@ -1,4 +1,4 @@
-"""An agent that asks its requester: `agenthub hub --with examples/a2a/agents.py`."""
+"""An agent that asks its requester: `agenthub hub --with examples/a2a/reviewer_agent.py`."""
 
 from typing import Literal
 
