@@ -561,13 +561,14 @@ async def test_a_killed_gateway_finds_its_tasks_too() -> None:
 @pytest.mark.parametrize("has_journal", [True, False])
 async def test_a_task_outlives_a_hub_with_a_journal_and_fails_without(has_journal: bool, tmp_path: Path) -> None:
     journal = ["--db", str(tmp_path / "hub.db")] if has_journal else []
-    released = asyncio.Event()
+    begun, released = asyncio.Event(), asyncio.Event()
     async with asyncio.timeout(WAIT_S):
         with hub_process(*journal) as (hub, process):
             agent = Agent("worker", url=hub)
 
             @agent.capability
             async def hold() -> str:
+                begun.set()
                 await released.wait()
                 return "done"
 
@@ -577,6 +578,7 @@ async def test_a_task_outlives_a_hub_with_a_journal_and_fails_without(has_journa
             async with client_of(f"{url}/a2a/hold") as client:
                 events = client.send_message(request({}))
                 task = (await anext(events)).task
+                await begun.wait()
                 process.kill()
                 process.wait()
                 with running("-m", "agenthub", "hub", "--port", hub.rpartition(":")[2], *journal):
