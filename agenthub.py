@@ -12892,6 +12892,7 @@ def commands() -> dict[str, Command]:
         "bridge": Command(
             "offer the hub to an MCP client, or an MCP server's tools to the hub", _add_bridge, _run_bridge, "info"
         ),
+        "a2a": Command("offer the hub's agents to A2A clients, or an A2A agent to the hub", _add_a2a, _run_a2a, "info"),
         "schema": Command("print the JSON Schema of all messages", lambda parser: None, _run_schema),
         "token": Command("generate a token for a hub", _add_token, _run_token),
         "journal": Command("copy a journal to another place, such as a database", _add_journal, _run_journal),
@@ -14139,12 +14140,17 @@ def _task_refusals(args: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _shared_caller(url: str) -> AsyncIterator[Agent]:
-    """Resume this user's shared agent at a hub, one command at a time, and leave it disconnected for the next one."""
-    agent = Agent("call", url=url, give_up_after_s=0)
+async def _shared_caller(url: str, name: str = "", give_up_after_s: float | None = 0) -> AsyncIterator[Agent]:
+    """Resume this user's shared agent at a hub, one command at a time, and leave it disconnected for the next one.
+
+    An agent with a `name` is not waited for: raises CommandFailed while another process has it.
+    """
+    agent = Agent(name or "call", url=url, give_up_after_s=give_up_after_s)
     urls = URL_SEPARATOR.join(sorted(HubUrls(url).urls))  # In any order, they are those of one hub.
-    with _private_file(f"{hash_of(f'{urls} {bearer_token()}')[:16]}.json") as file:
+    with _private_file(f"{hash_of(f'{urls} {bearer_token()}{name}')[:16]}.json") as file:
         while not try_lock(file):
+            if name:
+                raise CommandFailed(f"another process is the agent {name} of this hub: give --name")
             await asyncio.sleep(LOCK_POLL_S)
         with contextlib.suppress(ValueError):  # It is new, or its writer was killed.
             agent.agent_id, agent.resume = json.loads(file.read())
@@ -14217,6 +14223,142 @@ def _run_bridge(args: argparse.Namespace) -> int:
     module = sibling_module("agenthub_mcp", "the bridge")
     code: int = module.run(args)
     return code
+
+
+# a2a
+
+
+def _add_a2a(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("A2A")
+    option(
+        group, "--join URL", None, "offer the skills of this A2A agent on the hub, instead of the hub's agents to A2A"
+    )
+    option(group, "--prefix TEXT", "", "with --join: prefix of the capabilities' names")
+    option(group, "--max-running N", 16, "with --join: tasks that run at once")
+    option(group, "--name NAME", None, "name of the agent on the hub; gateways of one hub and user need different ones")
+    option(group, "--capability PATTERN", [], "serve only these capabilities, or agents as @AGENT_ID, such as review-*")
+    option(group, "--ttl S", 300.0, "seconds that a task has, questions to its client included")
+    option(group, "--max-retries N", 0, "how often a task is retried if its worker is lost")
+    push = "URLs that push notifications may go to, such as https://example.org/hooks/*; none by default"
+    option(group, "--allow-push PATTERN", [], push)
+    group = parser.add_argument_group("listening")
+    option(group, "--host HOST", "127.0.0.1", "address to listen on")
+    option(group, "--port N", 8766, "port to listen on; 0 picks a free one")
+    option(group, "--tls-cert PATH", None, "TLS certificate: serve https instead of http")
+    option(group, "--tls-key PATH", None, "private key of the certificate, unless both are in one file")
+    option(
+        group, "--access PATH", None, "access file of the hub; without it, AGENTHUB_A2A_TOKEN is the token to require"
+    )
+    option(group, "--insecure", False, "run without a token on an address that others can reach")
+    option(group, "--allow-host NAME", [], "name accepted in the Host header; on loopback in addition to its own names")
+    group = parser.add_argument_group("limits")
+    option(group, "--max-tasks N", 10_000, "tasks that are kept; the oldest ended ones are evicted")
+    option(group, "--max-task-bytes N", 256 << 20, "bytes of the tasks that are kept")
+    option(group, "--retention S", 3600.0, "seconds that an ended task is kept")
+    option(group, "--max-bytes N", MESSAGE_BYTES_MAX, "bytes of a request")
+    option(group, "--max-requests N", 200, "requests of one client at the same time; a stream is one")
+    option(group, "--max-connections N", 2000, "connections of all clients")
+    _add_connection(parser)
+
+
+def _run_a2a(args: argparse.Namespace) -> int:
+    """Run agenthub_a2a, the module next to this one."""
+    export_connection_options(args)
+    module = sibling_module("agenthub_a2a", "the A2A gateway")
+    token = os.environ.get("AGENTHUB_A2A_TOKEN")
+    args.headers = {"Authorization": f"Bearer {check_token('AGENTHUB_A2A_TOKEN', token)}"} if token else {}
+    if args.join is None:
+        _prepare_gateway(args)
+    if args.log_level != "debug":  # They log what clients send.
+        for name in ("a2a", "httpx", "uvicorn", "opentelemetry"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger("a2a.server.agent_execution").setLevel(logging.ERROR)
+    run_loop(_until_stopped(functools.partial(_serve_gateway if args.join is None else module.join, args)))
+    return 0
+
+
+async def _until_stopped(run: Callable[[asyncio.Event], typing.Coroutine[Any, Any, None]]) -> None:
+    with stop_signals() as stopped:
+        await run(stopped)
+
+
+def _closing_idle(protocol: Any) -> Any:
+    """Return a protocol of uvicorn that closes connections without a request: uvicorn lets them wait forever."""
+
+    class Protocol(protocol):  # type: ignore[misc]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(TOKEN_S, self.check, None)
+
+        def check(self, last: Any) -> None:
+            """Close the connection if it has no request, and had none since the last check."""
+            is_idle = self.cycle is None or self.cycle.response_complete
+            if is_idle and last is self.cycle:
+                self.transport.abort()
+            elif not self.transport.is_closing():
+                self.loop.call_later(TOKEN_S, self.check, self.cycle if is_idle else "busy")
+
+    return Protocol
+
+
+async def _serve_gateway(args: argparse.Namespace, stopped: asyncio.Event) -> None:
+    """Serve HTTP until an event is set, with an agent that resumes its session at the hub."""
+    module = sibling_module("agenthub_a2a", "the A2A gateway")
+    uvicorn = module.uvicorn
+    http = _closing_idle(importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(args.listening)
+        agent = await stack.enter_async_context(_shared_caller(args.url, args.name or "a2a-gateway", None))
+        gateway = module.Gateway(agent, args)
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
+        limits = {"limit_concurrency": args.max_connections, "timeout_graceful_shutdown": 1}
+        config = uvicorn.Config(gateway, http=http, proxy_headers=False, **options, **limits)
+        config.load()
+        config.ssl, server = args.tls, uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext  # `stop_signals` handles them.
+        serving = asyncio.create_task(server.serve(sockets=[args.listening]))
+        print(f"listening on {args.base_url}", flush=True)
+        await done_or_set(serving, stopped)
+        server.should_exit = True
+        await gateway.aclose()
+        await gateway.http.aclose()
+        await serving
+
+
+def _prepare_gateway(args: argparse.Namespace) -> None:
+    """Check the options of a gateway, and add what they stand for: `tokens`, `served`, `hosts`, `tls`, `listening`."""
+    if not 0 <= args.port <= 65_535:
+        raise ValueError("--port must be from 0 to 65535")
+    if args.tls_key is not None and args.tls_cert is None:
+        raise ValueError("--tls-key needs --tls-cert")
+    for pattern in args.allow_push:
+        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?/.*", pattern):
+            raise ValueError("--allow-push needs a scheme, a host without wildcards, and a path: https://example.org/*")
+    token = os.environ.get("AGENTHUB_A2A_TOKEN")
+    args.tokens = Access.of_token(token) if token else None
+    if args.access is not None:
+        args.tokens = Access.of_file(args.access)
+    if args.tokens is None and not is_loopback(args.host) and not args.insecure:
+        raise ValueError(
+            f"{args.host} can be reached by others: set AGENTHUB_A2A_TOKEN, or give --access or --insecure"
+        )
+    own = args.tokens.grant(bearer_token() or "") if args.access is not None else None
+    args.served = frozenset([own.namespace if own is not None else NAMESPACE_DEFAULT])
+    names = {name.lower() for name in args.allow_host} | {f"[{args.host}]" if ":" in args.host else args.host.lower()}
+    is_any_name = not is_loopback(args.host) and not args.allow_host
+    args.hosts = None if is_any_name else frozenset(names | set(LOOPBACK_NAMES if is_loopback(args.host) else ()))
+    args.served_names = tuple(args.capability) or None
+    args.tls = server_tls(args.tls_cert, args.tls_key) if args.tls_cert is not None else None
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        args.listening = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise CommandFailed(f"cannot listen on {args.host}:{args.port}: {error.strerror}") from error
+    args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so only for some sockets.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # The kernel closes connections whose other end reads nothing for so long.
+        args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+    name = f"[{args.host}]" if ":" in args.host else args.host
+    args.base_url = f"http{'s' if args.tls else ''}://{name}:{args.listening.getsockname()[1]}"
 
 
 # schema

@@ -82,7 +82,8 @@ __all__ = [
     "serve",
     "main",
     "DaemonExecutor@6532",
-    "CommandProtocol@13463",
+    "CommandProtocol@13464",
+    "Protocol@14288",
 ]
 
 class Code(enum.StrEnum):

@@ -142,6 +142,7 @@ COMMANDS = (
     "result",
     "cancel",
     "bridge",
+    "a2a",
     "schema",
     "token",
     "journal",
@@ -186,6 +187,8 @@ def test_help_of_a_command_explains_every_option(command: str, capsys: pytest.Ca
         ["bridge", "--serve"],
         ["bridge", "--http", "0", "--serve", "x"],
         ["bridge", "--max-tasks", "x"],
+        ["a2a", "x"],
+        ["a2a", "--port", "x"],
     ],
 )
 def test_wrong_usage_is_exit_code_two(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

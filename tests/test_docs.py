@@ -182,7 +182,7 @@ async def test_the_agents_of_the_guide_stream_and_ask(
 def test_each_command_of_the_pages_is_understood() -> None:
     text = "\n".join(block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "sh"))
     lines = re.findall(r"^(?:python -m )?agenthub (\w.*)$", text, re.MULTILINE)
-    assert len(lines) == 12
+    assert len(lines) == 14
     for line in lines:
         argument_parser().parse_args(shlex.split(line))
 

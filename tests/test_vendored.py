@@ -109,13 +109,18 @@ def test_copy_runs_a_hub(start: list[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [["-S", "agenthub.py"], ["-m", "package.vendor.agenthub"]], ids=["alone", "vendored"])
-def test_copy_without_the_bridge_says_that_it_is_a_file_of_its_own(start: list[str], folder: Path) -> None:
-    """For the lone copy, -S hides an installed bridge."""
+@pytest.mark.parametrize(
+    ("command", "what", "file"), [("bridge", "the bridge", "agenthub_mcp"), ("a2a", "the A2A gateway", "agenthub_a2a")]
+)
+def test_copy_without_an_extra_says_that_it_is_a_file_of_its_own(
+    start: list[str], command: str, what: str, file: str, folder: Path
+) -> None:
+    """For the lone copy, -S hides an installed extra."""
     shutil.copy(agenthub.__file__, folder / "agenthub.py")
-    with running(*start, "bridge", cwd=folder, env={"PYTHONPATH": ""}) as process:
+    with running(*start, command, cwd=folder, env={"PYTHONPATH": ""}) as process:
         output, complaint = process.communicate(timeout=WAIT_S)
         assert (process.returncode, output) == (1, "")
-        assert complaint == "agenthub: the bridge is a separate file: copy agenthub_mcp.py next to agenthub.py\n"
+        assert complaint == f"agenthub: {what} is a separate file: copy {file}.py next to agenthub.py\n"
 
 
 @pytest.mark.parametrize(
@@ -142,15 +147,16 @@ def test_bridge_beside_a_copy_runs_with_it(start: list[str], folder: Path) -> No
         assert "agenthub bridge: error: --http must be from 0 to 65535; " in complaint.splitlines()[-1]
 
 
-def test_bridge_without_its_package_says_what_to_install(folder: Path) -> None:
-    for path in (Path(agenthub.__file__), Path(agenthub.__file__).with_name("agenthub_mcp.py")):
+@pytest.mark.parametrize(("command", "package"), [("bridge", "mcp"), ("a2a", "a2a-sdk")])
+def test_extra_without_its_package_says_what_to_install(command: str, package: str, folder: Path) -> None:
+    for path in (Path(agenthub.__file__), *Path(agenthub.__file__).parent.glob("agenthub_*.py")):
         shutil.copy(path, folder)
-    with running("-S", "agenthub.py", "bridge", cwd=folder, env={"PYTHONPATH": ""}) as process:
+    with running("-S", "agenthub.py", command, cwd=folder, env={"PYTHONPATH": ""}) as process:
         output, complaint = process.communicate(timeout=WAIT_S)
         assert (process.returncode, output) == (1, "")
         assert complaint.count("\n") == 1
         assert "pip install" in complaint
-        assert "mcp" in complaint
+        assert package in complaint
 
 
 def test_agent_of_another_copy_is_not_taken_for_one(folder: Path) -> None:
