@@ -9704,9 +9704,7 @@ class HubConnection:
     @property
     def is_on_loop(self) -> bool:
         """Whether the caller runs on the event loop of this connection."""
-        with contextlib.suppress(RuntimeError):  # There is none in this thread.
-            return asyncio.get_running_loop() is self._loop
-        return False
+        return asyncio._get_running_loop() is self._loop  # It may be None.
 
     def call_on_loop(self, coroutine: typing.Coroutine[Any, Any, Output]) -> asyncio.Future[Output]:
         """Run a coroutine on the event loop of this connection, from another one."""
@@ -11496,7 +11494,7 @@ class TaskHandle:
         self._outcome: TaskOutcome | AgentHubError | None = None
         self._done_callbacks: list[Callable[[TaskHandle], object]] | None = None  # Until there are some.
         self._updates: collections.deque[TaskNews] | None = None  # Until there are some.
-        self._news = LightEvent()  # Set for a moment when there is an update, or the outcome.
+        self._news: LightEvent | None = None  # Until somebody waits: set for a moment with an update, or the outcome.
 
     @classmethod
     async def submit(
@@ -11676,8 +11674,12 @@ class TaskHandle:
     async def _wait(self) -> TaskOutcome | AgentHubError:
         self._connection.check_loop()
         while self._outcome is None:
-            await self._news.wait()
+            await self._next_news()
         return self._outcome
+
+    async def _next_news(self) -> None:
+        self._news = self._news or LightEvent()
+        await self._news.wait()
 
     async def _follow(self) -> AsyncIterator[TaskNews]:
         self._connection.check_loop()
@@ -11686,7 +11688,7 @@ class TaskHandle:
                 yield self._updates.popleft()
             if self.done:
                 return
-            await self._news.wait()
+            await self._next_news()
 
     # Submitting it.
 
@@ -11695,9 +11697,10 @@ class TaskHandle:
         now = self._loop.time()
         last = now + self._message.ttl
         patient_until = last if patience_s is None else now + patience_s
-        backoff = Backoff()
+        backoff: Backoff | None = None
         try:
             while pause_max_s := await self._offer(last, patient_until):
+                backoff = backoff or Backoff()
                 async with asyncio.timeout_at(last):
                     await asyncio.sleep(min(backoff.next_s(), pause_max_s))
                 # A task that was refused has not begun, so what is left of its ttl is all that it gets.
@@ -11820,8 +11823,9 @@ class TaskHandle:
         self._finish(TaskFailed(text, code=code, task_id=self.task_id))
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news.clear()
+        if self._news is not None:
+            self._news.set()
+            self._news.clear()
 
     def _watch(self) -> None:
         """Make sure that nobody waits forever for the outcome of a task whose hub is gone."""

@@ -82,7 +82,7 @@ __all__ = [
     "serve",
     "main",
     "DaemonExecutor@6454",
-    "CommandProtocol@13360",
+    "CommandProtocol@13364",
 ]
 
 class Code(enum.StrEnum):
