@@ -10796,7 +10796,7 @@ class Execution:
 
     def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run the handler."""
-        self._work = asyncio.create_task(coroutine)
+        self._work = asyncio.get_running_loop().create_task(coroutine)
         return self._work
 
     def stop(self) -> None:
@@ -11039,10 +11039,8 @@ class PieceSender:
 
 
 @types.coroutine
-def timed(
-    coroutine: typing.Coroutine[Any, Any, Any], on_blocked: Callable[[float], None]
-) -> typing.Generator[Any, Any, Any]:
-    """Await a coroutine; call `on_blocked` with the duration of each step that takes longer than BLOCKED_S seconds."""
+def timed(coroutine: typing.Coroutine[Any, Any, Any], execution: Execution | None) -> typing.Generator[Any, Any, Any]:
+    """Await the coroutine of a handler; log each step of it that takes longer than BLOCKED_S seconds."""
     step: Callable[[Any], Any] = coroutine.send
     given: Any = None
     pid = os.getpid()
@@ -11055,7 +11053,7 @@ def timed(
         finally:
             end_forked_child(pid)
             if (blocked_s := time.monotonic() - begun) > BLOCKED_S:
-                on_blocked(blocked_s)
+                log_blocked(execution, blocked_s)
         try:
             step, given = coroutine.send, (yield yielded)
         except BaseException as error:
@@ -11069,9 +11067,6 @@ def log_blocked(execution: Execution | None, blocked_s: float) -> None:
         what = escape_unprintable(f"{execution.capability} task={execution.task_id}")
     text = "an async handler blocked the event loop for %.1f s, heartbeats included; make it a plain function: %s"
     log_agent.warning(text, blocked_s, what)
-
-
-NOTHING_AROUND = contextlib.nullcontext()
 
 
 class Worker:
@@ -11159,9 +11154,20 @@ class Worker:
             self._connection.session.abort()
             return
         execution = self._running[message.task_id] = Execution(self, message)
-        task = self._waiting[execution] = Task(self._agent, self._connection, execution, message)
+        task = Task(self._agent, self._connection, execution, message)
         self._connection.timers.set(execution.stop, task.deadline)
-        self._fill_slots()
+        if not self._waiting and len(self._slots) < self._agent.max_tasks:
+            self._start(execution, task)
+        else:
+            self._waiting[execution] = task
+            self._fill_slots()
+
+    def _start(self, execution: Execution, task: Task) -> None:
+        """Start the handler of a task in a free slot."""
+        self._slots[execution] = None
+        work = execution.start(self._run(task))
+        self._work.add(work)
+        work.add_done_callback(functools.partial(self._on_finished, execution))
 
     def _fill_slots(self) -> None:
         """Start waiting tasks while there are slots; give back those that would wait for a handler that overstays."""
@@ -11169,10 +11175,7 @@ class Worker:
         while self._waiting and len(self._slots) < slots_max:
             execution, task = next(iter(self._waiting.items()))
             del self._waiting[execution]
-            self._slots[execution] = None
-            work = execution.start(self._run(task))
-            self._work.add(work)
-            work.add_done_callback(functools.partial(self._on_finished, execution))
+            self._start(execution, task)
         if self._waiting and (occupied := self.occupied):
             usable = slots_max - occupied
             due = sum(not execution.is_overstaying for execution in self._slots) + len(self._waiting) - usable
@@ -11258,10 +11261,12 @@ class Worker:
         """Free the slot of an execution when nothing of it runs any more."""
         if execution.is_over and execution in self._slots:
             del self._slots[execution]
-            self._connection.timers.cancel(execution.overstay)
+            if execution.is_stopped:
+                self._connection.timers.cancel(execution.overstay)
             if execution.is_overstaying:
                 self._on_occupied()
-            self._fill_slots()
+            if self._waiting:
+                self._fill_slots()
             self._slot_freed.set()
             self._slot_freed.clear()
 
@@ -11270,8 +11275,11 @@ class Worker:
         result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
         try:
             around = self._functions.around_task
-            with around(task) if around is not None else NOTHING_AROUND:
+            if around is None:
                 result.output = await self._call(task)
+            else:
+                with around(task):
+                    result.output = await self._call(task)
             result.success = True
         except BaseException as error:  # A handler that exits, panics or cancels itself fails like any other.
             if is_of_the_loop(error):
@@ -11310,7 +11318,7 @@ class Worker:
             execution.in_thread = True
             output = await self._threads.run(function, execution.thread_returned)
         if inspect.iscoroutine(output):
-            return await timed(output, functools.partial(log_blocked, execution))
+            return await timed(output, execution)
         return await output if inspect.isawaitable(output) else output
 
     def _send(self, result: Result) -> None:

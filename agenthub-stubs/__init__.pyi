@@ -82,7 +82,7 @@ __all__ = [
     "serve",
     "main",
     "DaemonExecutor@6454",
-    "CommandProtocol@13364",
+    "CommandProtocol@13372",
 ]
 
 class Code(enum.StrEnum):
