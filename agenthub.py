@@ -9367,6 +9367,10 @@ def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozense
 # functions: each runs in a daemon thread, at most `max_tasks` at once. From such a thread only
 # `Task.progress`, `Task.run`, `Task.cancelled` and `Task.remaining_s` may be used.
 #
+# First steps. In Python 3.12 and newer, an async handler whose task finds a free slot takes its first step at
+# once, in an eager asyncio.Task; one that does not suspend costs no turn of the loop. How many do so in one turn
+# is limited by what a link handles in one. Other handlers begin in the next turn: many tasks may wait for a slot.
+#
 # Slots. A handler has one of `max_tasks` slots until its coroutine and its thread have ended. That may be later
 # than the end of its task: no thread can be cancelled, and a coroutine may ignore it. The hub considers the slot
 # free when the task has ended, and learns otherwise OVERSTAY_S later: the worker registers the slot as `occupied`,
@@ -10774,8 +10778,8 @@ class Execution:
     """
 
     __slots__ = (
-        *("_work", "_worker", "attempt", "capability", "in_thread", "is_overstaying", "is_stopped", "question"),
-        "task_id",
+        *("_worker", "attempt", "capability", "in_thread", "is_overstaying", "is_stopped", "question", "task_id"),
+        "work",
     )
 
     def __init__(self, worker: Worker, message: Delegated) -> None:
@@ -10786,18 +10790,22 @@ class Execution:
         self.is_stopped = False  # The task has ended without the handler, so its result is not wanted.
         self.is_overstaying = False  # OVERSTAY_S later, the handler still runs.
         self.in_thread = False
-        self._work: asyncio.Task[None] | None = None  # None while it waits for a slot.
+        self.work: asyncio.Task[None] | None = None  # None while it waits for a slot.
         self._worker = worker
 
     @property
     def is_over(self) -> bool:
         """Whether nothing of it runs any more."""
-        return not self.in_thread and (self._work is None or self._work.done())
+        return not self.in_thread and (self.work is None or self.work.done())
 
-    def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run the handler."""
-        self._work = asyncio.get_running_loop().create_task(coroutine)
-        return self._work
+    def start(self, coroutine: typing.Coroutine[Any, Any, None], *, at_once: bool) -> asyncio.Task[None]:
+        """Run the handler. `at_once` runs its first step now, where the loop can: in Python 3.12 and newer."""
+        loop = asyncio.get_running_loop()
+        if at_once and sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+            self.work = asyncio.Task(coroutine, loop=loop, eager_start=True)
+        else:
+            self.work = loop.create_task(coroutine)
+        return self.work
 
     def stop(self) -> None:
         """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
@@ -10807,13 +10815,13 @@ class Execution:
         if self.question is not None:  # A thread that waits for the answer cannot be cancelled.
             self.question.fail(TaskFailed("the task ended before the answer came", code=Code.TASK_OVER))
         # A handler that stops its own agent goes on.
-        if self._work is not None and self._work is not asyncio.current_task():
-            self._work.cancel()
-        self._worker.on_stopped(self, has_begun=self._work is not None)
+        if self.work is not None and self.work is not asyncio.current_task():
+            self.work.cancel()
+        self._worker.on_stopped(self, has_begun=self.work is not None)
 
     def is_run_by(self, work: asyncio.Task[Any] | None) -> bool:
         """Return whether the handler runs in this task of the loop."""
-        return work is not None and self._work is work
+        return work is not None and self.work is work
 
     def thread_returned(self) -> None:
         """Note that its thread is free again."""
@@ -11157,17 +11165,20 @@ class Worker:
         task = Task(self._agent, self._connection, execution, message)
         self._connection.timers.set(execution.stop, task.deadline)
         if not self._waiting and len(self._slots) < self._agent.max_tasks:
-            self._start(execution, task)
+            self._start(execution, task, at_once=True)
         else:
             self._waiting[execution] = task
             self._fill_slots()
 
-    def _start(self, execution: Execution, task: Task) -> None:
+    def _start(self, execution: Execution, task: Task, *, at_once: bool) -> None:
         """Start the handler of a task in a free slot."""
         self._slots[execution] = None
-        work = execution.start(self._run(task))
-        self._work.add(work)
-        work.add_done_callback(functools.partial(self._on_finished, execution))
+        work = execution.start(self._run(task), at_once=at_once)
+        if at_once and work.done():
+            self._on_finished(execution, work)
+        else:
+            self._work.add(work)
+            work.add_done_callback(functools.partial(self._on_finished, execution))
 
     def _fill_slots(self) -> None:
         """Start waiting tasks while there are slots; give back those that would wait for a handler that overstays."""
@@ -11175,7 +11186,7 @@ class Worker:
         while self._waiting and len(self._slots) < slots_max:
             execution, task = next(iter(self._waiting.items()))
             del self._waiting[execution]
-            self._start(execution, task)
+            self._start(execution, task, at_once=False)  # In a turn of the loop of its own: many may wait.
         if self._waiting and (occupied := self.occupied):
             usable = slots_max - occupied
             due = sum(not execution.is_overstaying for execution in self._slots) + len(self._waiting) - usable
@@ -11272,6 +11283,9 @@ class Worker:
 
     async def _run(self, task: Task) -> None:
         """Do a task and send its result; none if the task has ended meanwhile."""
+        execution = task._execution
+        if execution.work is None:  # In its first step, from which `start` has not returned.
+            execution.work = asyncio.current_task()
         result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
         try:
             around = self._functions.around_task
