@@ -9470,6 +9470,10 @@ def own_origins(names: Iterable[str], port: int, *, is_secure: bool) -> frozense
 # functions: each runs in a daemon thread, at most `max_tasks` at once. From such a thread only
 # `Task.progress`, `Task.run`, `Task.cancelled` and `Task.remaining_s` may be used.
 #
+# First steps. In Python 3.12 and newer, an async handler whose task finds a free slot takes its first step at
+# once, in an eager asyncio.Task; one that does not suspend costs no turn of the loop. How many do so in one turn
+# is limited by what a link handles in one. Other handlers begin in the next turn: many tasks may wait for a slot.
+#
 # Slots. A handler has one of `max_tasks` slots until its coroutine and its thread have ended. That may be later
 # than the end of its task: no thread can be cancelled, and a coroutine may ignore it. The hub considers the slot
 # free when the task has ended, and learns otherwise OVERSTAY_S later: the worker registers the slot as `occupied`,
@@ -9807,9 +9811,7 @@ class HubConnection:
     @property
     def is_on_loop(self) -> bool:
         """Whether the caller runs on the event loop of this connection."""
-        with contextlib.suppress(RuntimeError):  # There is none in this thread.
-            return asyncio.get_running_loop() is self._loop
-        return False
+        return asyncio._get_running_loop() is self._loop  # It may be None.
 
     def call_on_loop(self, coroutine: typing.Coroutine[Any, Any, Output]) -> asyncio.Future[Output]:
         """Run a coroutine on the event loop of this connection, from another one."""
@@ -10879,8 +10881,8 @@ class Execution:
     """
 
     __slots__ = (
-        *("_work", "_worker", "attempt", "capability", "in_thread", "is_overstaying", "is_stopped", "question"),
-        "task_id",
+        *("_worker", "attempt", "capability", "in_thread", "is_overstaying", "is_stopped", "question", "task_id"),
+        "work",
     )
 
     def __init__(self, worker: Worker, message: Delegated) -> None:
@@ -10891,18 +10893,22 @@ class Execution:
         self.is_stopped = False  # The task has ended without the handler, so its result is not wanted.
         self.is_overstaying = False  # OVERSTAY_S later, the handler still runs.
         self.in_thread = False
-        self._work: asyncio.Task[None] | None = None  # None while it waits for a slot.
+        self.work: asyncio.Task[None] | None = None  # None while it waits for a slot.
         self._worker = worker
 
     @property
     def is_over(self) -> bool:
         """Whether nothing of it runs any more."""
-        return not self.in_thread and (self._work is None or self._work.done())
+        return not self.in_thread and (self.work is None or self.work.done())
 
-    def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run the handler."""
-        self._work = asyncio.create_task(coroutine)
-        return self._work
+    def start(self, coroutine: typing.Coroutine[Any, Any, None], *, at_once: bool) -> asyncio.Task[None]:
+        """Run the handler. `at_once` runs its first step now, where the loop can: in Python 3.12 and newer."""
+        loop = asyncio.get_running_loop()
+        if at_once and sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+            self.work = asyncio.Task(coroutine, loop=loop, eager_start=True)
+        else:
+            self.work = loop.create_task(coroutine)
+        return self.work
 
     def stop(self) -> None:
         """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
@@ -10912,13 +10918,13 @@ class Execution:
         if self.question is not None:  # A thread that waits for the answer cannot be cancelled.
             self.question.fail(TaskFailed("the task ended before the answer came", code=Code.TASK_OVER))
         # A handler that stops its own agent goes on.
-        if self._work is not None and self._work is not asyncio.current_task():
-            self._work.cancel()
-        self._worker.on_stopped(self, has_begun=self._work is not None)
+        if self.work is not None and self.work is not asyncio.current_task():
+            self.work.cancel()
+        self._worker.on_stopped(self, has_begun=self.work is not None)
 
     def is_run_by(self, work: asyncio.Task[Any] | None) -> bool:
         """Return whether the handler runs in this task of the loop."""
-        return work is not None and self._work is work
+        return work is not None and self.work is work
 
     def thread_returned(self) -> None:
         """Note that its thread is free again."""
@@ -11144,10 +11150,8 @@ class PieceSender:
 
 
 @types.coroutine
-def timed(
-    coroutine: typing.Coroutine[Any, Any, Any], on_blocked: Callable[[float], None]
-) -> typing.Generator[Any, Any, Any]:
-    """Await a coroutine; call `on_blocked` with the duration of each step that takes longer than BLOCKED_S seconds."""
+def timed(coroutine: typing.Coroutine[Any, Any, Any], execution: Execution | None) -> typing.Generator[Any, Any, Any]:
+    """Await the coroutine of a handler; log each step of it that takes longer than BLOCKED_S seconds."""
     step: Callable[[Any], Any] = coroutine.send
     given: Any = None
     pid = os.getpid()
@@ -11160,7 +11164,7 @@ def timed(
         finally:
             end_forked_child(pid)
             if (blocked_s := time.monotonic() - begun) > BLOCKED_S:
-                on_blocked(blocked_s)
+                log_blocked(execution, blocked_s)
         try:
             step, given = coroutine.send, (yield yielded)
         except BaseException as error:
@@ -11174,9 +11178,6 @@ def log_blocked(execution: Execution | None, blocked_s: float) -> None:
         what = escape_unprintable(f"{execution.capability} task={execution.task_id}")
     text = "an async handler blocked the event loop for %.1f s, heartbeats included; make it a plain function: %s"
     log_agent.warning(text, blocked_s, what)
-
-
-NOTHING_AROUND = contextlib.nullcontext()
 
 
 class Worker:
@@ -11264,9 +11265,23 @@ class Worker:
             self._connection.session.abort()
             return
         execution = self._running[message.task_id] = Execution(self, message)
-        task = self._waiting[execution] = Task(self._agent, self._connection, execution, message)
+        task = Task(self._agent, self._connection, execution, message)
         self._connection.timers.set(execution.stop, task.deadline)
-        self._fill_slots()
+        if not self._waiting and len(self._slots) < self._agent.max_tasks:
+            self._start(execution, task, at_once=True)
+        else:
+            self._waiting[execution] = task
+            self._fill_slots()
+
+    def _start(self, execution: Execution, task: Task, *, at_once: bool) -> None:
+        """Start the handler of a task in a free slot."""
+        self._slots[execution] = None
+        work = execution.start(self._run(task), at_once=at_once)
+        if at_once and work.done():
+            self._on_finished(execution, work)
+        else:
+            self._work.add(work)
+            work.add_done_callback(functools.partial(self._on_finished, execution))
 
     def _fill_slots(self) -> None:
         """Start waiting tasks while there are slots; give back those that would wait for a handler that overstays."""
@@ -11274,10 +11289,7 @@ class Worker:
         while self._waiting and len(self._slots) < slots_max:
             execution, task = next(iter(self._waiting.items()))
             del self._waiting[execution]
-            self._slots[execution] = None
-            work = execution.start(self._run(task))
-            self._work.add(work)
-            work.add_done_callback(functools.partial(self._on_finished, execution))
+            self._start(execution, task, at_once=False)  # In a turn of the loop of its own: many may wait.
         if self._waiting and (occupied := self.occupied):
             usable = slots_max - occupied
             due = sum(not execution.is_overstaying for execution in self._slots) + len(self._waiting) - usable
@@ -11363,20 +11375,28 @@ class Worker:
         """Free the slot of an execution when nothing of it runs any more."""
         if execution.is_over and execution in self._slots:
             del self._slots[execution]
-            self._connection.timers.cancel(execution.overstay)
+            if execution.is_stopped:
+                self._connection.timers.cancel(execution.overstay)
             if execution.is_overstaying:
                 self._on_occupied()
-            self._fill_slots()
+            if self._waiting:
+                self._fill_slots()
             self._slot_freed.set()
             self._slot_freed.clear()
 
     async def _run(self, task: Task) -> None:
         """Do a task and send its result; none if the task has ended meanwhile."""
+        execution = task._execution
+        if execution.work is None:  # In its first step, from which `start` has not returned.
+            execution.work = asyncio.current_task()
         result = Result(task_id=task.task_id, success=False, attempt=task.attempt)
         try:
             around = self._functions.around_task
-            with around(task) if around is not None else NOTHING_AROUND:
+            if around is None:
                 result.output = await self._call(task)
+            else:
+                with around(task):
+                    result.output = await self._call(task)
             result.success = True
         except BaseException as error:  # A handler that exits, panics or cancels itself fails like any other.
             if is_of_the_loop(error):
@@ -11415,7 +11435,7 @@ class Worker:
             execution.in_thread = True
             output = await self._threads.run(function, execution.thread_returned)
         if inspect.iscoroutine(output):
-            return await timed(output, functools.partial(log_blocked, execution))
+            return await timed(output, execution)
         return await output if inspect.isawaitable(output) else output
 
     def _send(self, result: Result) -> None:
@@ -11599,7 +11619,7 @@ class TaskHandle:
         self._outcome: TaskOutcome | AgentHubError | None = None
         self._done_callbacks: list[Callable[[TaskHandle], object]] | None = None  # Until there are some.
         self._updates: collections.deque[TaskNews] | None = None  # Until there are some.
-        self._news = LightEvent()  # Set for a moment when there is an update, or the outcome.
+        self._news: LightEvent | None = None  # Until somebody waits: set for a moment with an update, or the outcome.
 
     @classmethod
     async def submit(
@@ -11779,8 +11799,12 @@ class TaskHandle:
     async def _wait(self) -> TaskOutcome | AgentHubError:
         self._connection.check_loop()
         while self._outcome is None:
-            await self._news.wait()
+            await self._next_news()
         return self._outcome
+
+    async def _next_news(self) -> None:
+        self._news = self._news or LightEvent()
+        await self._news.wait()
 
     async def _follow(self) -> AsyncIterator[TaskNews]:
         self._connection.check_loop()
@@ -11789,7 +11813,7 @@ class TaskHandle:
                 yield self._updates.popleft()
             if self.done:
                 return
-            await self._news.wait()
+            await self._next_news()
 
     # Submitting it.
 
@@ -11798,9 +11822,10 @@ class TaskHandle:
         now = self._loop.time()
         last = now + self._message.ttl
         patient_until = last if patience_s is None else now + patience_s
-        backoff = Backoff()
+        backoff: Backoff | None = None
         try:
             while pause_max_s := await self._offer(last, patient_until):
+                backoff = backoff or Backoff()
                 async with asyncio.timeout_at(last):
                     await asyncio.sleep(min(backoff.next_s(), pause_max_s))
                 # A task that was refused has not begun, so what is left of its ttl is all that it gets.
@@ -11923,8 +11948,9 @@ class TaskHandle:
         self._finish(TaskFailed(text, code=code, task_id=self.task_id))
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news.clear()
+        if self._news is not None:
+            self._news.set()
+            self._news.clear()
 
     def _watch(self) -> None:
         """Make sure that nobody waits forever for the outcome of a task whose hub is gone."""

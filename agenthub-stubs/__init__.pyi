@@ -82,8 +82,8 @@ __all__ = [
     "serve",
     "main",
     "DaemonExecutor@6532",
-    "CommandProtocol@13464",
-    "Protocol@14288",
+    "CommandProtocol@13490",
+    "Protocol@14314",
 ]
 
 class Code(enum.StrEnum):
@@ -2449,12 +2449,13 @@ class Execution:
     is_stopped: bool
     is_overstaying: bool
     in_thread: bool
+    work: asyncio.Task[None] | None
     def __init__(self, worker: Worker, message: Delegated) -> None: ...
     @property
     def is_over(self) -> bool:
         """Whether nothing of it runs any more."""
-    def start(self, coroutine: typing.Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run the handler."""
+    def start(self, coroutine: typing.Coroutine[Any, Any, None], *, at_once: bool) -> asyncio.Task[None]:
+        """Run the handler. `at_once` runs its first step now, where the loop can: in Python 3.12 and newer."""
     def stop(self) -> None:
         """Cancel the handler. Only once, so that its cleaning up is not interrupted."""
     def is_run_by(self, work: asyncio.Task[Any] | None) -> bool:

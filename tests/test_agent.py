@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 import typing
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -779,6 +780,149 @@ async def test_blocking_plain_handler_does_not_hold_up_heartbeats(kind: Callable
         assert (online(hub), away(hub)) == (2, 0)
         let_go.set()
         assert await soon(handle.result()) == "done"
+
+
+# The first step of an async handler, which Python 3.12 and newer run where its task comes in.
+
+
+async def test_each_handler_runs_in_a_loop_task_of_its_own(hub: LocalHub) -> None:
+    found: list[Any] = []
+    ended: list[Any] = []
+
+    async def work() -> int:
+        current = asyncio.current_task()
+        assert current is not None
+        current.add_done_callback(ended.append)
+        found.append(current)
+        async with asyncio.timeout(WAIT_S), asyncio.TaskGroup():
+            return len(found)
+
+    async with working(hub, work) as me:
+        assert [await soon(me.delegate("work")) for _ in range(3)] == [1, 2, 3]
+        await eventually(lambda: len(ended) == 3)
+    assert len(set(found)) == 3
+    assert ended == found
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+async def test_async_handler_keeps_its_context_variables_to_itself(hub: LocalHub, suspends: bool) -> None:
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="unset")
+
+    async def work() -> list[str]:
+        found = [request.get()]
+        request.set("changed by a handler")
+        if suspends:
+            await asyncio.sleep(0)
+        return [*found, request.get()]
+
+    request.set("set before the start")
+    async with working(hub, work) as me:
+        outputs = [await soon(me.delegate("work")) for _ in range(2)]
+    assert outputs == [["set before the start", "changed by a handler"]] * 2
+    assert request.get() == "set before the start"
+
+
+async def test_timeout_and_cancellation_reach_a_handler_after_its_first_step(hub: LocalHub) -> None:
+    ended: list[str] = []
+
+    async def times_out() -> str:
+        try:
+            async with asyncio.timeout(0):
+                await asyncio.Event().wait()
+        except TimeoutError:
+            return "timed out"
+        return "not timed out"
+
+    async def waits() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async with working(hub, times_out, waits) as me:
+        assert await soon(me.delegate("times_out")) == "timed out"
+        handle = await me.submit("waits")
+        await handle.cancel()
+        assert await failure_of(handle.result()) == ("cancelled", "cancelled by its requester")
+        await eventually(lambda: ended == ["cancelled"])
+
+
+async def test_handler_cancelled_before_its_first_step_never_begins(hub: LocalHub) -> None:
+    let_go, began = asyncio.Event(), []
+
+    async def work(number: int) -> int:
+        began.append(number)
+        await let_go.wait()
+        return number
+
+    async with working(hub, work, max_tasks=1) as me:
+        first, second, third = [await me.submit("work", {"number": number}) for number in range(3)]
+        await second.cancel()
+        let_go.set()
+        assert [await soon(one.result()) for one in (first, third)] == [0, 2]
+    assert began == [0, 2]
+
+
+async def test_handler_may_stop_its_own_agent_in_its_first_step(hub: LocalHub) -> None:
+    worker = Agent("worker", **at(hub))
+    went_on = asyncio.Event()
+
+    @worker.capability
+    async def leave() -> None:
+        await worker.stop()
+        went_on.set()
+
+    async with worker, Agent("requester", **at(hub)) as me:
+        with pytest.raises(TaskFailed):
+            await soon(me.delegate("leave"))
+        await soon(went_on.wait())
+    assert not worker.is_online
+
+
+async def test_tasks_of_handlers_are_made_by_the_factory_of_the_program(hub: LocalHub) -> None:
+    class OwnTask(asyncio.Task[Any]):
+        """Made by a program for itself."""
+
+    def own_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> OwnTask:
+        return OwnTask(coroutine, loop=loop, **options)
+
+    async def work() -> str:
+        return type(asyncio.current_task()).__name__
+
+    async with working(hub, work) as me:
+        asyncio.get_running_loop().set_task_factory(own_task)
+        assert await soon(me.delegate("work")) == "OwnTask"
+        asyncio.get_running_loop().set_task_factory(None)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio has no eager tasks")
+async def test_first_step_of_a_handler_takes_no_turn_of_the_loop() -> None:
+    async def work() -> bool:
+        return any(frame.name == "data_received" for frame in traceback.extract_stack())
+
+    async with HubServer(port=0) as server, working(server, work) as me:
+        assert await soon(me.delegate("work")) is True
+
+
+async def test_burst_of_tasks_leaves_the_loop_to_others() -> None:
+    loop, turns, ran = asyncio.get_running_loop(), 0, []
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        if len(ran) < 1000:
+            loop.call_soon(turn)
+
+    async def work() -> None:
+        ran.append(turns)
+
+    async with HubServer(HubSettings(heartbeat_s=0.05), port=0) as server, working(server, work, max_tasks=1000) as me:
+        turn()
+        await soon(asyncio.gather(*(me.delegate("work", wait=True) for _ in range(1000))))
+        assert (online(server), away(server)) == (2, 0)
+    assert len(ran) == 1000
+    assert max(map(ran.count, set(ran))) <= 200  # As many messages as a link handles before others have their turn.
 
 
 # Handlers that fail.
