@@ -5965,8 +5965,8 @@ class ServerLink(WebSocketLink):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
         self._on_gone(self)
-        self.turns.input_budget.release(self)
         super().connection_lost(error)
+        self._count_input()  # What is left of it: nothing, but what waits for its turn.
 
     @property
     def is_held(self) -> bool:

@@ -341,6 +341,24 @@ async def test_input_that_waits_for_its_turn_counts_until_it_is_handled() -> Non
     assert budget.total == 0
 
 
+@pytest.mark.parametrize("state", ["open", "paused", "closing"])
+async def test_input_of_a_connection_that_is_lost_does_not_count(state: str) -> None:
+    rationed = Rationed(0)
+    link, budget = rationed.link, rationed.link.turns.input_budget
+    if state != "open":
+        link.pause_reading("test")
+    link.data_received(frame(HEARTBEAT + b" " * 200_000)[:150_000])
+    assert budget.total == 150_000
+    if state == "closing":
+        link.close(1000)
+    link.eof_received()
+    rationed.clock.run_soon()
+    link.connection_lost(None)
+    if state == "paused":  # It counts until it was handled.
+        link.resume_reading("test")
+    assert budget.total == 0
+
+
 async def test_sockets_of_connections_that_have_had_their_turn_are_not_all_read_at_once() -> None:
     """The loop reads 256 KiB of each, which takes a thousand connections half a second, and with TLS longer."""
     clock = Clock()
