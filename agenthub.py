@@ -8128,6 +8128,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def url_host(host: str) -> str:
+    """Return a host as URLs and the Host header have it: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def host_names(host: str, allowed: Iterable[str]) -> frozenset[str]:
+    """Return the names of a server that listens on `host`, in lower case: its own, and those that are allowed."""
+    return frozenset({url_host(host).lower(), *allowed, *(LOOPBACK_NAMES if is_loopback(host) else ())})
+
+
 def network_of(address: str) -> str:
     """Return what counts as one address: of IPv6 the first 64 bits, because a site owns all addresses with the same."""
     import ipaddress
@@ -9028,7 +9038,7 @@ class HubServer(LocalHub):
 
     @property
     def url(self) -> str:
-        return f"{'ws' if self._tls is None else 'wss'}://{self._name}:{self.port}"
+        return f"{'ws' if self._tls is None else 'wss'}://{url_host(self.host)}:{self.port}"
 
     @property
     def addresses(self) -> dict[str, int]:
@@ -9040,13 +9050,9 @@ class HubServer(LocalHub):
         """The number of rejected connections and attempts to authenticate, by reason; none before the start."""
         return dict(self.authenticator.rejected) if hasattr(self, "authenticator") else {}
 
-    @property
-    def _name(self) -> str:
-        return f"[{self.host}]" if ":" in self.host else self.host
-
     async def start(self) -> None:
         self._check_stopped()
-        names = self._allow_hosts | {self._name.lower()} | set(LOOPBACK_NAMES if is_loopback(self.host) else ())
+        names = host_names(self.host, self._allow_hosts)
         is_any_name = not is_loopback(self.host) and not self._allow_hosts
         self.turns = Turns(asyncio.get_running_loop(), self.settings.message_bytes_max)
         self.authenticator = Authenticator(self.access, None if is_any_name else names, self._admit, self._served)
@@ -13086,11 +13092,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_hub(args: argparse.Namespace) -> int:
-    if not 0 <= args.port <= 65_535:
-        raise ValueError("--port must be from 0 to 65535")
-    if args.tls_key is not None and args.tls_cert is None:
-        raise ValueError("--tls-key needs --tls-cert")
-    tls = server_tls(args.tls_cert, args.tls_key) if args.tls_cert is not None else None
+    tls = listening_tls(args)
     server = _hub_server(args, tls)
     if args.log_tasks:
         log_tasks.setLevel(logging.INFO)
@@ -13102,6 +13104,15 @@ def _run_hub(args: argparse.Namespace) -> int:
     with only_new_objects_collected():
         run_loop(_serve_hub(server, agents, reload), args.loop)
     return 0
+
+
+def listening_tls(args: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return the TLS of --tls-cert and --tls-key; raise ValueError if these or --port are invalid."""
+    if not 0 <= args.port <= 65_535:
+        raise ValueError("--port must be from 0 to 65535")
+    if args.tls_key is not None and args.tls_cert is None:
+        raise ValueError("--tls-key needs --tls-cert")
+    return server_tls(args.tls_cert, args.tls_key) if args.tls_cert is not None else None
 
 
 def _hub_server(args: argparse.Namespace, tls: ssl.SSLContext | None) -> HubServer:
@@ -14311,7 +14322,7 @@ async def _until_stopped(run: Callable[[asyncio.Event], typing.Coroutine[Any, An
 def _closing_idle(protocol: Any) -> Any:
     """Return a protocol of uvicorn that closes connections without a request: uvicorn lets them wait forever."""
 
-    class Protocol(protocol):  # type: ignore[misc]
+    class Protocol(protocol):  # type: ignore[misc]  # its package is imported by the gateway only
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             self.loop.call_later(TOKEN_S, self.check, None)
@@ -14353,10 +14364,7 @@ async def _serve_gateway(args: argparse.Namespace, stopped: asyncio.Event) -> No
 
 def _prepare_gateway(args: argparse.Namespace) -> None:
     """Check the options of a gateway, and add what they stand for: `tokens`, `served`, `hosts`, `tls`, `listening`."""
-    if not 0 <= args.port <= 65_535:
-        raise ValueError("--port must be from 0 to 65535")
-    if args.tls_key is not None and args.tls_cert is None:
-        raise ValueError("--tls-key needs --tls-cert")
+    args.tls = listening_tls(args)
     for pattern in args.allow_push:
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?/.*", pattern):
             raise ValueError("--allow-push needs a scheme, a host without wildcards, and a path: https://example.org/*")
@@ -14370,11 +14378,9 @@ def _prepare_gateway(args: argparse.Namespace) -> None:
         )
     own = args.tokens.grant(bearer_token() or "") if args.access is not None else None
     args.served = frozenset([own.namespace if own is not None else NAMESPACE_DEFAULT])
-    names = {name.lower() for name in args.allow_host} | {f"[{args.host}]" if ":" in args.host else args.host.lower()}
     is_any_name = not is_loopback(args.host) and not args.allow_host
-    args.hosts = None if is_any_name else frozenset(names | set(LOOPBACK_NAMES if is_loopback(args.host) else ()))
+    args.hosts = None if is_any_name else host_names(args.host, map(str.lower, args.allow_host))
     args.served_names = tuple(args.capability) or None
-    args.tls = server_tls(args.tls_cert, args.tls_key) if args.tls_cert is not None else None
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         args.listening = socket.create_server((args.host, args.port), family=family)
@@ -14383,8 +14389,7 @@ def _prepare_gateway(args: argparse.Namespace) -> None:
     args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so only for some sockets.
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # The kernel closes connections whose other end reads nothing for so long.
         args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
-    name = f"[{args.host}]" if ":" in args.host else args.host
-    args.base_url = f"http{'s' if args.tls else ''}://{name}:{args.listening.getsockname()[1]}"
+    args.base_url = f"http{'s' if args.tls else ''}://{url_host(args.host)}:{args.listening.getsockname()[1]}"
 
 
 # schema

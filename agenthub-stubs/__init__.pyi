@@ -82,8 +82,8 @@ __all__ = [
     "serve",
     "main",
     "DaemonExecutor@6532",
-    "CommandProtocol@13490",
-    "Protocol@14314",
+    "CommandProtocol@13501",
+    "Protocol@14325",
 ]
 
 class Code(enum.StrEnum):
