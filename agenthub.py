@@ -2588,9 +2588,9 @@ class TaskRecord:
 
     @property
     def steps(self) -> tuple[LifeStep, ...]:
-        """What has happened between its acceptance and its end, the last STEPS_MAX.
+        """The steps between its acceptance and its end, the last STEPS_MAX.
 
-        As most tasks are only assigned once, that is not listed until more happens.
+        Most tasks are only assigned once. So that step is not listed until another follows.
         """
         if self.listed_steps is not None:
             return self.listed_steps
@@ -3605,7 +3605,7 @@ class TaskTable:
             asked=row.life.asked,
             talk=row.life.talk,
             begun_s=last_begun_s(row.life.steps),
-            listed_steps=row.life.steps,
+            listed_steps=row.life.steps if row.life.steps or row.assignee is not None else None,
         )
         if task.question is not None:
             task.requester.questions[task.task_id] = task
@@ -4597,7 +4597,7 @@ EXPECTED_COSTS: dict[type, Callable[[Hub, Any], int]] = {
 
 
 def is_logging_ends() -> bool:
-    """Return whether `log_ended` has an effect: looked up now and then, because that takes as long as a whole step."""
+    """Return whether `log_ended` has an effect. It is looked up with each sweep: for each task that took 0.3 µs."""
     return log_tasks.isEnabledFor(log_tasks.level or logging.DEBUG)
 
 

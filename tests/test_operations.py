@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import agenthub
-from agenthub import Access, Agent, Grant, HubServer, Journal, Refused, TaskFailed
+from agenthub import Access, Agent, Grant, HubServer, Journal, Refused, TaskFailed, TaskState
 from tests.harness import HubHarness
 from tests.raw_websocket import WAIT_S, raw_socket
 from tests.support import ROOT, hub_process
@@ -238,6 +238,21 @@ def test_histogram_puts_a_bound_into_its_own_bucket() -> None:
         observed.add(seconds)
     assert observed.counts == [2, 1, *[0] * 9, 1, 1]
     assert observed.sum_s == pytest.approx(7200.120001)
+
+
+async def test_wait_of_a_task_is_counted_over_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "hub.db"
+    async with HubServer(port=0, journal=Journal(path)) as hub, Agent("me", url=hub.url) as me:
+        await me.submit("work", wait=True, task_id="t")
+        identity = me.agent_id, me.resume
+    async with HubServer(port=0, journal=Journal(path)) as hub, Agent("worker", url=hub.url) as worker:
+        worker.capability("work")(lambda: "done")
+        me = Agent("me", url=hub.url)
+        me.agent_id, me.resume = identity
+        async with me:
+            await eventually(lambda: hub.hub.tasks.totals[TaskState.COMPLETED] == 1)
+        assert sum(hub.hub.tasks.waited.counts) == 1
+        assert sum(hub.hub.tasks.ran.counts) == 1
 
 
 def test_run_seconds_are_those_of_the_last_attempt_whatever_came_after_its_begin() -> None:
