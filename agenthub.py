@@ -5580,10 +5580,11 @@ class InputBudget:
                 victim = self._victim()
                 self.release(victim)
                 victim.close_unfinished()
-        elif link in self._kept:
+        else:
             self.release(link)
 
     def release(self, link: ServerLink) -> None:
+        """Count a connection no more, if it did."""
         self.total -= self._kept.pop(link, 0)
 
     def _victim(self) -> ServerLink:
@@ -5953,7 +5954,6 @@ class ServerLink(WebSocketLink):
         self._postponed: collections.deque[Any] | None = None  # To be sent when it is not backlogged any more;
         self._postponed_bytes = 0  # the size of those that are encoded.
         self._stall_timer: asyncio.TimerHandle | None = None
-        self._keeps_input = False  # It counts in the budget of input.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -6040,10 +6040,9 @@ class ServerLink(WebSocketLink):
         self._count_input()
 
     def _count_input(self) -> None:
-        kept_bytes = self.protocol.kept_bytes
-        if kept_bytes > READ_BYTES or self._keeps_input:
-            self._keeps_input = kept_bytes > READ_BYTES
-            self.turns.input_budget.keep(self, kept_bytes)
+        kept_bytes, budget = self.protocol.kept_bytes, self.turns.input_budget
+        if kept_bytes > READ_BYTES or budget.total:
+            budget.keep(self, kept_bytes)
 
     def close_unfinished(self) -> None:
         """Close a connection whose input takes the memory of others."""
@@ -8658,7 +8657,6 @@ class LocalHub:
     this hub has ended because of that.
     """
 
-    settings: HubSettings
     __slots__ = (
         "__dict__",
         "__weakref__",
@@ -8676,6 +8674,7 @@ class LocalHub:
         "settings",
     )
 
+    settings: HubSettings
     hub: Hub
     lost: asyncio.Future[None]
 
