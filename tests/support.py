@@ -89,6 +89,15 @@ def hub_process(
         yield line.split()[-1], process
 
 
+@contextlib.contextmanager
+def hub_with(folder: Path, program: str) -> Iterator[str]:
+    """Run a hub with the agents of a program in its process; yield its URL."""
+    path = folder / "helper.py"
+    path.write_text(program)
+    with hub_process("--with", str(path)) as (url, _):
+        yield url
+
+
 def agenthub_main(*argv: str) -> int:
     """Run the command line in this process; return its exit code."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import WAIT_S, hub_process, running
+from tests.support import WAIT_S, hub_with, running
 from tests.test_cli import finished, posix_only
 
 WORKER = r"""
@@ -43,9 +44,7 @@ def break_off():
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("writer") / "writer.py"
-    path.write_text(WORKER)
-    with hub_process("--with", str(path)) as (url, _):
+    with hub_with(tmp_path_factory.mktemp("writer"), WORKER) as url:
         yield url
 
 
@@ -96,47 +95,50 @@ def test_question_without_a_terminal_fails_the_task_and_says_how_to_answer(url: 
     assert r"it asks: main or\x1b[2J develop?; run this on a terminal to answer" in complaint
 
 
-@posix_only
-def test_question_is_asked_on_the_terminal_until_its_answer_fits(url: str) -> None:
+class Terminal:
+    """The near end of a terminal, on which a program shows text and reads lines."""
+
+    def __init__(self, near: int) -> None:
+        self._near = near
+
+    def read(self) -> bytes:
+        return os.read(self._near, 65_536)
+
+    def type_after(self, text: bytes, typed: bytes) -> None:
+        shown = b""
+        while text not in shown:
+            shown += self.read()
+        os.write(self._near, typed)
+
+
+@contextlib.contextmanager
+def call_on_terminal(url: str, *words: str) -> Iterator[tuple[Terminal, Any]]:
     import pty
 
     near, far = pty.openpty()
     try:
-        with call(url, "review", stdin=far, stderr=far) as process:
-            shown = b""
-
-            def type_after(text: bytes, line: bytes) -> None:
-                nonlocal shown
-                while text not in shown:
-                    shown += os.read(near, 65_536)
-                shown = b""
-                os.write(near, line + b"\n")
-
-            type_after(b"main or\\x1b[2J develop? (main, develop) ", b"trunk")
-            type_after(b'answer: must be one of ["main", "develop"]\r\nmain or', b"develop")
-            type_after(b"How many? ", b"three")
-            type_after(b"answer: must be of type integer\r\nHow many? ", b"3")
-            type_after(b"Your name? ", b"Ada Lovelace")
-            code, output, _ = finished(process, WAIT_S)
-        assert (code, output) == (0, '[\n  "develop",\n  3,\n  "Ada Lovelace"\n]\n')
+        with call(url, *words, stdin=far, stderr=far) as process:
+            yield Terminal(near), process
     finally:
         os.close(near)
         os.close(far)
+
+
+@posix_only
+def test_question_is_asked_on_the_terminal_until_its_answer_fits(url: str) -> None:
+    with call_on_terminal(url, "review") as (terminal, process):
+        terminal.type_after(b"main or\\x1b[2J develop? (main, develop) ", b"trunk\n")
+        terminal.type_after(b'answer: must be one of ["main", "develop"]\r\nmain or', b"develop\n")
+        terminal.type_after(b"How many? ", b"three\n")
+        terminal.type_after(b"answer: must be of type integer\r\nHow many? ", b"3\n")
+        terminal.type_after(b"Your name? ", b"Ada Lovelace\n")
+        code, output, _ = finished(process, WAIT_S)
+    assert (code, output) == (0, '[\n  "develop",\n  3,\n  "Ada Lovelace"\n]\n')
 
 
 @posix_only
 def test_end_of_input_instead_of_an_answer_is_one_line(url: str) -> None:
-    import pty
-
-    near, far = pty.openpty()
-    try:
-        with call(url, "review", stdin=far, stderr=far) as process:
-            shown = b""
-            while b"develop) " not in shown:
-                shown += os.read(near, 65_536)
-            os.write(near, b"\x04")
-            assert finished(process)[:2] == (1, "")
-            assert b"its question was not answered" in os.read(near, 65_536)
-    finally:
-        os.close(near)
-        os.close(far)
+    with call_on_terminal(url, "review") as (terminal, process):
+        terminal.type_after(b"develop) ", b"\x04")
+        assert finished(process)[:2] == (1, "")
+        assert b"its question was not answered" in terminal.read()

@@ -24,7 +24,7 @@ import pytest
 
 import agenthub
 from agenthub import Agent, LocalHub, TaskFailed, TaskTimeout
-from tests.support import WAIT_S, agenthub_main, hub_process, running
+from tests.support import WAIT_S, agenthub_main, hub_process, hub_with, running
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs signals, process groups or a POSIX shell")
 
@@ -59,9 +59,7 @@ async def steps(task: Task):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run a hub with the helper in its process; return its URL."""
-    path = tmp_path_factory.mktemp("helper") / "helper.py"
-    path.write_text(HELPER)
-    with hub_process("--with", str(path)) as (url, _):
+    with hub_with(tmp_path_factory.mktemp("helper"), HELPER) as url:
         yield url
 
 
