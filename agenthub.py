@@ -10328,9 +10328,9 @@ MAPPINGS: Mapping[Any, Callable[[dict[Any, Any]], Any]] = {
 
 
 class ArrayType(PythonType):
-    """An array of items of the type `rest`, or of items with the types `heads`, of which the last may be missing.
+    """An array whose items all have the type `rest`, or have the types `heads`, one each.
 
-    At least `least` of `heads` must be there.
+    An array may end early, but not before it has `least` items.
     """
 
     def __init__(
@@ -14539,7 +14539,7 @@ def _copy_namespace(source: JournalLike, target: JournalLike, namespace: str) ->
 # the document as text only, and into a link only behind a `#`.
 #
 # `refresh` asks for everything once a second and hands it to `show`, which writes into tables only
-# what has changed. The fragment of the address names the open dialog: #task/ID or #agent/ID.
+# the cells that changed. The fragment of the address names the open dialog: #task/ID or #agent/ID.
 # ============================================================================================
 
 HubServer.set_page(r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>AgentHub</title>

@@ -899,8 +899,9 @@ def mcp_server(bridge: Bridge) -> MCPServer[Any]:
         "agenthub", title="AgentHub", instructions=INSTRUCTIONS, version=agenthub.__version__, log_level="WARNING"
     )
     if bridge.has_channel:  # MCPServer has no option for experimental capabilities.
-        options = server._lowlevel_server.create_initialization_options
-        server._lowlevel_server.create_initialization_options = functools.partial(  # type: ignore[method-assign]
+        lowlevel: Any = server._lowlevel_server
+        options = lowlevel.create_initialization_options
+        lowlevel.create_initialization_options = functools.partial(
             options, experimental_capabilities={"claude/channel": {}}
         )
     for method in ("prompts/list", "prompts/get"):  # MCPServer declares prompts, and the bridge has none.

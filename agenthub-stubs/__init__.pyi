@@ -81,9 +81,9 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6532",
-    "CommandProtocol@13501",
-    "Protocol@14325",
+    "DaemonExecutor@6531",
+    "CommandProtocol@13500",
+    "Protocol@14324",
 ]
 
 class Code(enum.StrEnum):
@@ -818,9 +818,9 @@ class TaskRecord:
         """Note a step between its acceptance and its end, in which an agent had a part."""
     @property
     def steps(self) -> tuple[LifeStep, ...]:
-        """What has happened between its acceptance and its end, the last STEPS_MAX.
+        """The steps between its acceptance and its end, the last STEPS_MAX.
 
-        As most tasks are only assigned once, that is not listed until more happens.
+        Most tasks are only assigned once. So that step is not listed until another follows.
         """
     def history(self, now: float) -> list[TaskStep]:
         """Return its life so far: its acceptance, what happened then, and its end."""
@@ -1463,7 +1463,8 @@ class InputBudget:
     def __init__(self, message_bytes_max: int) -> None: ...
     def keep(self, link: ServerLink, size: int) -> None:
         """Count that a connection keeps so many bytes of input now."""
-    def release(self, link: ServerLink) -> None: ...
+    def release(self, link: ServerLink) -> None:
+        """Count a connection no more, if it did."""
 
 class Turns:
     """Decides whose input is handled next when there is more than one turn of the loop should take.
@@ -2314,9 +2315,9 @@ class ObjectType(PythonType):
     def validator(self, types: TypeReader) -> Validator: ...
 
 class ArrayType(PythonType):
-    """An array of items of the type `rest`, or of items with the types `heads`, of which the last may be missing.
+    """An array whose items all have the type `rest`, or have the types `heads`, one each.
 
-    At least `least` of `heads` must be there.
+    An array may end early, but not before it has `least` items.
     """
 
     rest: Incomplete

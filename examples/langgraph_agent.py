@@ -25,7 +25,7 @@ BRIDGE = shlex.split(os.environ.get("AGENTHUB_BRIDGE") or f"{shlex.quote(sys.exe
 
 
 class State(TypedDict, total=False):
-    """What the nodes of both graphs read and write."""
+    """The state that the nodes of both graphs read and write."""
 
     text: str
     summary: str

@@ -41,7 +41,7 @@ def answered(client: Client, ask: int, value: Any = None, task: str = "t") -> An
     return client.ask(Status(task_id=task, ask=ask, answer=value))
 
 
-# What is no message.
+# Frames that hold no message.
 
 
 @story

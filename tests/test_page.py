@@ -31,7 +31,7 @@ KEY = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
 HANDSHAKE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", KEY)
 
 
-# What the server sends
+# The answer to GET /
 
 
 async def test_page_comes_with_the_hashes_of_all_that_may_run_on_it() -> None:
