@@ -1200,14 +1200,23 @@ def union_validator(branches: list[Validator], *, is_nullable: bool) -> Validato
             try:
                 return branch(value)
             except ValidationError as error:
-                errors.append(error)
-        of_the_right_type = [error for error in errors if not error.kinds]
-        if of_the_right_type:
-            raise max(of_the_right_type, key=lambda error: len(error.path))
-        kinds = [kind for error in errors for kind in error.kinds]
-        raise ValidationError.of_type(*kinds, *[types.NoneType] * is_nullable)
+                errors.append(error.with_traceback(None))  # Which refers to this frame.
+        raise union_error(errors, is_nullable=is_nullable)
 
     return validate
+
+
+def union_error(errors: list[ValidationError], *, is_nullable: bool) -> ValidationError:
+    """Return the error of a value that no branch of a union accepts, and forget those of the branches.
+
+    The traceback of the one that is raised refers to the frame that holds them.
+    """
+    of_the_right_type = [error for error in errors if not error.kinds]
+    kinds = [kind for error in errors for kind in error.kinds]
+    errors.clear()
+    if of_the_right_type:
+        return max(of_the_right_type, key=lambda error: len(error.path))
+    return ValidationError.of_type(*kinds, *[types.NoneType] * is_nullable)
 
 
 def object_validator(
@@ -5751,6 +5760,7 @@ class WebSocketLink(Link, AsyncioProtocol):
             self._report_closed(1006, "the connection was lost")
         self.writable.set()
         self.gone.set()
+        self._at_end = self.gone.set  # It has ended already. And what led here refers to this link, as its attribute.
 
     def pause_writing(self) -> None:
         self.writable.clear()

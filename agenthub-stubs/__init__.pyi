@@ -81,9 +81,9 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6531",
-    "CommandProtocol@13500",
-    "Protocol@14324",
+    "DaemonExecutor@6541",
+    "CommandProtocol@13510",
+    "Protocol@14334",
 ]
 
 class Code(enum.StrEnum):

@@ -18,6 +18,8 @@ import struct
 import sys
 import threading
 import types
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1037,6 +1039,55 @@ def test_parsing_a_large_message_does_not_collect_garbage() -> None:
     parse(b'{"type":"delegate","task_id":"t","input":[' + b"{}," * 300_000 + b"{}]}")
     assert gc.isenabled()
     assert sum(one["collections"] for one in gc.get_stats()) - sum(collections_before) <= 3  # Once it is done.
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Without the collector of cycles, which a hub lets look at what has survived only every ten minutes."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"type":"result","task_id":"t","success":false,"error":7}',
+        b'{"type":"result","task_id":"t","success":false,"error":{"code":7}}',
+        b'{"type":"register","name":"a","capabilities":[{"name":7}]}',
+        b'{"type":"delegate","task_id":7}',
+        b"{,",
+    ],
+)
+def test_rejected_message_leaves_no_cycle(raw: bytes, no_collector: None) -> None:
+    for _ in range(3):  # The first one may fill caches.
+        gc.collect()
+        with pytest.raises(agenthub.InvalidMessage):
+            agenthub.decoder_from_agent()(raw)
+    assert gc.collect() == 0
+
+
+@pytest.mark.parametrize("how", ["before the handshake", "closed", "unfinished", "reset"])
+async def test_connection_that_has_ended_leaves_no_cycle(how: str, no_collector: None) -> None:
+    async with HubServer(port=0) as hub:
+        if how == "before the handshake":
+            _, writer = await asyncio.open_connection("127.0.0.1", hub.port)
+            await until(lambda: bool(hub.sockets))
+            ended = [weakref.ref(link) for link in hub.sockets]
+            writer.close()
+        else:
+            async with raw_client(hub.url) as client:
+                await client.register("a", "b")
+                ended = [weakref.ref(link) for link in hub.sockets]
+                if how == "unfinished":
+                    client.connection.transport.write(frame(HEARTBEAT)[:-1])
+                if how != "closed":
+                    client.connection.transport.abort()
+        assert len(ended) == 1
+        await until(lambda: not hub.sockets)
+        hub.hub.deadlines.entries.clear()  # Its deadline stays there until it is due.
+        await until(lambda: ended[0]() is None)
 
 
 def test_parts_of_a_rejected_message_are_gone_before_the_collector_is_back() -> None:
