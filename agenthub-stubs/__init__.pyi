@@ -81,9 +81,6 @@ __all__ = [
     "Agent",
     "serve",
     "main",
-    "DaemonExecutor@6541",
-    "CommandProtocol@13510",
-    "Protocol@14334",
 ]
 
 class Code(enum.StrEnum):

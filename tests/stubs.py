@@ -31,7 +31,7 @@ def made_stubs() -> str:
 def with_aliases(stubs: str) -> str:
     """Add what stubgen leaves out: aliases, without their limits, and what `record` does."""
     # It also lists classes inside functions, by the numbers of their lines.
-    stubs = re.sub(r'^(?: *"|#   )\w+@\d+"?,?\n', "", stubs, flags=re.MULTILINE)
+    stubs = re.sub(r"^#   \w+@\d+\n|, '\w+@\d+'", "", stubs, flags=re.MULTILINE)
     stubs = stubs.replace("# Names in __all__ with no definition:\n", "")
     source = (ROOT / "agenthub.py").read_text(encoding="utf-8")
     aliases = re.findall(r"^(\w+) = Annotated\[(.+), \w+\(.*\)\](?:  # .*)?$", source, re.MULTILINE)
