@@ -7433,6 +7433,9 @@ class PackageProtocol(WebSocketProtocol):
             self._inner.receive_data(bytes(self._buffer[self.position :]))
         self._inner.receive_eof()
         self.handshake_exc = self._inner.handshake_exc
+        for error in (self._inner.parser_exc, self.handshake_exc):
+            while error is not None:  # A traceback holds the frames that led here, and so all of this connection.
+                error.__traceback__, error = None, error.__cause__ or error.__context__
         self._collect()
         self.discard()
 
