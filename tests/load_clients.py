@@ -667,6 +667,7 @@ class Requester(Client):
         super().__init__(*args, **options)
         self.open: dict[str, tuple[ClientEntry, dict[str, Any]]] = {}  # With the delegate.
         self.idle = asyncio.Event()
+        self._left_at: float | None = None  # Since when it gets no outcomes; None while it is online.
 
     def on_message(self, message: dict[str, Any]) -> None:
         if message["type"] == "result":
@@ -733,29 +734,33 @@ class Requester(Client):
         if self.rng.random() < 0.5:
             await asyncio.sleep(self.rng.uniform(0, 0.01))
         self.cut()
-        left_at, pace = time.monotonic(), self.load.pace
-        await asyncio.sleep(self.rng.uniform(0.01, 0.7) * pace.retention_s)
-        await self._return(self.join, left_at)
+        await asyncio.sleep(self.rng.uniform(0.01, 0.7) * self.load.pace.retention_s)
+        await self._return(self.join)
 
     async def came_back(self) -> bool:
         """Resume the session after a restart of the hub, and ask for the outcomes that are due."""
         if not (self.is_hub_lost or self.load.is_hub_lost):
             return False
-        await self._return(super().came_back, time.monotonic())
+        await self._return(super().came_back)
         return True
 
-    async def _return(self, join: Callable[[], Awaitable[Any]], left_at: float) -> None:
+    def _on_lost(self, code: int) -> None:
+        super()._on_lost(code)
+        self._left_at = self._left_at or time.monotonic()
+
+    async def _return(self, join: Callable[[], Awaitable[Any]]) -> None:
         known, pace = self.agent_id, self.load.pace
+        left_at = self._left_at or time.monotonic()
         await join()
         if self.agent_id != known and not self.ledger.is_journaled:
             self.excuse("the hub has forgotten it")
         if time.monotonic() - left_at > 0.9 * pace.retention_s:
             self.excuse("its requester was disconnected for too long")  # On a busy machine.
-            return
         if self.agent_id != known and any(one.is_acknowledged for one, _ in self.open.values()):
             self.load.problems.append(f"the session of {known} was forgotten, with open tasks: {list(self.open)}")
         for entry, message in [one for one in self.open.values() if one[0].outcome is None]:
             await self._refresh(entry, message, left_at)
+        self._left_at = None  # Not before: the hub may restart meanwhile.
 
     async def _refresh(self, entry: ClientEntry, message: dict[str, Any], left_at: float) -> None:
         """Ask for an outcome again, as in step 11 of docs/protocol.md."""
