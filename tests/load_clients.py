@@ -402,7 +402,7 @@ class LoadClients:
         self._over_at = 0.0
         self._is_stopped = False
         self._is_restarting = False
-        self._restarted_at = self._hub_returned_at = -math.inf
+        self._restarted_at = self._hub_left_at = self._hub_returned_at = -math.inf
 
     def restarting(self) -> None:
         """Excuse the loss of connections from now on."""
@@ -415,13 +415,19 @@ class LoadClients:
 
     def hub_left(self) -> None:
         """Note that the hub does not answer any more: it is stopped, or restarts."""
-        self._hub_returned_at = math.inf
+        self._hub_left_at, self._hub_returned_at = time.monotonic(), math.inf
 
     def hub_returned(self) -> None:
         self._hub_returned_at = time.monotonic()
 
     def has_hub_been_away(self, since: float) -> bool:
         return self._hub_returned_at > since
+
+    @property
+    def heard_until(self) -> float:
+        """Until when the hub has surely heard what was sent: until now, or until it left if it is just back."""
+        now = time.monotonic()
+        return self._hub_left_at if now < self._hub_returned_at + RESTART_NOTICED_S else now
 
     @property
     def is_hub_lost(self) -> bool:
@@ -746,11 +752,11 @@ class Requester(Client):
 
     def _on_lost(self, code: int) -> None:
         super()._on_lost(code)
-        self._left_at = self._left_at or time.monotonic()
+        self._left_at = self._left_at or self.load.heard_until
 
     async def _return(self, join: Callable[[], Awaitable[Any]]) -> None:
         known, pace = self.agent_id, self.load.pace
-        left_at = self._left_at or time.monotonic()
+        left_at = self._left_at or self.load.heard_until
         await join()
         if self.agent_id != known and not self.ledger.is_journaled:
             self.excuse("the hub has forgotten it")
