@@ -3462,8 +3462,8 @@ class TaskTable:
         self.open: dict[str, TaskRecord] = {}
         self.delivered: dict[str, TaskRecord] = {}
         self.undelivered: dict[str, TaskRecord] = {}
-        self.counts = dict.fromkeys(TaskState, 0)  # Of the records that are kept.
-        self.totals = {state: 0 for state in TaskState if state in FINAL_STATES}  # Of all that have ended.
+        self.totals = dict.fromkeys(TaskState, 0)  # In each open state now; that have ever come to each final one,
+        self.dropped = {state: 0 for state in TaskState if state in FINAL_STATES}  # ... and whose record is gone.
         self.codes: dict[tuple[TaskState, str], int] = {}  # Of those that did not succeed, by state and code.
         self.restored = 0  # The sequence of the last task that a journal has kept.
         self.waited = Histogram()  # From the acceptance of each task to its first assignment,
@@ -3549,9 +3549,19 @@ class TaskTable:
         return len(self) if state is None else self.counts[TaskState(state)]
 
     @property
+    def counts(self) -> dict[TaskState, int]:
+        """How many tasks are kept, by state."""
+        return {state: total - self.dropped.get(state, 0) for state, total in self.totals.items()}
+
+    @property
+    def ended(self) -> dict[TaskState, int]:
+        """How many tasks have ever ended, by state."""
+        return {state: self.totals[state] for state in self.dropped}
+
+    @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""
-        return self.counts[IN_PROGRESS]
+        return self.totals[IN_PROGRESS]
 
     def __len__(self) -> int:
         return len(self.open) + len(self.undelivered) + len(self.delivered)
@@ -3621,14 +3631,13 @@ class TaskTable:
         if row.end is not None:
             task.success, task.output, task.error = row.end.success, row.end.output, row.end.error
             task.settled_by = agent_of(row.end.sender) if row.end.sender is not None else None
-            self.totals[task.state] += 1
         self._count(task)
         return task
 
     def _count(self, task: TaskRecord) -> None:
         self.bytes += task.bytes
         task.requester.held_bytes += task.bytes
-        self.counts[task.state] += 1
+        self.totals[task.state] += 1
 
     def list_open(self, task: TaskRecord) -> None:
         self.open[task.task_id] = task.requester.requested[task.task_id] = task
@@ -3639,12 +3648,11 @@ class TaskTable:
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state; `error` and `ended_at` are set before."""
         state = next_state(task.state, event)
-        counts = self.counts
-        counts[task.state] -= 1
-        counts[state] += 1
+        totals = self.totals
+        totals[task.state] -= 1
+        totals[state] += 1
         task.state = state
         if state in FINAL_STATES:
-            self.totals[state] += 1
             if task.error is not None:
                 self._count_code(task, task.error)
             if task.assignee is not None:
@@ -3737,7 +3745,7 @@ class TaskTable:
         if len(agent.requested) >= settings.open_tasks_max:
             text = f"this agent has reached its limit of {settings.open_tasks_max} open tasks; wait until one ends"
             raise Refused(text, code=Code.OVERLOADED)
-        if self.counts[PENDING] >= settings.pending_tasks_max:
+        if self.totals[PENDING] >= settings.pending_tasks_max:
             text = f"the hub has reached its limit of {settings.pending_tasks_max} pending tasks; retry later"
             raise Refused(text, code=Code.OVERLOADED)
         share = REQUESTER_SHARE * self.bytes_max
@@ -3794,7 +3802,7 @@ class TaskTable:
             self.take_undelivered(task)
         self.bytes -= task.bytes
         task.requester.held_bytes -= task.bytes
-        self.counts[task.state] -= 1
+        self.dropped[task.state] += 1
 
 
 class Hub:
@@ -3958,7 +3966,7 @@ class Hub:
             "agents_away": len(self.directory.agents) - online,
             "connections": len(self.connections),
             "tasks": {state.value: count for state, count in self.tasks.counts.items()},
-            "ended": {state.value: count for state, count in self.tasks.totals.items()},
+            "ended": {state.value: count for state, count in self.tasks.ended.items()},
             "refused": dict(self._refusals),
             "closed": dict(self._closes),
             "waiting": self.pending.most(),
@@ -4403,7 +4411,7 @@ class Hub:
 
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one, and leave those of other calls to `tick`."""
-        while self.tasks.counts[PENDING] and agent.is_available:
+        while self.tasks.totals[PENDING] and agent.is_available:
             if self._steps_left <= 0:
                 self._deferred[agent.agent_id] = agent
                 self.directory.update_load(agent, is_listed=False)  # New tasks must not overtake those that wait.

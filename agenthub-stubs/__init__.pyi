@@ -1122,8 +1122,8 @@ class TaskTable:
     open: dict[str, TaskRecord]
     delivered: dict[str, TaskRecord]
     undelivered: dict[str, TaskRecord]
-    counts: Incomplete
     totals: Incomplete
+    dropped: Incomplete
     codes: dict[tuple[TaskState, str], int]
     restored: int
     waited: Incomplete
@@ -1151,6 +1151,12 @@ class TaskTable:
         """Return what the viewer may see of a task, as much as fits into one message: its output always does."""
     def total(self, state: str | None) -> int:
         """Return how many tasks are kept, in a state or in all."""
+    @property
+    def counts(self) -> dict[TaskState, int]:
+        """How many tasks are kept, by state."""
+    @property
+    def ended(self) -> dict[TaskState, int]:
+        """How many tasks have ever ended, by state."""
     @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""

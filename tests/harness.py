@@ -323,7 +323,7 @@ class Client(Connection):
 # Counts that never go back to zero, and what is not about agents, tasks and connections.
 NOT_REMEMBERED = {
     "settings",
-    "counts",
+    "dropped",
     "totals",
     "states",
     "codes",

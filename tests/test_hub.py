@@ -1402,10 +1402,10 @@ def test_agent_that_gave_itself_a_part_of_its_task_can_be_lost() -> None:
 
 def in_batches(world: HubHarness, act: Callable[[], object]) -> int:
     """Do something that a batch is too small for; return how many calls it took to end all tasks of it."""
-    calls, ended = 0, sum(world.hub.tasks.totals.values())
+    calls, ended = 0, sum(world.hub.tasks.ended.values())
     act()
     while True:
-        calls, former, ended = calls + 1, ended, sum(world.hub.tasks.totals.values())
+        calls, former, ended = calls + 1, ended, sum(world.hub.tasks.ended.values())
         assert ended - former <= TICK_BATCH + 1
         if world.hub.next_deadline() > world.now:
             return calls

@@ -444,7 +444,7 @@ class HubMachine(RuleBasedStateMachine):
     def counters_agree_with_the_records(self) -> None:
         hub = self.harness.hub
         assert hub.tasks.counts == {state: sum(one.state is state for one in self.records()) for state in TaskState}
-        assert hub.tasks.totals == {state: sum(one is state for one in self.states.values()) for state in FINAL_STATES}
+        assert hub.tasks.ended == {state: sum(one is state for one in self.states.values()) for state in FINAL_STATES}
         assert hub.tasks.bytes == sum(task.bytes for task in self.records())
         ended = (*hub.tasks.delivered.values(), *hub.tasks.undelivered.values())
         assert hub.tasks.ended_bytes == sum(task.bytes for task in ended)

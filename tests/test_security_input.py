@@ -655,8 +655,8 @@ async def test_wall_clock_set_back_while_the_hub_is_down_gives_nobody_more_than_
     async with a_scene(caplog, journal=Journal(tmp_path / "hub.db", sync="normal")) as scene:
         report = await scene.requester.request(type="status", task_id="long")
         assert (report["state"], report["ttl"] <= 60) == ("pending", True)
-        tasks = scene.server.hub.tasks.counts
-        await until(lambda: tasks[agenthub.TaskState.TIMEOUT] == 1)
+        tasks = scene.server.hub.tasks
+        await until(lambda: tasks.counts[agenthub.TaskState.TIMEOUT] == 1)
         await scene.nobody_noticed()
 
 
