@@ -1782,15 +1782,15 @@ def check_payload(name: str, payload: bytes) -> None:
 
 def looks_suspicious(payload: bytes) -> bool:
     """Return whether a payload may be nested too deep or hold a number that is too large, so that a look is needed."""
-    payload = without_long_texts(payload)
+    if len(payload) > 1024:
+        payload = without_long_texts(payload)
     return nests_deeper_than(payload, DEPTH_MAX) or may_hold_large_number(payload)
 
 
 def without_long_texts(payload: bytes) -> bytes:
     """Return some JSON without its strings if it is mostly a few long ones, else as it is."""
-    if len(payload) > 1024 and payload.count(b",") < len(payload) // 256:
-        return outside_strings(without_escapes(payload))
-    return payload
+    is_mostly_text = payload.count(b",") < len(payload) // 256
+    return outside_strings(without_escapes(payload)) if is_mostly_text else payload
 
 
 def without_escapes(raw: bytes) -> bytes:
@@ -2784,8 +2784,10 @@ class AgentRecord:
     delivered: int = 0  # Records kept whose outcome was sent to it, which does not mean that it arrived.
 
     @property
-    def is_available(self) -> bool:
-        return len(self.running) + self.occupied < self.max_tasks and self.state is ONLINE
+    def free_load(self) -> int | None:
+        """How many tasks it runs, if it can take one more; else None."""
+        load = len(self.running) + self.occupied
+        return load if load < self.max_tasks and self.state is ONLINE else None
 
     @property
     def is_needed(self) -> bool:
@@ -3317,9 +3319,9 @@ class Directory:
         self._count_bytes(agent, 0)
         self.mark(agent, is_kept=False)
 
-    def update_load(self, agent: AgentRecord, *, is_listed: bool = True) -> None:
+    def update_load(self, agent: AgentRecord, is_listed: bool = True) -> None:
         """List an agent in its pools under its present load; unless `is_listed`, it is offered no task until then."""
-        old, new = agent.load, len(agent.running) + agent.occupied if is_listed and agent.is_available else None
+        old, new = agent.load, agent.free_load if is_listed else None
         if new != old:
             for pool in agent.pools:
                 pool.move(agent, old, new)
@@ -3341,7 +3343,7 @@ class Directory:
 
         A task by capability never goes to its own requester; one that names an agent may.
         """
-        agent_id, capability = task.target
+        agent_id, capability = task.request.agent_id, task.request.capability
         if agent_id is None:
             pool = self.pools.get(capability or "")
             if pool is None:
@@ -3657,8 +3659,7 @@ class TaskTable:
                 self._count_code(task, task.error)
             if task.assignee is not None:
                 ran, ran_s = self.ran, task.ended_at - task.accepted_at - task.begun_s
-                bucket = 0 if ran_s <= SECONDS[0] else bisect_left(SECONDS, ran_s)
-                ran.counts[bucket] += 1  # As `add` does, without the call.
+                ran.counts[bisect_left(SECONDS, ran_s)] += 1  # As `add` does, without the call.
                 ran.sum_s += ran_s
             del self.open[task.task_id], task.requester.requested[task.task_id]
             if task.parent is not None and task.parent.children:
@@ -3757,8 +3758,9 @@ class TaskTable:
 
     def reserve(self, needed: int, agent: AgentRecord | None) -> None:
         """Drop ended tasks if so many more bytes need their room; refuse what needs them if that is not enough."""
-        if self.records_bytes + needed > self.bytes_max:
-            if self.records_bytes - self.ended_bytes + needed > self.bytes_max:
+        needed_in_all = self.bytes + self._directory.registrations_bytes + needed
+        if needed_in_all > self.bytes_max:
+            if needed_in_all - self.ended_bytes > self.bytes_max:
                 text = f"the hub has reached its limit of {self.bytes_max} bytes of records; retry later"
                 raise Refused(text, code=Code.OVERLOADED)
             self.make_room(needed, agent)
@@ -3833,7 +3835,7 @@ class Hub:
         self.shutting_down = False
         self.is_full = False  # The journal cannot be written: no new task is accepted,
         self.is_unlinked = False  # ... nor while its file is not where a restart would look for it.
-        self.cost = 0  # What the last message cost to handle; a plain one costs 1.
+        self.cost = 0.0  # What the last message cost to handle; a plain one costs 1.
         self._is_journaled = is_journaled
         self._is_held = is_held
         self._entropy = entropy
@@ -3886,7 +3888,7 @@ class Hub:
             self._now = now
         connection.last_seen = self._now
         self._message_bytes = message_bytes
-        self.cost = 1 + message_bytes // COST_BYTES
+        self.cost = 1.0 + message_bytes // COST_BYTES
         try:
             if refusal is not None:
                 raise refusal
@@ -4411,7 +4413,7 @@ class Hub:
 
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one, and leave those of other calls to `tick`."""
-        while self.tasks.totals[PENDING] and agent.is_available:
+        while self.tasks.totals[PENDING] and agent.free_load is not None:
             if self._steps_left <= 0:
                 self._deferred[agent.agent_id] = agent
                 self.directory.update_load(agent, is_listed=False)  # New tasks must not overtake those that wait.
@@ -5538,20 +5540,16 @@ class MemoryLink(Link):
 class TokenBucket:
     """A rate limit: `rate` tokens a second. BURST_S seconds' worth of them can be saved up.
 
-    It may be overdrawn, by at most PAUSE_MAX_S seconds' worth. Pure arithmetic: the time is given.
+    It may be overdrawn, by at most PAUSE_MAX_S seconds' worth: whoever takes tokens that are not there calls `refill`.
+    Pure arithmetic: the time is given.
     """
 
-    __slots__ = ("_rate", "_tokens", "_updated_at")
+    __slots__ = ("_rate", "_updated_at", "tokens")
 
     def __init__(self, rate: float, now: float) -> None:
         self._rate = rate
-        self._tokens = rate * BURST_S
+        self.tokens = rate * BURST_S
         self._updated_at = now
-
-    def take(self, cost: float) -> bool:
-        """Take tokens, also more than there are. Return whether there were enough; otherwise `refill` comes next."""
-        self._tokens -= cost
-        return self._tokens >= 0
 
     def refill(self, now: float) -> float:
         """Add the tokens earned since the last call; return how many seconds to pause, 0 if none are owed.
@@ -5560,8 +5558,8 @@ class TokenBucket:
         """
         earned = (now - self._updated_at) * self._rate
         self._updated_at = now
-        self._tokens = max(-self._rate * PAUSE_MAX_S, min(self._rate * BURST_S, self._tokens + earned))
-        return PAUSE_MIN_S - self._tokens / self._rate if self._tokens < 0 else 0.0
+        self.tokens = max(-self._rate * PAUSE_MAX_S, min(self._rate * BURST_S, self.tokens + earned))
+        return PAUSE_MIN_S - self.tokens / self._rate if self.tokens < 0 else 0.0
 
 
 class Traffic:
@@ -5997,7 +5995,8 @@ class ServerLink(WebSocketLink):
     def _on_handshake(self, event: Any) -> None:
         self.is_answered = True
         self.turns.left -= HANDSHAKE_COST
-        self._check_turn()
+        if self.turns.left < 0.0:
+            self._on_turn_used_up()
         answer = self._answer(self, event)
         if answer is None:
             self.protocol.accept(event)
@@ -6009,13 +6008,14 @@ class ServerLink(WebSocketLink):
     # The rate limit, and fair turns
 
     def charge(self, cost: float) -> None:
-        turns = self.turns
-        turns.left -= cost if cost > 1 else cost * PLAIN_COST
-        if turns.left < 0:
-            self._check_turn()
-        if self._bucket.take(cost):
+        turns, bucket = self.turns, self._bucket
+        turns.left -= cost if cost > 1.0 else cost * PLAIN_COST
+        if turns.left < 0.0:
+            self._on_turn_used_up()
+        bucket.tokens -= cost
+        if bucket.tokens >= 0.0:
             return
-        pause_s = self._bucket.refill(self.loop.time())
+        pause_s = bucket.refill(self.loop.time())
         if pause_s:
             self.traffic.rate_limited_s += pause_s
             self.pause_reading(PauseReason.RATE_LIMIT)
@@ -6038,19 +6038,21 @@ class ServerLink(WebSocketLink):
         return True
 
     def data_received(self, data: bytes) -> None:
+        turns = self.turns
         self.protocol.receive_data(data)
-        self.turns.left -= len(data) / READ_BYTES
+        turns.left -= len(data) / READ_BYTES
         self.traffic.bytes_in += len(data)
         if self.pause_reasons:
             self._count_input()
             return
-        if self.turns.left <= 0 and not self.protocol.is_open:  # A handshake costs more than a message.
+        if turns.left <= 0.0 and not self.protocol.is_open:  # A handshake costs more than a message.
             self._end_turn()
         else:
             self._read()
             self._count_input()
-            self._check_turn()  # An unfinished message has cost the time to read it.
-        if self.turns.is_crowded and self._is_flush_scheduled:
+            if turns.left < 0.0:  # An unfinished message has cost the time to read it.
+                self._on_turn_used_up()
+        if turns.is_crowded and self._is_flush_scheduled:
             self._flush()  # At the end of this turn of the loop it would wait for all that others have sent.
 
     def resume_reading(self, reason: str) -> None:
@@ -6081,12 +6083,11 @@ class ServerLink(WebSocketLink):
         if not self.pause_reasons:
             self.turns.left -= SOCKET_READ_COST
 
-    def _check_turn(self) -> None:
-        """Wait with the rest of what came in, if all have used up this turn together."""
-        if self.turns.left < 0:
-            self.turns.arm()
-            if self.protocol.unread_bytes:
-                self._end_turn()
+    def _on_turn_used_up(self) -> None:
+        """Wait with the rest of what came in: all have used up this turn together."""
+        self.turns.arm()
+        if self.protocol.unread_bytes:
+            self._end_turn()
 
     def _handle_costly(self) -> None:
         """Handle an event whose CPU time is measured, and charged."""
@@ -6118,8 +6119,9 @@ class ServerLink(WebSocketLink):
 
     def send(self, raw: bytes) -> None:
         if not self.is_backlogged:
-            self.protocol.send_text(raw)
-            if not self._is_flush_scheduled or self.protocol.unsent_bytes > OUT_BYTES_MAX:
+            protocol = self.protocol
+            protocol.send_text(raw)
+            if not self._is_flush_scheduled or protocol.unsent_bytes > OUT_BYTES_MAX:
                 self._flush_soon()
         elif self._postponed_bytes <= self._backlog_bytes_max // 2:
             self.send_when_writable(raw)
@@ -8288,7 +8290,7 @@ class GroupCommit:
         self._thread = ThreadPoolExecutor(1, "agenthub-journal")
         self._changes: Changes | None = None  # To be in the next write ...
         self.held: list[Effect] = []  # ... and the effects to be carried out after it.
-        self._costs: dict[Link, int] = {}  # Of the messages of each connection since the last write.
+        self._costs: dict[Link, float] = {}  # Of the messages of each connection since the last write.
         self._offset_written = self._clock_offset()  # Of the last write; the journal was loaded just now.
         self._is_closed = False
         self.commits = Histogram()  # Of the writes that succeeded,
@@ -8321,7 +8323,7 @@ class GroupCommit:
             self.idle.clear()
             self._loop.call_soon(self._write)  # After this turn of the loop, so that what it brings is one write.
 
-    def charge(self, link: Link, cost: int) -> None:
+    def charge(self, link: Link, cost: float) -> None:
         """Charge a link for a message. If it has cost much during one write, it is not read until that is done."""
         if not self.idle.is_set():
             total = self._costs[link] = self._costs.get(link, 0) + cost
@@ -8856,7 +8858,7 @@ class LocalHub:
         self.links[link] = None
         self._apply(self.hub.connected(link, self._loop.time(), link.address or None))
 
-    def received(self, link: Link, message: Any, message_bytes: int, *, has_turn: bool = False) -> None:
+    def received(self, link: Link, message: Any, message_bytes: int, has_turn: bool = False) -> None:
         if self._is_verbose:
             log_hub.debug("received type=%s bytes=%d", getattr(message, "type", "invalid"), message_bytes)
         commit = self.commit
@@ -8866,9 +8868,8 @@ class LocalHub:
         if commit is not None and commit.is_overfull:
             link.close(CloseCode.GOING_AWAY, "the journal cannot be written; come back later")
             return
-        expected_cost = EXPECTED_COSTS.get(message.__class__)
-        if expected_cost is not None and not has_turn:
-            cost = expected_cost(self.hub, message)
+        if message.__class__ in EXPECTED_COSTS and not has_turn:
+            cost = EXPECTED_COSTS[message.__class__](self.hub, message)
             if cost and link.waits(cost, functools.partial(self.received, link, message, message_bytes, has_turn=True)):
                 return
         refusal = self._refusal(link, message) if link.grant is not None else None

@@ -880,7 +880,8 @@ class AgentRecord:
     undelivered: dict[str, TaskRecord] = field(default_factory=dict)
     delivered: int = ...
     @property
-    def is_available(self) -> bool: ...
+    def free_load(self) -> int | None:
+        """How many tasks it runs, if it can take one more; else None."""
     @property
     def is_needed(self) -> bool:
         """Whether an agent that is gone may still want something, or be wanted, when it comes back."""
@@ -1076,7 +1077,7 @@ class Directory:
     def forget_unneeded(self) -> None:
         """Drop those that are gone and that nothing needs any more."""
     def forget(self, agent: AgentRecord) -> None: ...
-    def update_load(self, agent: AgentRecord, *, is_listed: bool = True) -> None:
+    def update_load(self, agent: AgentRecord, is_listed: bool = True) -> None:
         """List an agent in its pools under its present load; unless `is_listed`, it is offered no task until then."""
     def running_by_capability(self) -> dict[str, int]:
         """Return how many tasks are in progress, for the capabilities with most of them, among QUEUES_SCANNED_MAX.
@@ -1226,7 +1227,7 @@ class Hub:
     shutting_down: bool
     is_full: bool
     is_unlinked: bool
-    cost: int
+    cost: float
     connections: dict[Hashable, Connection]
     deadlines: LazyHeap[TaskRecord | AgentRecord | Connection]
     next_sweep: Incomplete
@@ -1437,11 +1438,12 @@ class MemoryLink(Link):
 class TokenBucket:
     """A rate limit: `rate` tokens a second. BURST_S seconds' worth of them can be saved up.
 
-    It may be overdrawn, by at most PAUSE_MAX_S seconds' worth. Pure arithmetic: the time is given.
+    It may be overdrawn, by at most PAUSE_MAX_S seconds' worth: whoever takes tokens that are not there calls `refill`.
+    Pure arithmetic: the time is given.
     """
+
+    tokens: Incomplete
     def __init__(self, rate: float, now: float) -> None: ...
-    def take(self, cost: float) -> bool:
-        """Take tokens, also more than there are. Return whether there were enough; otherwise `refill` comes next."""
     def refill(self, now: float) -> float:
         """Add the tokens earned since the last call; return how many seconds to pause, 0 if none are owed.
 
@@ -1962,7 +1964,7 @@ class GroupCommit:
     ) -> None: ...
     def add(self, step: Step) -> None:
         """Carry out the effects of a step: now if nothing waits to be written before them, else as soon as it is."""
-    def charge(self, link: Link, cost: int) -> None:
+    def charge(self, link: Link, cost: float) -> None:
         """Charge a link for a message. If it has cost much during one write, it is not read until that is done."""
     async def close(self, within_s: float) -> None:
         """Write the changes that are left, for at most `within_s` seconds, and close the journal."""
@@ -2033,7 +2035,7 @@ class LocalHub:
     async def connect(self, owner: LinkOwner) -> Link:
         """Open a link to this hub from within its process."""
     def opened(self, link: Link) -> None: ...
-    def received(self, link: Link, message: Any, message_bytes: int, *, has_turn: bool = False) -> None: ...
+    def received(self, link: Link, message: Any, message_bytes: int, has_turn: bool = False) -> None: ...
     def closed(self, link: Link, code: int, reason: str) -> None: ...
 
 class HubServer(LocalHub):

@@ -483,7 +483,7 @@ class HubMachine(RuleBasedStateMachine):
             if agent.state in TARGET_STATES:
                 for name in agent.capabilities:
                     members[name].add(agent.agent_id)
-                    if agent.is_available:
+                    if agent.free_load is not None:
                         free[name][len(agent.running)].add(agent.agent_id)
         pools = self.harness.hub.directory.pools
         assert {name: set(pool.members) for name, pool in pools.items()} == members
@@ -514,7 +514,9 @@ class HubMachine(RuleBasedStateMachine):
         for task in self.harness.hub.tasks.open.values():
             if task.state is TaskState.PENDING:
                 for agent in self.agents().values():
-                    assert not (agent.is_available and may_take(agent, task)), f"{agent.agent_id} for {task.task_id}"
+                    assert not (agent.free_load is not None and may_take(agent, task)), (
+                        f"{agent.agent_id} for {task.task_id}"
+                    )
 
     @invariant()
     def no_child_outlives_its_parent(self) -> None:
