@@ -29,6 +29,7 @@ from tests.support import WAIT_S
 FINAL = ("completed", "failed", "timeout")
 FLOOD_MESSAGES = 6000  # In about a second: more than the hub takes of one connection in that time.
 WAITING_TASKS = 5000
+CROWD = 4  # So many times WAITING_TASKS at once.
 RESTART_NOTICED_S = 1.0  # After a restart of the hub, for clients to notice that they have lost their connections.
 EARLY_S = 0.05  # How much too early a timeout may seem to come: timers and clocks have a resolution.
 TOO_LATE = (
@@ -468,19 +469,27 @@ class LoadClients:
         """Run one life after the other."""
         for count in itertools.count():
             rng = random.Random(f"{self.seed} {life.__name__} {number} {count}")
-            try:
-                await life(self, rng)
-            except Lost:
-                pass  # A client that did not expect this has reported it.
-            except (OSError, Disconnected) as error:
-                if not self.is_hub_lost:
-                    self.problems.append(f"{life.__name__}: {error!r}")
-            except Exception as error:
-                self.problems.append(f"{life.__name__}: {error!r}")
-            self.lives[life.__name__] += 1
+            await self._live_once(life, rng)
             await self.rest(rng.uniform(0, 0.3))
             if self.is_over:
                 return
+
+    async def _live_once(self, life: Callable[[LoadClients, random.Random], Any], rng: random.Random) -> None:
+        try:
+            await life(self, rng)
+        except Lost:
+            pass  # A client that did not expect this has reported it.
+        except (OSError, Disconnected) as error:
+            if not self.is_hub_lost:
+                self.problems.append(f"{life.__name__}: {error!r}")
+        except Exception as error:
+            self.problems.append(f"{life.__name__}: {error!r}")
+        self.lives[life.__name__] += 1
+
+    async def crowd(self) -> None:
+        """Have more tasks at once than the population ever has by chance."""
+        rngs = [random.Random(f"{self.seed} crowd {number}") for number in range(CROWD)]
+        await asyncio.gather(*(self._live_once(fair_share_life, rng) for rng in rngs))
 
     async def _beat(self) -> None:
         """Send a heartbeat for each client that has sent nothing for a while."""

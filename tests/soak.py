@@ -15,9 +15,9 @@ checks these promises:
   some time after the last restart, a line is fitted to each by least squares. It is `growing` if over that time the
   line rises by more than a tenth of the mean, and by more than twice the standard deviation of the samples about it;
   else `flat`. A leak that matters passes the first limit within minutes: in ten times the length it would have
-  doubled the use. The second is for counts that go up and down: a rise within their scatter means nothing. And the last
-  half of that time must rise by half of the first limit: memory and the journal's file keep the size of the largest
-  crowd so far, which comes by chance.
+  doubled the use. The second is for counts that go up and down: a rise within their scatter means nothing. Memory and
+  the journal's file keep the size of the largest crowd so far: so a larger one than chance makes comes before, and the
+  line through the last half of the samples must rise too, by half of the first limit.
 - When all clients have left, and retention and grace are over, the hub and its journal are empty, and it has as many
   files open as at the start. Then it ends on SIGTERM within five seconds, with 0.
 
@@ -240,6 +240,8 @@ class Soak:
             await asyncio.sleep(self.pace.restart_s)
             async with self._signalling:
                 await self._restart((signal.SIGTERM, signal.SIGKILL)[self.restarts % 2])
+        if self.for_s >= TREND_S:
+            await self.load.crowd()  # Memory and the journal's file keep the size of the largest crowd so far.
 
     async def _restart(self, signal_number: int) -> None:
         self.load.restarting()
