@@ -106,8 +106,7 @@ export declare class Agent {
     /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
      * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
     capability(name: string, schema: Message | Handler, handler?: Handler): this;
-    /** Connect; resolves when the hub has registered this agent. Throws what makes another attempt pointless.
-     * @returns {Promise<void>} */
+    /** Connect, and register. Throws what makes another attempt pointless. @returns {Promise<void>} */
     start(): Promise<void>;
     /** Leave the hub; first wait up to `drain` seconds for running tasks to end. Handles of open tasks fail. */
     close({ drain }?: {
@@ -121,12 +120,11 @@ export declare class Agent {
      * @param {Delegation} delegation @returns {Promise<Handle>} */
     submit(...[capability, input, options]: Delegation): Promise<Handle>;
     /** Delegate a task, and yield the pieces of its output as they come; at the end the rest of it, if some were lost
-     * with a connection or the loop is slow. Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`,
-     * if the task was begun again, and its output does not continue what was yielded.
+     * with a connection. Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`, if the task was begun
+     * again, and its output does not continue what was yielded.
      * @param {Delegation} delegation @returns {AsyncGenerator<any>} */
     stream(...delegation: Delegation): AsyncGenerator<any>;
-    /** Find agents by a keyword, the best match first; the empty one finds all. @param {number} [limit] Up to 1000.
-     * @returns {Promise<AgentInfo[]>} */
+    /** Find agents by a keyword, the best match first; the empty one finds all. @returns {Promise<AgentInfo[]>} */
     discover(capability?: string, limit?: number): Promise<AgentInfo[]>;
     /** Send any JSON to all other online agents (with that capability); return how many there are. Throws Disconnected if
      * the connection is lost before the hub replies: then it may have been sent or not.
@@ -158,8 +156,7 @@ export declare class Task {
     ask(text: string, { schema }?: {
         schema?: Json;
     }): Promise<any>;
-    /** Delegate a subtask, as `Agent.delegate` does; it ends with this task at the latest.
-     * @param {Delegation} delegation @returns {Promise<any>} */
+    /** Delegate a subtask, which ends with this task. @param {Delegation} delegation @returns {Promise<any>} */
     delegate(...delegation: Delegation): Promise<any>;
     /** Submit a subtask, as `Agent.submit` does. @param {Delegation} delegation */
     submit(...[capability, input, options]: Delegation): Promise<Handle>;

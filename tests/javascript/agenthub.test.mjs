@@ -205,6 +205,31 @@ test("a stream whose first pieces were lost yields all of the output", async (t)
   assert.equal((await within(stream, "the stream")).join(""), "ab");
 });
 
+test("a stream whose task is begun again goes on where it can", async (t) => {
+  const me = agent(t, "requester", hub.url);
+  for (const [name, before, after, found] of [
+    ["again-none", [], ["x", "y"], ["x", "y"]],
+    ["again-same", ["a"], ["ab", "c"], ["a", "bc"]],
+    ["again-other", ["a"], ["x", "y"], null],
+  ]) {
+    const begun = gate();
+    const [first, second] = [agent(t, "first", hub.url), agent(t, "second", hub.url)];
+    first.capability(name, async function* (input, task) {
+      yield* before;
+      begun.open();
+      await new Promise((resolve) => task.signal.addEventListener("abort", resolve));
+    });
+    second.capability(name, async function* () { yield* after; });
+    await first.start();
+    const stream = all(me.stream(name, null, { maxRetries: 1 }));
+    await begun.opened;
+    await second.start();
+    await first.close();
+    if (found) assert.deepEqual(await within(stream, "the stream"), found);
+    else await assert.rejects(within(stream, "the error"), failsWith(TaskFailed, "pieces_lost"));
+  }
+});
+
 test("a worker asks its requester", async (t) => {
   await worker(t, hub.url, "ask-");
   const me = agent(t, "requester", hub.url);
@@ -410,6 +435,49 @@ test("a task that nobody can submit times out, and one without a hub ends", asyn
   await assert.rejects(waiting, failsWith(Disconnected, "hub_lost"));
   await me.closed;
   await assert.rejects(me.delegate("x"), failsWith(Disconnected, "hub_lost"));
+});
+
+test("an agent that was closed rejects requests", async (t) => {
+  const made = agent(t, "closed", hub.url);
+  await made.start();
+  await made.close();
+  assert.equal(made.online, false);
+  for (const request of [made.start(), made.status(), made.discover(), made.broadcast(1), made.delegate("x")]) {
+    await assert.rejects(within(request, "the error"), failsWith(Disconnected, "hub_lost"));
+  }
+});
+
+test("a capability that is added while the agent registers is registered, too", async (t) => {
+  const Base = process.env.AGENTHUB_TEST_WS ? (await import(process.env.AGENTHUB_TEST_WS)).default : WebSocket;
+  let made;
+  class Eager extends Base {
+    send(text) {
+      super.send(text);
+      if (text.includes('"register"') && !made.handlers.has("eager")) made.capability("eager", () => 1);
+    }
+  }
+  made = agent(t, "eager", hub.url, { WebSocket: Eager });
+  await made.start();
+  assert.equal(await agent(t, "requester", hub.url).delegate("eager", null, { wait: true }), 1);
+});
+
+test("an agent that was closed connects no more", async (t) => {
+  let connections = 0;
+  const server = net.createServer((socket) => (connections++, socket.on("error", () => {}).destroy()));
+  await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+  atEnd(t, () => server.close());
+  const url = `ws://127.0.0.1:${server.address().port}`;
+  const pausing = gate();
+  const made = agent(t, "pausing", url, { log: () => pausing.open() });
+  made.start();
+  await within(pausing.opened, "the pause");
+  const before = connections;
+  await made.close();
+  const unused = agent(t, "unused", url);
+  await unused.close();
+  for (const closed of [made, unused]) await assert.rejects(within(closed.start(), "the error"), failsWith(Disconnected, "hub_lost"));
+  await new Promise((resolve) => setTimeout(resolve, 600)); // Longer than the first pause.
+  assert.equal(connections, before);
 });
 
 test("an agent that is closed while it connects lets go of its socket", async (t) => {
