@@ -4354,6 +4354,9 @@ class Hub:
         if task.state in FINAL_STATES:
             self.cost += task.bytes // COST_BYTES
             self._send(connection, task.outcome())
+        elif task.question is not None:
+            self.cost += task.question.bytes // COST_BYTES
+            self._send(connection, task.question_report())
 
     def _admit(self, agent: AgentRecord, message: Delegate) -> TaskRecord | None:
         """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
