@@ -10998,6 +10998,8 @@ class Task:
         self._payload = message.input
         self._agent = agent
         self._connection = connection
+        session = connection.session
+        self._piece_session = session if session is not None and "stream" in session.features else None
         self._execution = execution
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -11025,16 +11027,34 @@ class Task:
         """
         if progress is not None and not 0 <= progress <= 1:
             raise ValueError("progress must be from 0 to 1")
-        session = self._connection.session
         report = Status(task_id=self.task_id, progress=progress, detail=payload_from("detail", detail))
+        self._send(report, self._connection.session)
+
+    def send_piece(self, piece: Any) -> None:
+        """Send the requester a piece of the output, for a handler that does not yield but returns the whole output.
+
+        The pieces are the beginning of that: parts of a text, or items of a list. So all are dropped once one was,
+        because the connection was lost or its buffer is full. None is no piece. From any thread; raises as `progress`
+        does.
+        """
+        if piece is not None:
+            self._send(Status(task_id=self.task_id, piece=payload_from("piece", piece)), self._piece_session)
+
+    def _send(self, report: Status, session: Session | None) -> None:
         if session is None or self.cancelled:
             encode(report)  # Raises ValueError here too: whether a report is valid must not depend on the connection.
             return
-        raw = session.encode(report)
+        send = functools.partial(self._send_nowait, session, session.encode(report), report.piece is not None)
         if threading.get_ident() == self._thread:
-            session.send_nowait(raw)
+            send()
         else:
-            self._loop.call_soon_threadsafe(session.send_nowait, raw)
+            self._loop.call_soon_threadsafe(send)
+
+    def _send_nowait(self, session: Session, raw: bytes, is_piece: bool) -> None:
+        if is_piece and not (self._piece_session is self._connection.session and session.is_writable):
+            self._piece_session = None  # A later piece would not continue what was sent.
+        else:
+            session.send_nowait(raw)
 
     async def ask(self, text: str, schema: Any = None) -> Any:
         """Ask the requester something, and return its answer: any JSON that fits `schema`. The ttl goes on.
