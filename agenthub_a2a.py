@@ -115,8 +115,9 @@ class Store(tasks.InMemoryTaskStore, tasks.InMemoryPushNotificationConfigStore):
         await super().delete(task_id, context)
 
     async def set_info(self, task_id: str, config: Any, context: ServerCallContext) -> Any:
-        if ".." in config.url or not agenthub.matches_any(config.url, tuple(self.args.allow_push)):
-            raise errors.InvalidParamsError("push notifications must not go to this URL")
+        ids = {config.id, *(one.id for one in await self.get_info(task_id, context))}
+        if ".." in config.url or not agenthub.matches_any(config.url, tuple(self.args.allow_push)) or len(ids) > 10:
+            raise errors.InvalidParamsError("push notifications must not go to this URL, or to more than 10")
         return await super().set_info(task_id, config, context)
 
 

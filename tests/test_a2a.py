@@ -769,6 +769,23 @@ async def test_push_notifications_go_only_where_they_are_allowed_to(binding: str
             assert event["statusUpdate"]["status"]["state"] == "TASK_STATE_CANCELED"
 
 
+@pytest.mark.parametrize("binding", BINDINGS)
+async def test_a_task_has_at_most_ten_push_notification_configurations(binding: str) -> None:
+    async with (
+        world("--allow-push", "http://127.0.0.1:1/*") as (_, url, _),
+        client_of(f"{url}/a2a/wait", binding) as client,
+    ):
+        task = (await anext(client.send_message(request(None)))).task
+        for number in (*range(10), 9):  # The last is changed.
+            config = pb.TaskPushNotificationConfig(id=str(number), url="http://127.0.0.1:1/x", task_id=task.id)
+            await client.create_task_push_notification_config(config)
+        config.id = "another"
+        with pytest.raises(errors.InvalidParamsError, match="more than 10"):
+            await client.create_task_push_notification_config(config)
+        listed = pb.ListTaskPushNotificationConfigsRequest(task_id=task.id)
+        assert len((await client.list_task_push_notification_configs(listed)).configs) == 10
+
+
 # Users
 
 
