@@ -174,9 +174,9 @@ def worker(**more: Any) -> Agent:
 
 
 @contextlib.asynccontextmanager
-async def world(*argv: str) -> AsyncIterator[tuple[str, str, Agent]]:
+async def world(*argv: str, within_s: float = WAIT_S) -> AsyncIterator[tuple[str, str, Agent]]:
     """A hub, a worker and a gateway: their URLs, and the worker."""
-    async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub:
+    async with asyncio.timeout(within_s), HubServer(port=0) as hub:
         agent = worker(url=hub.url)
         async with agent, gateway(hub.url, *argv) as url:
             yield hub.url, url, agent
@@ -937,7 +937,7 @@ def test_wrong_options_are_wrong_usage(argv: list[str], text: str, capsys: pytes
 @pytest.mark.long
 async def test_1000_tasks_of_50_clients_are_done_once_each() -> None:
     done: list[int] = []
-    async with world() as (hub, url, agent):
+    async with world(within_s=5 * WAIT_S) as (hub, url, agent):
         agent.capability("note")(lambda n: done.append(n) or n)
         await offered(hub, "note")
 
