@@ -4354,6 +4354,9 @@ class Hub:
         if task.state in FINAL_STATES:
             self.cost += task.bytes // COST_BYTES
             self._send(connection, task.outcome())
+        elif task.question is not None:
+            self.cost += task.question.bytes // COST_BYTES
+            self._send(connection, task.question_report())
 
     def _admit(self, agent: AgentRecord, message: Delegate) -> TaskRecord | None:
         """Return the parent of a new task, if it has one; raise Refused if it cannot be accepted."""
@@ -10995,6 +10998,8 @@ class Task:
         self._payload = message.input
         self._agent = agent
         self._connection = connection
+        session = connection.session
+        self._piece_session = session if session is not None and "stream" in session.features else None
         self._execution = execution
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -11022,16 +11027,34 @@ class Task:
         """
         if progress is not None and not 0 <= progress <= 1:
             raise ValueError("progress must be from 0 to 1")
-        session = self._connection.session
         report = Status(task_id=self.task_id, progress=progress, detail=payload_from("detail", detail))
+        self._send(report, self._connection.session)
+
+    def send_piece(self, piece: Any) -> None:
+        """Send the requester a piece of the output, for a handler that does not yield but returns the whole output.
+
+        The pieces are the beginning of that: parts of a text, or items of a list. So all are dropped once one was,
+        because the connection was lost or its buffer is full. None is no piece. From any thread; raises as `progress`
+        does.
+        """
+        if piece is not None:
+            self._send(Status(task_id=self.task_id, piece=payload_from("piece", piece)), self._piece_session)
+
+    def _send(self, report: Status, session: Session | None) -> None:
         if session is None or self.cancelled:
             encode(report)  # Raises ValueError here too: whether a report is valid must not depend on the connection.
             return
-        raw = session.encode(report)
+        send = functools.partial(self._send_nowait, session, session.encode(report), report.piece is not None)
         if threading.get_ident() == self._thread:
-            session.send_nowait(raw)
+            send()
         else:
-            self._loop.call_soon_threadsafe(session.send_nowait, raw)
+            self._loop.call_soon_threadsafe(send)
+
+    def _send_nowait(self, session: Session, raw: bytes, is_piece: bool) -> None:
+        if is_piece and not (self._piece_session is self._connection.session and session.is_writable):
+            self._piece_session = None  # A later piece would not continue what was sent.
+        else:
+            session.send_nowait(raw)
 
     async def ask(self, text: str, schema: Any = None) -> Any:
         """Ask the requester something, and return its answer: any JSON that fits `schema`. The ttl goes on.
@@ -13985,7 +14008,7 @@ async def _call(args: argparse.Namespace, given: Any) -> int:
 async def _delegate(args: argparse.Namespace, given: Any) -> str:
     """Delegate a task; return its output as JSON, or with --no-wait its id."""
     if args.no_wait:
-        async with _shared_caller(args.url) as agent:
+        async with shared_caller(args.url) as agent:
             return (await _submit(agent, args, given)).task_id
     async with Agent("call", url=args.url, give_up_after_s=0) as agent:
         handle = await _submit(agent, args, given)
@@ -14145,7 +14168,7 @@ async def _result(args: argparse.Namespace) -> Any:
     """Return the output of a task; raise CommandFailed if it failed, is unknown or has not ended in time."""
     last = time.monotonic() + args.wait
     while True:
-        async with _shared_caller(args.url) as caller:
+        async with shared_caller(args.url) as caller:
             with _task_refusals(args):
                 report = await caller.status(args.task_id)
         if report.requester != caller.agent_id:
@@ -14179,7 +14202,7 @@ def _run_cancel(args: argparse.Namespace) -> int:
 
 async def _cancel(args: argparse.Namespace) -> None:
     error = ErrorInfo(Code.CANCELLED, "cancelled from the command line")
-    async with _shared_caller(args.url) as caller:
+    async with shared_caller(args.url) as caller:
         with _task_refusals(args):
             message = Result(task_id=args.task_id, success=False, error=error)
             await caller._started().request(message, StatusReply)
@@ -14198,7 +14221,7 @@ def _task_refusals(args: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _shared_caller(url: str, name: str = "", give_up_after_s: float | None = 0) -> AsyncIterator[Agent]:
+async def shared_caller(url: str, name: str = "", give_up_after_s: float | None = 0) -> AsyncIterator[Agent]:
     """Resume this user's shared agent at a hub, one command at a time, and leave it disconnected for the next one.
 
     An agent with a `name` is not waited for: raises CommandFailed while another process has it.
@@ -14325,66 +14348,27 @@ def _run_a2a(args: argparse.Namespace) -> int:
     module = sibling_module("agenthub_a2a", "the A2A gateway")
     token = os.environ.get("AGENTHUB_A2A_TOKEN")
     args.headers = {"Authorization": f"Bearer {check_token('AGENTHUB_A2A_TOKEN', token)}"} if token else {}
-    if args.join is None:
-        _prepare_gateway(args)
     if args.log_level != "debug":  # They log what clients send.
         for name in ("a2a", "httpx", "uvicorn", "opentelemetry"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         logging.getLogger("a2a.server.agent_execution").setLevel(logging.ERROR)
-    run_loop(_until_stopped(functools.partial(_serve_gateway if args.join is None else module.join, args)))
+    with _listening(args) if args.join is None else contextlib.nullcontext():
+        run_loop(_until_stopped(module.serve(args) if args.join is None else module.join(args)))
     return 0
 
 
-async def _until_stopped(run: Callable[[asyncio.Event], typing.Coroutine[Any, Any, None]]) -> None:
+async def _until_stopped(running: typing.Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine until it ends, and cancel it at the first SIGINT or SIGTERM."""
+    task = asyncio.create_task(running)
     with stop_signals() as stopped:
-        await run(stopped)
+        await done_or_set(task, stopped)
+        await cancel_and_wait([task])
+    if not task.cancelled():
+        task.result()
 
 
-def _closing_idle(protocol: Any) -> Any:
-    """Return a protocol of uvicorn that closes connections without a request: uvicorn lets them wait forever."""
-
-    class Protocol(protocol):  # type: ignore[misc]  # its package is imported by the gateway only
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self.loop.call_later(TOKEN_S, self.check, None)
-
-        def check(self, last: Any) -> None:
-            """Close the connection if it has no request, and had none since the last check."""
-            is_idle = self.cycle is None or self.cycle.response_complete
-            if is_idle and last is self.cycle:
-                self.transport.abort()
-            elif not self.transport.is_closing():
-                self.loop.call_later(TOKEN_S, self.check, self.cycle if is_idle else "busy")
-
-    return Protocol
-
-
-async def _serve_gateway(args: argparse.Namespace, stopped: asyncio.Event) -> None:
-    """Serve HTTP until an event is set, with an agent that resumes its session at the hub."""
-    module = sibling_module("agenthub_a2a", "the A2A gateway")
-    uvicorn = module.uvicorn
-    http = _closing_idle(importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol)
-    async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(args.listening)
-        agent = await stack.enter_async_context(_shared_caller(args.url, args.name or "a2a-gateway", None))
-        gateway = module.Gateway(agent, args)
-        options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
-        limits = {"limit_concurrency": args.max_connections, "timeout_graceful_shutdown": 1}
-        config = uvicorn.Config(gateway, http=http, proxy_headers=False, **options, **limits)
-        config.load()
-        config.ssl, server = args.tls, uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # `stop_signals` handles them.
-        serving = asyncio.create_task(server.serve(sockets=[args.listening]))
-        print(f"listening on {args.base_url}", flush=True)
-        await done_or_set(serving, stopped)
-        server.should_exit = True
-        await gateway.aclose()
-        await gateway.http.aclose()
-        await serving
-
-
-def _prepare_gateway(args: argparse.Namespace) -> None:
-    """Check the options of a gateway, and add what they stand for: `tokens`, `served`, `hosts`, `tls`, `listening`."""
+def _listening(args: argparse.Namespace) -> socket.socket:
+    """Check the options of a gateway, add what they stand for (`tokens`, `served`, `hosts`, `tls`), and listen."""
     args.tls = listening_tls(args)
     for pattern in args.allow_push:
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?/.*", pattern):
@@ -14402,6 +14386,7 @@ def _prepare_gateway(args: argparse.Namespace) -> None:
     is_any_name = not is_loopback(args.host) and not args.allow_host
     args.hosts = None if is_any_name else host_names(args.host, map(str.lower, args.allow_host))
     args.served_names = tuple(args.capability) or None
+    args.name = args.name or "a2a-gateway"
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         args.listening = socket.create_server((args.host, args.port), family=family)
@@ -14411,6 +14396,8 @@ def _prepare_gateway(args: argparse.Namespace) -> None:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # The kernel closes connections whose other end reads nothing for so long.
         args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
     args.base_url = f"http{'s' if args.tls else ''}://{url_host(args.host)}:{args.listening.getsockname()[1]}"
+    listening: socket.socket = args.listening
+    return listening
 
 
 # schema

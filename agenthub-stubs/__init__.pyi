@@ -2503,6 +2503,13 @@ class Task:
 
         Raises ValueError if it is neither, Refused if it is too large. Dropped while there is no connection.
         """
+    def send_piece(self, piece: Any) -> None:
+        """Send the requester a piece of the output, for a handler that does not yield but returns the whole output.
+
+        The pieces are the beginning of that: parts of a text, or items of a list. So all are dropped once one was,
+        because the connection was lost or its buffer is full. None is no piece. From any thread; raises as `progress`
+        does.
+        """
     async def ask(self, text: str, schema: Any = None) -> Any:
         """Ask the requester something, and return its answer: any JSON that fits `schema`. The ttl goes on.
 

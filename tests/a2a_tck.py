@@ -62,14 +62,14 @@ def do(message_id: str, task: agenthub.Task) -> Iterator[Any]:
 class Gateway(agenthub_a2a.Gateway):
     """Delegates the ids of messages, not their parts."""
 
-    def __init__(self, requester: agenthub.Agent, args: Any) -> None:
+    def __init__(self, requester: agenthub.Agent, *given: Any) -> None:
         submit = requester.submit
 
         async def submit_id(**options: Any) -> agenthub.TaskHandle:
             return await submit(**options | {"input": {"message_id": MESSAGE_ID.get()}})
 
         requester.submit = submit_id  # type: ignore[method-assign]
-        super().__init__(requester, args)
+        super().__init__(requester, *given)
 
     async def execute(self, context: Any, event_queue: Any) -> None:
         MESSAGE_ID.set(context.message.message_id)
@@ -84,11 +84,10 @@ async def main(port: str) -> None:
     async with agenthub.HubServer(port=0) as hub:
         agenthub_a2a.Gateway, agenthub_a2a.task_id_of = Gateway, new_task_id  # type: ignore[misc]
         args = agenthub.argument_parser(["a2a"]).parse_args(["a2a", "--url", hub.url, "--port", port, "--name", "tck"])
-        agenthub._prepare_gateway(args)
         agent.use_hub(hub)
-        with agenthub.stop_signals() as stopped:
+        with agenthub._listening(args):
             async with agent:
-                await agenthub._serve_gateway(args, stopped)
+                await agenthub._until_stopped(agenthub_a2a.serve(args))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import socket
 import ssl
 import sys
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,28 +54,31 @@ def options(*argv: str) -> Any:
 
 
 @contextlib.asynccontextmanager
+async def run_until_left(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run a coroutine, and cancel it in the end, as the first signal does. Raises what it raises."""
+    task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait_for(task, WAIT_S)
+
+
+@contextlib.asynccontextmanager
 async def gateway(hub: str, *argv: str) -> AsyncIterator[str]:
     """Run a gateway of a hub; yield its URL."""
-    args, stopped = options("--url", hub, *argv), asyncio.Event()
-    agenthub._prepare_gateway(args)
-    serving = asyncio.create_task(agenthub._serve_gateway(args, stopped))
-    try:
-        yield args.base_url
-    finally:
-        stopped.set()
-        await asyncio.wait_for(serving, WAIT_S)
+    args = options("--url", hub, *argv)
+    with agenthub._listening(args):
+        async with run_until_left(agenthub_a2a.serve(args)):
+            yield args.base_url
 
 
 @contextlib.asynccontextmanager
 async def joined(hub: str, url: str, *argv: str) -> AsyncIterator[None]:
     """Have an A2A agent join a hub."""
-    stopped = asyncio.Event()
-    joining = asyncio.create_task(agenthub_a2a.join(options("--url", hub, "--join", url, *argv), stopped))
-    try:
+    async with run_until_left(agenthub_a2a.join(options("--url", hub, "--join", url, *argv))):
         yield
-    finally:
-        stopped.set()
-        await asyncio.wait_for(joining, WAIT_S)
 
 
 async def offered(hub: str, capability: str) -> None:
@@ -171,9 +174,9 @@ def worker(**more: Any) -> Agent:
 
 
 @contextlib.asynccontextmanager
-async def world(*argv: str) -> AsyncIterator[tuple[str, str, Agent]]:
+async def world(*argv: str, within_s: float = WAIT_S) -> AsyncIterator[tuple[str, str, Agent]]:
     """A hub, a worker and a gateway: their URLs, and the worker."""
-    async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub:
+    async with asyncio.timeout(within_s), HubServer(port=0) as hub:
         agent = worker(url=hub.url)
         async with agent, gateway(hub.url, *argv) as url:
             yield hub.url, url, agent
@@ -532,13 +535,44 @@ async def test_a_restarted_gateway_finds_its_tasks_by_their_ids(tmp_path: Path) 
                     assert output_of(await send(client, "main", task_id=asking.id)) == "on main"
 
 
+async def test_a_message_sent_again_after_a_restart_shows_the_question_of_its_task() -> None:
+    async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub, worker(url=hub.url):
+        for streaming in (False, True):
+            asking = pb.Task()
+            for _ in range(2):
+                async with gateway(hub.url) as url, client_of(f"{url}/a2a/review", streaming=streaming) as client:
+                    task = await send(client, None, f"m-{streaming}")
+                    assert (task.status.state, text_of(task)) == (pb.TASK_STATE_INPUT_REQUIRED, "main or develop?")
+                    assert asking.id in ("", task.id)
+                    asking = task
+            async with gateway(hub.url) as url, client_of(f"{url}/a2a/review", streaming=streaming) as client:
+                assert output_of(await send(client, "main", task_id=asking.id)) == "on main"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
+@pytest.mark.parametrize("direction", ["outward", "inward"])
+async def test_the_first_signal_ends_a_command_that_waits_for_its_hub(direction: str) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        command = ["-m", "agenthub", "a2a", "--port", "0", "--url", f"ws://127.0.0.1:{closed.getsockname()[1]}"]
+        async with world() as (_, url, _):
+            if direction == "inward":
+                command += ["--join", f"{url}/a2a/double"]
+            with running(*command) as process:
+                assert process.stderr is not None
+                assert "no hub at" in await asyncio.to_thread(process.stderr.readline)
+                process.terminate()
+                assert await asyncio.to_thread(process.wait, WAIT_S) == 0
+
+
 async def test_two_gateways_of_a_hub_need_different_names() -> None:
-    async with world() as (hub, _, _):
-        with pytest.raises(agenthub.CommandFailed, match="give --name"):
-            async with gateway(hub):
-                pass
-        async with gateway(hub, "--name", "another"):
-            pass
+    async with world() as (hub, url, _), httpx.AsyncClient(timeout=WAIT_S) as http:
+        await http.get(url)  # The first one serves.
+        args = options("--url", hub)
+        with agenthub._listening(args), pytest.raises(agenthub.CommandFailed, match="give --name"):
+            await agenthub_a2a.serve(args)
+        async with gateway(hub, "--name", "another") as other:
+            assert (await http.get(other)).status_code == 200
 
 
 async def test_a_killed_gateway_finds_its_tasks_too() -> None:
@@ -661,27 +695,25 @@ async def test_connections_without_a_request_are_closed(monkeypatch: pytest.Monk
 async def test_a_client_that_reads_nothing_is_disconnected() -> None:
     """The kernel does it, after half a second here. Until then, the stream is the one request that it may have."""
     async with asyncio.timeout(WAIT_S), HubServer(port=0) as hub, worker(url=hub.url):
-        args, stopped = options("--url", hub.url, "--max-requests", "1"), asyncio.Event()
-        agenthub._prepare_gateway(args)
-        args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)
-        args.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
-        serving = asyncio.create_task(agenthub._serve_gateway(args, stopped))
+        args = options("--url", hub.url, "--max-requests", "1")
+        listening = agenthub._listening(args)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
         text = json.dumps({"messageId": "m", "role": "ROLE_USER", "parts": [{"text": "x" * 900_000}]})
         body = f'{{"message": {text}}}'.encode()
         head = "POST /a2a/echo/rest/message:stream HTTP/1.1\r\nHost: 127.0.0.1\r\nA2A-Version: 1.0\r\n"
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5_000)
-            client.connect(args.listening.getsockname())
-            client.setblocking(False)
-            loop = asyncio.get_running_loop()
-            await loop.sock_sendall(client, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            assert (await loop.sock_recv(client, 17)).startswith(b"HTTP/1.1 200")
-            async with httpx.AsyncClient(timeout=WAIT_S) as http:
-                assert (await http.get(args.base_url)).status_code == 429
-                while (await http.get(args.base_url)).status_code == 429:
-                    await asyncio.sleep(0)
-        stopped.set()
-        await serving
+        async with run_until_left(agenthub_a2a.serve(args)):
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5_000)
+                client.connect(args.listening.getsockname())
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_sendall(client, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                assert (await loop.sock_recv(client, 17)).startswith(b"HTTP/1.1 200")
+                async with httpx.AsyncClient(timeout=WAIT_S) as http:
+                    assert (await http.get(args.base_url)).status_code == 429
+                    while (await http.get(args.base_url)).status_code == 429:
+                        await asyncio.sleep(0)
 
 
 async def test_a_client_may_have_a_number_of_requests_at_once() -> None:
@@ -735,6 +767,23 @@ async def test_push_notifications_go_only_where_they_are_allowed_to(binding: str
             await client.cancel_task(pb.CancelTaskRequest(id=task.id))
             event = await received.get()
             assert event["statusUpdate"]["status"]["state"] == "TASK_STATE_CANCELED"
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+async def test_a_task_has_at_most_ten_push_notification_configurations(binding: str) -> None:
+    async with (
+        world("--allow-push", "http://127.0.0.1:1/*") as (_, url, _),
+        client_of(f"{url}/a2a/wait", binding) as client,
+    ):
+        task = (await anext(client.send_message(request(None)))).task
+        for number in (*range(10), 9):  # The last is changed.
+            config = pb.TaskPushNotificationConfig(id=str(number), url="http://127.0.0.1:1/x", task_id=task.id)
+            await client.create_task_push_notification_config(config)
+        config.id = "another"
+        with pytest.raises(errors.InvalidParamsError, match="more than 10"):
+            await client.create_task_push_notification_config(config)
+        listed = pb.ListTaskPushNotificationConfigsRequest(task_id=task.id)
+        assert len((await client.list_task_push_notification_configs(listed)).configs) == 10
 
 
 # Users
@@ -888,7 +937,7 @@ def test_wrong_options_are_wrong_usage(argv: list[str], text: str, capsys: pytes
 @pytest.mark.long
 async def test_1000_tasks_of_50_clients_are_done_once_each() -> None:
     done: list[int] = []
-    async with world() as (hub, url, agent):
+    async with world(within_s=5 * WAIT_S) as (hub, url, agent):
         agent.capability("note")(lambda n: done.append(n) or n)
         await offered(hub, "note")
 

@@ -193,6 +193,18 @@ def test_question_waits_for_a_requester_that_is_away() -> None:
     assert questions_in(requester.come_back()) == [("u", 1, "and here?")]
 
 
+def test_question_is_delivered_again_when_its_task_is_delegated_again() -> None:
+    _, worker, requester = at_work()
+    worker.ask(question())
+    assert questions_in(requester) == [("t", 1, "main or develop?")]
+    requester.delegate("t", "write", answers=True, max_retries=1)
+    assert questions_in(requester) == [("t", 1, "main or develop?")]
+    requester.ask(answer(1, "main"))
+    worker.received()
+    requester.delegate("t", "write", answers=True, max_retries=1)
+    assert (questions_in(requester), answers_in(worker)) == ([], [])
+
+
 def test_answer_waits_for_a_worker_that_is_away() -> None:
     _, worker, requester = at_work()
     worker.ask(question())

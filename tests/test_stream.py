@@ -196,6 +196,33 @@ async def test_piece_that_is_not_json_fails_the_task(hub: LocalHub) -> None:  # 
             await soon(me.delegate("bad"))
 
 
+async def test_handler_that_returns_its_output_sends_pieces_of_it(hub: LocalHub) -> None:  # noqa: F811
+    async def write(task: Task) -> str:
+        for piece in ("Once", None, " upon"):
+            task.send_piece(piece)
+        with pytest.raises(ValueError, match="not JSON"):
+            task.send_piece(object())
+        return "Once upon a time"
+
+    async with working(hub, write) as me:
+        handle = await me.submit("write")
+        news = [one.piece async for one in handle if isinstance(one, Piece)]
+        assert (news, await soon(handle.result())) == (["Once", " upon"], "Once upon a time")
+        assert await all_of(me.stream("write")) == ["Once", " upon", " a time"]
+
+
+async def test_pieces_that_a_handler_sends_stop_where_the_buffer_is_full(hub: LocalHub) -> None:  # noqa: F811
+    async def write(task: Task) -> str:
+        for piece in "abc":
+            link: Any = task._connection.session and task._connection.session._link
+            link.writable.clear() if piece == "b" else link.writable.set()
+            task.send_piece(piece)
+        return "abc"
+
+    async with working(hub, write) as me:
+        assert await all_of(me.stream("write")) == ["a", "bc"]
+
+
 async def test_output_that_grows_too_large_is_stopped(hub: LocalHub) -> None:  # noqa: F811
     made = 0
 
@@ -262,19 +289,26 @@ async def test_rest_comes_with_the_output_when_the_requester_was_away(hub: Local
     assert (got[0], "".join(got)) == ("a", "abcd")
 
 
-async def test_rest_comes_with_the_output_when_the_worker_was_away(hub: LocalHub) -> None:  # noqa: F811
-    sent, go_on = asyncio.Event(), asyncio.Event()
+@pytest.mark.parametrize("yields", [True, False])
+async def test_rest_comes_with_the_output_when_the_worker_was_away(hub: LocalHub, yields: bool) -> None:  # noqa: F811
+    go_on = asyncio.Event()
 
     async def write() -> AsyncIterator[str]:
         yield "a"
-        sent.set()
         await go_on.wait()
         for letter in "bcd":
             yield letter
 
+    async def send(task: Task) -> str:
+        task.send_piece("a")
+        await go_on.wait()
+        for letter in "bcd":
+            task.send_piece(letter)
+        return "abcd"
+
     wire = Wire(hub)
     worker = Agent("worker", hub=wire)
-    worker.capability(write)
+    worker.capability("write")(write if yields else send)
     requester = Agent("requester", hub=hub) if not isinstance(hub, HubServer) else Agent("requester", url=hub.url)
     async with worker, requester as me:
         handle = await soon(me.submit("write"))
