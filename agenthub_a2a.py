@@ -66,7 +66,7 @@ def parts_of(value: Any) -> list[pb.Part]:
 def value_of(parts: Sequence[pb.Part]) -> Any:
     """Return the JSON of a single part, texts joined, else {"parts": [...]}. Raises ValueError for broken JSON."""
     if len(parts) == 1 and parts[0].media_type == JSON and parts[0].HasField("text"):
-        return json.loads(parts[0].text)
+        return agenthub.parse_json(parts[0].text)
     if all(part.HasField("text") for part in parts):
         return "".join(part.text for part in parts)
     values = [json.loads(MessageToJson(part), parse_float=number) for part in parts]
@@ -74,8 +74,7 @@ def value_of(parts: Sequence[pb.Part]) -> Any:
 
 
 def number(text: str) -> int | float:
-    value = float(text)  # In A2A, 3 is 3.0.
-    return int(value) if value.is_integer() and agenthub.INTEGER_MIN <= value <= agenthub.INTEGER_MAX else value
+    return int(value) if (value := float(text)).is_integer() and -(2**63) <= value < 2**64 else value  # 3 is 3.0.
 
 
 def task_id_of(context: ServerCallContext, message_id: str) -> str:
@@ -88,7 +87,7 @@ class Store(tasks.InMemoryTaskStore, tasks.InMemoryPushNotificationConfigStore):
     def __init__(self, gateway: Gateway) -> None:
         tasks.InMemoryTaskStore.__init__(self)
         tasks.InMemoryPushNotificationConfigStore.__init__(self)
-        self.gateway, self.args = gateway, gateway.args
+        self.gateway, self.args, self.targets = gateway, gateway.args, tuple(gateway.args.allow_push)
         self.bytes, self.bytes_total = dict[str, int](), 0  # By task id.
         self.ended: dict[str, tuple[float, ServerCallContext]] = {}  # By task id, the oldest first.
 
@@ -115,9 +114,9 @@ class Store(tasks.InMemoryTaskStore, tasks.InMemoryPushNotificationConfigStore):
         await super().delete(task_id, context)
 
     async def set_info(self, task_id: str, config: Any, context: ServerCallContext) -> Any:
-        ids = {config.id, *(one.id for one in await self.get_info(task_id, context))}
-        if ".." in config.url or not agenthub.matches_any(config.url, tuple(self.args.allow_push)) or len(ids) > 10:
-            raise errors.InvalidParamsError("push notifications must not go to this URL, or to more than 10")
+        ids, url = {config.id or task_id, *(one.id for one in await self.get_info(task_id, context))}, config.url
+        if ".." in url or not agenthub.matches_any(url, self.targets) or len(ids) > 10 or config.ByteSize() > 4096:
+            raise errors.InvalidParamsError("push notifications must go to an allowed URL, at most 10 of 4 KiB a task")
         return await super().set_info(task_id, config, context)
 
 
@@ -204,7 +203,7 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
 
     async def on_message_send_stream(self, params: Any, context: ServerCallContext) -> AsyncGenerator[Any, None]:
         """Yield the events of a task until it ends or asks; of a known one, if the message was sent before."""
-        message = params.message
+        MessageToDict(message := params.message)  # Raises for NaN, which no answer could hold, before anything is kept.
         task_id = message.task_id or context.state.setdefault("new_id", task_id_of(context, message.message_id))
         known = await self.store.get(task_id, context)
         is_new = message.task_id and known and all(one.message_id != message.message_id for one in known.history)
@@ -214,11 +213,11 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
             yield known
             return
         if is_new and task_id in self.open:
-            (handle, updater, _), answer = self.open[task_id], value_of(message.parts)
-            schema = (handle.question and handle.question.schema) or {}
-            is_json = isinstance(answer, str) and schema.get("type", "string") != "string"
             try:
-                await handle.answer(json.loads(answer) if is_json else answer)  # Some clients send nothing but text.
+                (handle, updater, _), answer = self.open[task_id], value_of(message.parts)
+                schema = (handle.question and handle.question.schema) or {}
+                is_json = isinstance(answer, str) and schema.get("type", "string") != "string"  # It may send text only.
+                await handle.answer(agenthub.parse_json(answer) if is_json else answer)
             except (ValueError, agenthub.AgentHubError) as error:
                 raise errors.InvalidParamsError(f"the task does not take this answer: {error}") from error
             await updater.start_work(message)
@@ -250,7 +249,7 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
         updater = tasks.TaskUpdater(event_queue, context.task_id, context.context_id)
         if context.current_task is not None:
             return  # Its message was sent twice at the same time.
-        target = context.call_context.user.user_name.split("\n")[1]
+        target = context.call_context.user.user_name.partition("\n")[2]
         options: Any = {"agent_id": target[1:]} if target.startswith("@") else {"capability": target}
         options |= {"ttl": self.args.ttl, "max_retries": self.args.max_retries, "patience_s": HUB_S, "answers": True}
         task = pb.Task(id=updater.task_id, context_id=updater.context_id, history=[context.message])
@@ -354,14 +353,15 @@ async def follow(task: agenthub.Task, client: a2a_client.Client, skill: str, rem
             else:
                 remote.status.CopyFrom(update.status)
                 remote.metadata.MergeFrom(update.metadata)
-                said, progress = update.status.message, MessageToDict(update.metadata).get("progress")
+                said, sent = update.status.message, MessageToDict(update.metadata).get("progress")
+                progress = sent if isinstance(sent, float) and 0 <= sent <= 1 else None
                 detail = value_of(said.parts) if said.parts and said.role != pb.ROLE_USER else None
                 if update.status.state == WORKING and (progress, detail) != (None, None):
                     task.progress(progress, detail)
         while remote.status.state not in (*ENDED, *PAUSED):  # It does not stream, or the stream was cut.
             await asyncio.sleep(1)
             remote.CopyFrom(await client.get_task(pb.GetTaskRequest(id=remote.id)))
-        text = value_of(remote.status.message.parts) or None
+        text = value_of(remote.status.message.parts) if remote.status.message.parts else None
         if remote.status.state == COMPLETED:
             values = [value_of(one.parts) for one in remote.artifacts]
             return values[0] if len(values) == 1 else values or text

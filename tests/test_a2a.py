@@ -33,6 +33,7 @@ httpx = pytest.importorskip("httpx")
 from a2a import client as a2a_client
 from a2a.types import a2a_pb2 as pb
 from a2a.utils import errors
+from google.protobuf.json_format import ParseDict
 
 import agenthub_a2a
 
@@ -480,6 +481,53 @@ async def test_a_chain_of_two_hubs_carries_pieces_progress_questions_errors_and_
         await me.worker.cancelled.wait()  # type: ignore[attr-defined]
 
 
+class Remote:
+    """The client of an A2A agent that sends certain events."""
+
+    def __init__(self, *events: dict[str, Any]) -> None:
+        self.events = events
+
+    async def send_message(self, _: pb.SendMessageRequest) -> AsyncIterator[pb.StreamResponse]:
+        for event in self.events:
+            yield ParseDict(event, pb.StreamResponse())
+
+
+async def delegated(hub: agenthub.LocalHub, *events: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Delegate a task to an A2A agent that sends these events; return its output, and the progress it reported."""
+    async with Agent("w", hub=hub) as joined, Agent("me", hub=hub) as me:
+
+        @joined.capability
+        async def skill(task: Task) -> Any:
+            remote: Any = Remote(*events)
+            return await agenthub_a2a.follow(task, remote, "skill", pb.Task())
+
+        while not await me.discover("skill"):
+            await asyncio.sleep(0)
+        handle = await me.submit("skill")
+        reports = [one.progress async for one in handle if isinstance(one, agenthub.Progress)]
+        return await handle.result(), reports
+
+
+@pytest.mark.parametrize(
+    "part", [{"data": 0}, {"data": False}, {"text": ""}, {"data": {}}, {"data": []}, {"text": "x"}]
+)
+async def test_any_reply_without_a_task_is_the_output(part: dict[str, Any]) -> None:
+    async with asyncio.timeout(WAIT_S), agenthub.LocalHub() as hub:
+        reply = {"message": {"messageId": "m", "role": "ROLE_AGENT", "parts": [part]}}
+        (expected,) = part.values()
+        assert (await delegated(hub, reply)) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("sent", "reported"), [("50%", []), (50, []), (-1, []), (True, []), ({"a": 1}, []), (0.5, [0.5]), (1, [1.0])]
+)
+async def test_progress_of_another_kind_is_left_out(sent: Any, reported: list[float]) -> None:
+    status = {"taskId": "r", "status": {"state": "TASK_STATE_WORKING"}, "metadata": {"progress": sent}}
+    reply = {"message": {"messageId": "m", "role": "ROLE_AGENT", "parts": [{"text": "x"}]}}
+    async with asyncio.timeout(WAIT_S), agenthub.LocalHub() as hub:
+        assert await delegated(hub, {"statusUpdate": status}, reply) == ("x", reported)
+
+
 async def test_an_agent_that_is_gone_leaves_the_hub_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agenthub_a2a, "POLL_S", 0.01)
     async with asyncio.timeout(WAIT_S), contextlib.AsyncExitStack() as stack:
@@ -780,7 +828,10 @@ async def test_a_task_has_at_most_ten_push_notification_configurations(binding: 
             config = pb.TaskPushNotificationConfig(id=str(number), url="http://127.0.0.1:1/x", task_id=task.id)
             await client.create_task_push_notification_config(config)
         config.id = "another"
-        with pytest.raises(errors.InvalidParamsError, match="more than 10"):
+        with pytest.raises(errors.InvalidParamsError, match="at most 10"):
+            await client.create_task_push_notification_config(config)
+        config.id, config.token = "9", "x" * 5000
+        with pytest.raises(errors.InvalidParamsError, match="4 KiB"):
             await client.create_task_push_notification_config(config)
         listed = pb.ListTaskPushNotificationConfigsRequest(task_id=task.id)
         assert len((await client.list_task_push_notification_configs(listed)).configs) == 10
@@ -808,7 +859,7 @@ sha256 = "{ada}"
 
 [tokens.bob]
 sha256 = "{bob}"
-calls = ["wait", "double"]
+calls = ["wait", "double", "*-public"]
 
 [tokens.eve]
 sha256 = "{eve}"
@@ -852,6 +903,9 @@ async def test_users_of_the_access_file_see_only_their_own_tasks(tmp_path: Path)
             headers = {"Authorization": f"Bearer {tokens[name]}", "A2A-Version": "1.0"}
             answer = await http.get(f"{url}/a2a/{target}/rest/tasks", headers=headers)
             assert answer.status_code == status, (name, target)
+        headers = {"Authorization": f"Bearer {tokens['bob']}", "A2A-Version": "1.0"}
+        answer = await http.post(f"{url}/a2a/echo%0A-public/rest/message:send", json=MESSAGE, headers=headers)
+        assert answer.json()["task"]["status"]["state"] == "TASK_STATE_REJECTED", "a name is taken for another one"
 
 
 async def test_tls_is_that_of_the_hub(tmp_path: Path) -> None:
@@ -889,8 +943,9 @@ MESSAGE = {"message": {"messageId": "m", "role": "ROLE_USER", "parts": [{"text":
     "data",
     ["[" * 30_000 + "]" * 30_000, "1e400", '"\\ud800"', "9" * 5000, '{"a": NaN}', "[" * 60 + "]" * 60, '"\\u2028"'],
 )
-async def test_odd_json_is_answered_and_the_gateway_goes_on(binding: str, data: str) -> None:
-    message = f'{{"message": {{"messageId": "m", "role": "ROLE_USER", "parts": [{{"data": {data}}}]}}}}'
+@pytest.mark.parametrize("field", ['"parts": [{{"data": {}}}]', '"parts": [{{"text": ""}}], "metadata": {{"x": {}}}'])
+async def test_odd_json_is_answered_and_the_gateway_goes_on(binding: str, data: str, field: str) -> None:
+    message = f'{{"message": {{"messageId": "m", "role": "ROLE_USER", {field.format(data)}}}}}'
     call = f'{{"jsonrpc": "2.0", "id": 1, "method": "SendMessage", "params": {message}}}'
     async with world() as (_, url, _), httpx.AsyncClient(timeout=WAIT_S, headers={"A2A-Version": "1.0"}) as http:
         path, body = ("rpc", call) if binding == "rpc" else ("rest/message:send", message)
@@ -898,6 +953,25 @@ async def test_odd_json_is_answered_and_the_gateway_goes_on(binding: str, data: 
         assert answer.status_code in (200, 400, 500)
         async with client_of(f"{url}/a2a/double") as client:
             assert output_of(await send(client, {"n": 21})) == 42
+        listed = await http.get(f"{url}/a2a/echo/rest/tasks?historyLength=5")
+        assert listed.status_code == 200, "a message that was kept cannot be read"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "1 2"])
+async def test_broken_json_in_a_text_is_rejected(text: str) -> None:
+    part = pb.Part(text=text, media_type="application/json")
+    message = pb.Message(message_id="m", role=pb.ROLE_USER, parts=[part])
+    async with world() as (_, url, _):
+        async with client_of(f"{url}/a2a/echo") as client:
+            task = pb.Task()
+            async for event in client.send_message(pb.SendMessageRequest(message=message)):
+                take(task, event)
+            assert task.status.state == pb.TASK_STATE_REJECTED
+        async with client_of(f"{url}/a2a/count") as client:
+            message.task_id = (await send(client, None)).id
+            message.message_id = "n"
+            with pytest.raises(errors.InvalidParamsError, match="does not take this answer"):
+                await anext(client.send_message(pb.SendMessageRequest(message=message)))
 
 
 async def test_odd_paths_are_not_found() -> None:
