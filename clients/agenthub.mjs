@@ -108,7 +108,7 @@ export class Agent {
     const all = url || environment("AGENTHUB_URL") || "ws://127.0.0.1:8765";
     this.#urls = all.split(",");
     if (!this.#urls.every((one) => /^\s*wss?:\/\/./.test(one))) throw new TypeError(`not ws:// or wss://: ${all}`);
-    if (!WebSocket) throw new TypeError("no WebSocket: pass that of ws");
+    if (!WebSocket) throw new TypeError("pass a WebSocket");
     checkRange("integer maxTasks", maxTasks % 1 ? NaN : maxTasks, TASKS_MAX);
     token ??= environment("AGENTHUB_TOKEN");
     this.#WebSocket = WebSocket;
@@ -251,7 +251,7 @@ export class Agent {
       try { this.#receive(socket, JSON.parse(data)); } catch (error) { lose(`bad message: ${error}`); }
     };
     return lost.finally(() => {
-      clearTimeout(timer);
+      setTimeout(() => clearTimeout(timer)); // It may just be replaced.
       socket.onmessage = ignore; // Some may still come.
       socket.terminate?.();
       socket.close();
@@ -350,7 +350,7 @@ export class Task {
    * `no_answers` if it did not delegate the task with `answers` or `onQuestion`.
    * @param {string} text @param {{schema?: Json}} [options] @returns {Promise<any>} */
   async ask(text, { schema } = {}) {
-    if (!this.#answers) throw new TaskFailed("its requester cannot be asked", "no_answers");
+    if (!this.#answers) throw new TaskFailed("no answers", "no_answers");
     const answered = this.#asking.then(async () => {
       this.signal.throwIfAborted();
       const { ask } = await this.#agent.ask({ type: "status", task_id: this.taskId, question: { text, schema } });
@@ -439,7 +439,7 @@ export class Handle {
   #outcome = deferred(); #news = deferred(); // The next event.
   #events = /** @type {TaskEvent[]} */ ([]);
   #attempts = 1; #asked = 0; #seq = 0; // The numbers of the last attempt, question and report, as far as the hub said.
-  #isAccepted = false; #isCancelled = false;
+  /** @type {boolean | null} */ #isAccepted = false; #isCancelled = false; // Null: it is sent again.
   #agent; #message; #onQuestion;
   #deadline = 0; // To be accepted; then that of the task.
   /** @type {string | undefined} */ #sentAs; // The agent_id with which it was last sent.
@@ -464,11 +464,11 @@ export class Handle {
     const onAbort = () => this.#giveUp(signal?.reason);
     signal?.addEventListener("abort", onAbort);
     agent.handles.set(taskId, this);
-    this.#outcome.catch(ignore).then(() => {
+    this.#outcome.finally(() => { // Before whoever waits for it goes on, and may use the id again.
       clearTimeout(this.#timer);
       agent.handles.delete(taskId);
       signal?.removeEventListener("abort", onAbort);
-    });
+    }).catch(ignore);
     this.#expire(ttl);
     this.sync();
   }
@@ -478,7 +478,7 @@ export class Handle {
   /** Cancel the task: `result` then throws TaskFailed with the code `cancelled`. Without effect if it has ended. */
   async cancel(reason = "its requester stopped waiting") {
     this.#isCancelled = true;
-    const error = { code: "cancelled", message: reason };
+    const error = { code: "cancelled", message: reason.slice(0, TEXT_MAX) };
     if (!this.done) await this.#send({ type: "result", success: false, error });
   }
   /** Answer the last question, or that of the number `ask`; return whether it still waited. @param {Json} answer */
@@ -516,7 +516,10 @@ export class Handle {
       if (error instanceof Disconnected) return; // The next session continues.
       if (error.code === "unknown_task" && this.#isAccepted) this.#retry();
       else if (error.code === "overloaded") await within(Math.random() * limitS, this.#outcome.catch(ignore));
-      else return this.finish(error);
+      else {
+        this.#isAccepted ?? this.#fail(); // The hub that it was sent to again has it from an agent that is forgotten.
+        return this.finish(error);
+      }
       this.sync(Math.min(2 * limitS, BACKOFF_MAX_S));
     }
   }
@@ -525,7 +528,7 @@ export class Handle {
     this.#deadline = now() + ttl;
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => {
-      if (!this.#isAccepted) return this.#giveUp(new TaskTimeout("not accepted in time", "timeout", this.taskId));
+      if (!this.#isAccepted) return this.#giveUp(new TaskTimeout("not accepted", "timeout", this.taskId));
       if (!this.#agent.socket) return this.#fail();
       this.sync();
       this.#expire(0, LATE_S);
@@ -536,13 +539,14 @@ export class Handle {
     const [max_retries, ttl] = [this.#message.max_retries - this.#attempts, this.#deadline - now()];
     if (this.#isCancelled) return this.#fail("cancelled", "cancelled");
     if (max_retries < 0 || ttl <= 0 || this.#message.parent_id) return this.#fail();
-    [this.#attempts, this.#asked, this.#isAccepted, this.#sentAs] = [1, 0, false, undefined];
+    [this.#attempts, this.#asked, this.#isAccepted, this.#sentAs] = [1, 0, null, undefined];
     Object.assign(this.#message, { max_retries, ttl, wait: true });
     this.#expire(ttl);
   }
   /** Take a report or an outcome, which may also be in the reply to a status. @internal @param {Message} news */
   onNews({ reply_to, state, attempt = 0, seq, progress, detail, piece, ask, question, output = null, error }) {
     const { message = state, code = state } = error ?? {};
+    if (state) this.accepted.resolve();
     this.#attempts = Math.max(this.#attempts, attempt);
     if (state === "completed") return this.finish(null, output);
     if (state in FINAL) return this.#fail(message, code, FINAL[state]);

@@ -461,6 +461,58 @@ test("a capability that is added while the agent registers is registered, too", 
   assert.equal(await agent(t, "requester", hub.url).delegate("eager", null, { wait: true }), 1);
 });
 
+test("the id of a task is free as soon as its result is there", async (t) => {
+  await worker(t, hub.url, "id-");
+  const me = agent(t, "requester", hub.url);
+  const handle = await me.submit("id-echo", 1, { taskId: "used-again" });
+  await handle.result();
+  await me.submit("id-echo", 1, { taskId: "used-again" });
+});
+
+test("a task is cancelled for a reason of any length", async (t) => {
+  await worker(t, hub.url, "reason-");
+  const handle = await agent(t, "requester", hub.url).submit("reason-wait", null);
+  await handle.cancel("x".repeat(70_000));
+  await assert.rejects(within(handle.result(), "the outcome"), failsWith(TaskFailed, "cancelled"));
+});
+
+test("a task whose agent was forgotten, but that the hub has, is lost with or without retries", async (t) => {
+  await worker(t, hub.url, "forgotten-");
+  for (const maxRetries of [0, 1]) {
+    const me = agent(t, "requester", hub.url);
+    const handle = await me.submit("forgotten-wait", null, { maxRetries });
+    me.agentId = me.resume = undefined;
+    (me.socket.terminate ?? me.socket.close).call(me.socket);
+    await assert.rejects(within(handle.result(), "the outcome"), failsWith(TaskFailed, "hub_lost"));
+  }
+});
+
+test("a connection that is lost with the reply to its registration leaves no timer", async (t) => {
+  let count = 0, heartbeats = 0;
+  class Fake {
+    bufferedAmount = 0;
+    constructor() { this.isFirst = !count++; setTimeout(() => this.onopen({})); }
+    send(text) {
+      const { type, id } = JSON.parse(text);
+      heartbeats += type === "heartbeat";
+      const reply = { type, reply_to: id, agent_id: "a", resume: "r", heartbeat_s: 0.05, max_bytes: 1e6, features: [] };
+      setTimeout(() => {
+        this.onmessage?.({ data: JSON.stringify(reply) });
+        if (this.isFirst) this.onmessage?.({ data: "{" });
+      });
+    }
+    close() {}
+  }
+  const made = agent(t, "timers", "ws://127.0.0.1:1", { WebSocket: Fake });
+  await made.start();
+  await until(() => made.online && count === 2, "the second connection");
+  await made.close();
+  heartbeats = 0;
+  await new Promise((resolve) => setTimeout(resolve, 200));
+  assert.equal(heartbeats, 0);
+  assert.equal(process.getActiveResourcesInfo().filter((kind) => kind === "Timeout").length, 0);
+});
+
 test("an agent that was closed connects no more", async (t) => {
   let connections = 0;
   const server = net.createServer((socket) => (connections++, socket.on("error", () => {}).destroy()));
