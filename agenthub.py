@@ -14389,14 +14389,13 @@ def _listening(args: argparse.Namespace) -> socket.socket:
     args.name = args.name or "a2a-gateway"
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        args.listening = socket.create_server((args.host, args.port), family=family)
+        listening = args.listening = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
         raise CommandFailed(f"cannot listen on {args.host}:{args.port}: {error.strerror}") from error
-    args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so only for some sockets.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so only for some sockets.
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # The kernel closes connections whose other end reads nothing for so long.
-        args.listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
-    args.base_url = f"http{'s' if args.tls else ''}://{url_host(args.host)}:{args.listening.getsockname()[1]}"
-    listening: socket.socket = args.listening
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+    args.base_url = f"http{'s' if args.tls else ''}://{url_host(args.host)}:{listening.getsockname()[1]}"
     return listening
 
 

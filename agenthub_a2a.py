@@ -45,8 +45,7 @@ json_utils.dumps = json.dumps  # ASCII only: a2a-sdk's client would take U+2028 
 WORKING, PAUSED = pb.TASK_STATE_WORKING, (pb.TASK_STATE_INPUT_REQUIRED, pb.TASK_STATE_AUTH_REQUIRED)
 ENDED = (pb.TASK_STATE_COMPLETED, pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELED, pb.TASK_STATE_REJECTED)
 COMPLETED, FAILED, CANCELED, REJECTED = ENDED
-JSON, CARD = "application/json", "/.well-known/agent-card.json"
-CARDS = (CARD, f"/a2a{CARD}")
+JSON, CARDS = "application/json", ("/.well-known/agent-card.json", "/a2a/.well-known/agent-card.json")
 HUB_S = 5.0  # For the hub to accept a task, or to end one that is cancelled.
 POLL_S, MISSED_MAX = 5.0, 3  # Between requests to an agent that has joined; when as many fail in a row, it is gone.
 
@@ -74,7 +73,8 @@ def value_of(parts: Sequence[pb.Part]) -> Any:
 
 
 def number(text: str) -> int | float:
-    return int(value) if (value := float(text)).is_integer() and -(2**63) <= value < 2**64 else value  # 3 is 3.0.
+    value = float(text)  # In A2A, 3 is 3.0.
+    return int(value) if value.is_integer() and agenthub.INTEGER_MIN <= value <= agenthub.INTEGER_MAX else value
 
 
 def task_id_of(context: ServerCallContext, message_id: str) -> str:
@@ -141,7 +141,7 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
         self.app = applications.Starlette(routes=served, max_body_size=args.max_bytes)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request, as the user who is the owner of its tasks. Raises HTTPException to reject it."""
+        """Answer a request of the user who owns its tasks. Raises HTTPException to reject it."""
         _, first, target, path = f"{scope['raw_path'].decode('latin-1')}///".split("/", 3)
         target = scope["target"] = unquote(target) if first == "a2a" else ""  # A capability's name may hold a slash.
         scope["path"] = f"/a2a/{unquote(path).rstrip('/')}" if first == "a2a" else scope["path"]
@@ -171,7 +171,7 @@ class Gateway(request_handlers.DefaultRequestHandler, agent_execution.AgentExecu
         return {name: found[name] for name in sorted(found) if agenthub.matches_any(name, self.args.served_names)}
 
     async def serve_directory(self, request: Any) -> Any:
-        cards = {name: f"{request.base_url}a2a/{quote(name, safe='@')}{CARD}" for name in await self.offers("")}
+        cards = {name: f"{request.base_url}a2a/{quote(name, safe='@')}{CARDS[0]}" for name in await self.offers("")}
         return responses.JSONResponse({"agents": [{"name": name, "card": card} for name, card in cards.items()]})
 
     async def serve_card(self, request: Any) -> Any:
