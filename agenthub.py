@@ -9029,6 +9029,7 @@ class HubServer(LocalHub):
         self.namespaces: dict[str, LocalHub] = {own: self}
         self._served = served
         self._reloading = asyncio.Lock()
+        self._listeners: list[socket.socket] = []
         self._accepting: dict[asyncio.Task[None], ServerLink | None] = {}  # Of a listener, or of one connection.
         self._loop_lag = LoopLag()
         self.is_standby = False  # It listens, but does not have the lease of its journal yet.
@@ -9103,11 +9104,11 @@ class HubServer(LocalHub):
         self._loop = asyncio.get_running_loop()
         self._loop_lag.start(self._loop)
         self._count_descriptors()
-        listeners = await self._listen()
+        self._listeners = await self._listen()
         self.authenticator.origins = self._allow_origins | own_origins(
             names, self.port, is_secure=self._tls is not None
         )
-        self._accepting = {self._loop.create_task(self._accept_all(listener)): None for listener in listeners}
+        self._accepting = {self._loop.create_task(self._accept_all(listener)): None for listener in self._listeners}
 
     async def stop(self, drain_s: float = 0.0) -> None:
         await asyncio.gather(super().stop(drain_s), *(other.stop(drain_s) for other in self._other_namespaces()))
@@ -9215,10 +9216,15 @@ class HubServer(LocalHub):
 
     def _stop_listening(self) -> list[Link]:
         self._loop_lag.stop()
+        while self._listeners:
+            with contextlib.suppress(NotImplementedError):  # Windows: its loop can cancel an `accept` at any moment.
+                self._loop.remove_reader(self._listeners.pop())
         for task, link in self._accepting.items():
-            if link is not None:
+            if link is None:
+                self._loop.call_soon(task.cancel)  # After it has taken what `sock_accept` has for it already.
+            else:
                 link.abort()  # Now: when its task is cancelled, uvloop closes the transport, which does not say so.
-            task.cancel()
+                task.cancel()
         elsewhere = {link for other in self._other_namespaces() for link in other.links}
         return [link for link in dict.fromkeys([*self.links, *self.sockets]) if link not in elsewhere]
 
@@ -9230,13 +9236,16 @@ class HubServer(LocalHub):
                 except OSError as error:
                     log_hub.error("a connection cannot be accepted: %s", error.strerror)
                     await asyncio.sleep(ACCEPT_RETRY_S)
-                else:
-                    # As asyncio does for its own sockets: else a small message waits for the previous one's ACK.
-                    with contextlib.suppress(OSError):  # The client has hung up already.
-                        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    self.accept(connection, address[0])
-                    if number % ACCEPTED_AT_ONCE == 0:
-                        await asyncio.sleep(0)  # `sock_accept` does not wait while another client is in the queue.
+                    continue
+                if not self._listeners:
+                    connection.close()
+                    return
+                # As asyncio does for its own sockets: else a small message waits for the previous one's ACK.
+                with contextlib.suppress(OSError):  # The client has hung up already.
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.accept(connection, address[0])
+                if number % ACCEPTED_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # `sock_accept` does not wait while another client is in the queue.
 
     def accept(self, connection: socket.socket, address: str) -> None:
         network = network_of(address)
