@@ -2348,7 +2348,7 @@ class LazyHeap(Generic[Item]):
 #     Pool.free, AgentRecord.load             Directory.update_load, after `running` has changed
 #     TaskTable.open, counts, bytes,          TaskTable.accept, transition, grow, keep_…, take_…
 #       AgentRecord.requested, children
-#     AgentRecord.running                     Hub._assign, _settle, _retry
+#     AgentRecord.running                     TaskTable.assign, Hub._settle, _retry
 #     PendingTasks.queues, by_requester,     PendingTasks.push, discard, take_turn
 #       AgentRecord.awaited
 #     Hub.deadlines                          with a task while it is open, a connection while it
@@ -2526,7 +2526,7 @@ class TaskRecord:
     pieces: int = 0  # Of its output, passed on so far.
     asked: int = 0  # Questions so far; counted on over all attempts.
     talk: Talk | None = None  # The last question of the present attempt.
-    begun_s: float = 0.0  # When its last attempt began, in seconds after its acceptance.
+    begun_at: float = 0.0  # When its last attempt began.
     listed_steps: tuple[LifeStep, ...] | None = None  # None while its first assignment is all that has happened.
 
     @property
@@ -2603,7 +2603,9 @@ class TaskRecord:
         """
         if self.listed_steps is not None:
             return self.listed_steps
-        return () if self.assignee is None else ((ASSIGNED, self.assignee.agent_id, 1, self.begun_s),)
+        if self.assignee is None:
+            return ()
+        return ((ASSIGNED, self.assignee.agent_id, 1, self.begun_at - self.accepted_at),)
 
     def history(self, now: float) -> list[TaskStep]:
         """Return its life so far: its acceptance, what happened then, and its end."""
@@ -3327,17 +3329,6 @@ class Directory:
                 pool.move(agent, old, new)
             agent.load = new
 
-    def running_by_capability(self) -> dict[str, int]:
-        """Return how many tasks are in progress, for the capabilities with most of them, among QUEUES_SCANNED_MAX.
-
-        They are counted when somebody asks: a count that is kept would cost each task 0.8 µs.
-        """
-        tasks = itertools.chain.from_iterable(agent.running.values() for agent in self.agents.values())
-        names = map(operator.attrgetter("request.capability"), itertools.islice(tasks, QUEUES_SCANNED_MAX))
-        counted = collections.Counter(names)
-        del counted[None]  # Those that name an agent only.
-        return dict(counted.most_common(LONGEST_QUEUES))
-
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
         """Return an agent that can take a task now: the one to avoid only as a last choice.
 
@@ -3455,7 +3446,7 @@ class TaskTable:
     `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
     outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
     in the order of their ends, so that the oldest go first. Requesters, parents and the counts are kept in step here;
-    who runs a task, and who waits for which, is the Hub's affair.
+    who is to run a task, and who waits for which, is the Hub's affair.
     """
 
     def __init__(self, settings: HubSettings, directory: Directory, *, is_journaled: bool) -> None:
@@ -3464,12 +3455,15 @@ class TaskTable:
         self.open: dict[str, TaskRecord] = {}
         self.delivered: dict[str, TaskRecord] = {}
         self.undelivered: dict[str, TaskRecord] = {}
-        self.totals = dict.fromkeys(TaskState, 0)  # In each open state now; that have ever come to each final one,
-        self.dropped = {state: 0 for state in TaskState if state in FINAL_STATES}  # ... and whose record is gone.
+        self.pending_count = 0
+        self.running: dict[str | None, int] = {}  # How many tasks are in progress, by capability.
+        self.ended = {state: 0 for state in TaskState if state in FINAL_STATES}  # How many ever have, by state,
+        self.dropped = dict(self.ended)  # ... and of these, how many whose record is gone.
         self.codes: dict[tuple[TaskState, str], int] = {}  # Of those that did not succeed, by state and code.
         self.restored = 0  # The sequence of the last task that a journal has kept.
-        self.waited = Histogram()  # From the acceptance of each task to its first assignment,
-        self.ran = Histogram()  # ... and from its last assignment to its end.
+        self.queued = 0  # How many tasks could not be assigned when they were accepted.
+        self.queued_s = Histogram()  # From the acceptance of each of these to its first assignment,
+        self.ran_s = Histogram()  # ... and from the last assignment of each task to its end.
         self.bytes = 0  # Of all records, ...
         self.ended_bytes = 0  # ... and of those that have ended, which may be dropped to make room.
         self.bytes_max = settings.records_bytes_max
@@ -3553,17 +3547,31 @@ class TaskTable:
     @property
     def counts(self) -> dict[TaskState, int]:
         """How many tasks are kept, by state."""
-        return {state: total - self.dropped.get(state, 0) for state, total in self.totals.items()}
-
-    @property
-    def ended(self) -> dict[TaskState, int]:
-        """How many tasks have ever ended, by state."""
-        return {state: self.totals[state] for state in self.dropped}
+        kept = {state: total - self.dropped[state] for state, total in self.ended.items()}
+        return {PENDING: self.pending_count, IN_PROGRESS: self.in_progress, **kept}
 
     @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""
-        return self.totals[IN_PROGRESS]
+        return sum(self.running.values())
+
+    @property
+    def accepted(self) -> int:
+        """How many tasks were accepted, without those of a journal."""
+        return self.sequence - self.restored
+
+    @property
+    def waited_s(self) -> Histogram:
+        """How long tasks waited for their first assignment: most of them not at all, and those are only subtracted."""
+        waited = Histogram()
+        waited.counts = [self.accepted - self.queued + self.queued_s.counts[0], *self.queued_s.counts[1:]]
+        waited.sum_s = self.queued_s.sum_s
+        return waited
+
+    def most_running(self) -> dict[str, int]:
+        """Return how many tasks are in progress, for the capabilities with most of them."""
+        running = {name: number for name, number in self.running.items() if name is not None}
+        return dict(heapq.nlargest(LONGEST_QUEUES, running.items(), key=lambda one: one[1]))
 
     def __len__(self) -> int:
         return len(self.open) + len(self.undelivered) + len(self.delivered)
@@ -3625,7 +3633,7 @@ class TaskTable:
             is_journaled=True,
             asked=row.life.asked,
             talk=row.life.talk,
-            begun_s=last_begun_s(row.life.steps),
+            begun_at=min(row.accepted_at, now) + last_begun_s(row.life.steps),
             listed_steps=row.life.steps if row.life.steps or row.assignee is not None else None,
         )
         if task.question is not None:
@@ -3639,7 +3647,12 @@ class TaskTable:
     def _count(self, task: TaskRecord) -> None:
         self.bytes += task.bytes
         task.requester.held_bytes += task.bytes
-        self.totals[task.state] += 1
+        if task.state is PENDING:
+            self.pending_count += 1
+        elif task.state is IN_PROGRESS:
+            self.running[task.request.capability] = self.running.get(task.request.capability, 0) + 1
+        else:
+            self.ended[task.state] += 1
 
     def list_open(self, task: TaskRecord) -> None:
         self.open[task.task_id] = task.requester.requested[task.task_id] = task
@@ -3649,23 +3662,40 @@ class TaskTable:
 
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state; `error` and `ended_at` are set before."""
-        state = next_state(task.state, event)
-        totals = self.totals
-        totals[task.state] -= 1
-        totals[state] += 1
+        state, running, capability = next_state(task.state, event), self.running, task.request.capability
+        if task.state is PENDING:
+            self.pending_count -= 1
+        elif running[capability] > 1:
+            running[capability] -= 1
+        else:
+            del running[capability]
         task.state = state
-        if state in FINAL_STATES:
+        if state is IN_PROGRESS:
+            running[capability] = running.get(capability, 0) + 1
+        elif state is PENDING:
+            self.pending_count += 1
+        else:
+            self.ended[state] += 1
             if task.error is not None:
                 self._count_code(task, task.error)
             if task.assignee is not None:
-                ran, ran_s = self.ran, task.ended_at - task.accepted_at - task.begun_s
-                ran.counts[bisect_left(SECONDS, ran_s)] += 1  # As `add` does, without the call.
-                ran.sum_s += ran_s
+                ran_s, seconds = self.ran_s, task.ended_at - task.begun_at
+                ran_s.counts[bisect_left(SECONDS, seconds)] += 1  # As `add` does, without the call.
+                ran_s.sum_s += seconds
             del self.open[task.task_id], task.requester.requested[task.task_id]
             if task.parent is not None and task.parent.children:
                 task.parent.children.pop(task.task_id, None)
         if self._is_journaled:
             self.changed[task] = True
+
+    def assign(self, task: TaskRecord, agent: AgentRecord, now: float) -> None:
+        self.transition(task, ASSIGNED)
+        task.attempt += 1
+        task.assignee = agent
+        task.begun_at = now
+        if task.listed_steps is not None:
+            task.add_step(ASSIGNED, agent, now)
+        agent.running[task.task_id] = task
 
     def _count_code(self, task: TaskRecord, error: ErrorInfo) -> None:
         count(self.codes, (task.state, error.code if error.code in KNOWN_CODES else "other"))
@@ -3746,7 +3776,7 @@ class TaskTable:
         if len(agent.requested) >= settings.open_tasks_max:
             text = f"this agent has reached its limit of {settings.open_tasks_max} open tasks; wait until one ends"
             raise Refused(text, code=Code.OVERLOADED)
-        if self.totals[PENDING] >= settings.pending_tasks_max:
+        if self.pending_count >= settings.pending_tasks_max:
             text = f"the hub has reached its limit of {settings.pending_tasks_max} pending tasks; retry later"
             raise Refused(text, code=Code.OVERLOADED)
         share = REQUESTER_SHARE * self.bytes_max
@@ -4344,6 +4374,8 @@ class Hub:
         self._acknowledge(connection, message, task)
         if worker is not None:
             self._hand_out(task, worker)
+        else:
+            self.tasks.queued += 1
 
     def _repeat(self, connection: Connection, agent: AgentRecord, task: TaskRecord, message: Delegate) -> None:
         """Answer a delegate that was accepted before: its requester repeats it when it missed the reply."""
@@ -4388,22 +4420,9 @@ class Hub:
         if agent is None:
             self.pending.push(task)
         else:
-            self._assign(task, agent)
+            self.tasks.assign(task, agent, self._now)
             self.directory.update_load(agent)
         return agent
-
-    def _assign(self, task: TaskRecord, agent: AgentRecord) -> None:
-        self.tasks.transition(task, ASSIGNED)
-        task.attempt += 1
-        task.assignee = agent
-        begun_s = task.begun_s = self._now - task.accepted_at
-        if task.listed_steps is not None:
-            task.add_step(ASSIGNED, agent, self._now)
-        elif begun_s:
-            self.tasks.waited.add(begun_s)
-        else:  # As it does, without the call: this is used for most tasks.
-            self.tasks.waited.counts[0] += 1
-        agent.running[task.task_id] = task
 
     def _hand_out(self, task: TaskRecord, agent: AgentRecord) -> None:
         """Send a task to its assignee."""
@@ -4416,7 +4435,7 @@ class Hub:
 
     def _assign_waiting(self, agent: AgentRecord) -> None:
         """Hand waiting tasks to an agent for as long as it can take one, and leave those of other calls to `tick`."""
-        while self.tasks.totals[PENDING] and agent.free_load is not None:
+        while self.tasks.pending_count and agent.free_load is not None:
             if self._steps_left <= 0:
                 self._deferred[agent.agent_id] = agent
                 self.directory.update_load(agent, is_listed=False)  # New tasks must not overtake those that wait.
@@ -4429,7 +4448,9 @@ class Hub:
                 self._deferred[agent.agent_id] = agent
                 break
             self.pending.take_turn(task, agent)
-            self._assign(task, agent)
+            if task.listed_steps is None:
+                self.tasks.queued_s.add(self._now - task.accepted_at)
+            self.tasks.assign(task, agent, self._now)
             self._hand_out(task, agent)
         self.directory.update_load(agent)
 
@@ -4630,7 +4651,7 @@ def log_ended(task: TaskRecord) -> None:
     """
     code = task.error.code if task.error is not None else None
     waited_s = task.steps[0][3] if task.steps else task.ended_at - task.accepted_at
-    ran_s = task.ended_at - task.accepted_at - task.begun_s if task.steps else 0.0
+    ran_s = task.ended_at - task.begun_at if task.steps else 0.0
     log_tasks.log(
         log_tasks.level or logging.DEBUG,
         "ended task=%s state=%s code=%r capability=%r requester=%s agent=%s attempt=%d waited_s=%.3f ran_s=%.3f"
@@ -8592,9 +8613,8 @@ def hub_metrics(local_hub: LocalHub) -> list[Metric]:
     summary, reason = hub.summary(), readiness(hub)
     queues = summary["queues"]
     unserved = {name: number for name, number in queues.items() if name not in directory.pools}
-    ended = {(TaskState.COMPLETED, ""): tasks.totals[TaskState.COMPLETED], **tasks.codes}
-    running = directory.running_by_capability()
-    accepted, bytes_max = tasks.sequence - tasks.restored, hub.settings.records_bytes_max
+    ended = {(TaskState.COMPLETED, ""): tasks.ended[TaskState.COMPLETED], **tasks.codes}
+    running, bytes_max = tasks.most_running(), hub.settings.records_bytes_max
     by_capability = ("capability",)
     return [
         Metric("gauge", "agenthub_info", "1, with the version.", {__version__: 1}, ("version",)),
@@ -8603,13 +8623,13 @@ def hub_metrics(local_hub: LocalHub) -> list[Metric]:
         Metric("gauge", "agenthub_agents", "Agents that are known, by state.", directory.states, ("state",)),
         Metric("gauge", "agenthub_connections", "Connections of agents and observers.", summary["connections"]),
         Metric("gauge", "agenthub_tasks", "Tasks whose record is kept, by state.", summary["tasks"], ("state",)),
-        Metric("counter", "agenthub_tasks_accepted", "Tasks accepted.", accepted),
+        Metric("counter", "agenthub_tasks_accepted", "Tasks accepted.", tasks.accepted),
         Metric("counter", "agenthub_tasks_ended", "Tasks ended, by state and code.", ended, ("state", "code")),
         Metric("gauge", "agenthub_queue_tasks", "Tasks that wait, of the longest queues.", queues, by_capability),
         Metric("gauge", "agenthub_unserved_tasks", "Of these, tasks no agent offers to do.", unserved, by_capability),
         Metric("gauge", "agenthub_running_tasks", "Tasks in progress.", running, by_capability),
-        Metric("histogram", "agenthub_task_wait_seconds", "From acceptance to the first assignment.", tasks.waited),
-        Metric("histogram", "agenthub_task_run_seconds", "From the last assignment to the end.", tasks.ran),
+        Metric("histogram", "agenthub_task_wait_seconds", "From acceptance to the first assignment.", tasks.waited_s),
+        Metric("histogram", "agenthub_task_run_seconds", "From the last assignment to the end.", tasks.ran_s),
         Metric("counter", "agenthub_messages_received", "Messages from clients.", local_hub.messages_in),
         Metric("counter", "agenthub_messages_sent", "Messages to clients.", local_hub.messages_out),
         Metric("counter", "agenthub_refused", "Messages refused, by code.", summary["refused"], ("code",)),

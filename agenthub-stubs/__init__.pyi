@@ -790,7 +790,7 @@ class TaskRecord:
     pieces: int = ...
     asked: int = ...
     talk: Talk | None = ...
-    begun_s: float = ...
+    begun_at: float = ...
     listed_steps: tuple[LifeStep, ...] | None = ...
     @property
     def queue_key(self) -> tuple[int, int]:
@@ -1079,11 +1079,6 @@ class Directory:
     def forget(self, agent: AgentRecord) -> None: ...
     def update_load(self, agent: AgentRecord, is_listed: bool = True) -> None:
         """List an agent in its pools under its present load; unless `is_listed`, it is offered no task until then."""
-    def running_by_capability(self) -> dict[str, int]:
-        """Return how many tasks are in progress, for the capabilities with most of them, among QUEUES_SCANNED_MAX.
-
-        They are counted when somebody asks: a count that is kept would cost each task 0.8 µs.
-        """
     def free_agent(self, task: TaskRecord, avoiding: AgentRecord | None) -> AgentRecord | None:
         """Return an agent that can take a task now: the one to avoid only as a last choice.
 
@@ -1116,19 +1111,22 @@ class TaskTable:
     `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
     outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
     in the order of their ends, so that the oldest go first. Requesters, parents and the counts are kept in step here;
-    who runs a task, and who waits for which, is the Hub's affair.
+    who is to run a task, and who waits for which, is the Hub's affair.
     """
 
     settings: Incomplete
     open: dict[str, TaskRecord]
     delivered: dict[str, TaskRecord]
     undelivered: dict[str, TaskRecord]
-    totals: Incomplete
+    pending_count: int
+    running: dict[str | None, int]
+    ended: Incomplete
     dropped: Incomplete
     codes: dict[tuple[TaskState, str], int]
     restored: int
-    waited: Incomplete
-    ran: Incomplete
+    queued: int
+    queued_s: Incomplete
+    ran_s: Incomplete
     bytes: int
     ended_bytes: int
     bytes_max: Incomplete
@@ -1156,11 +1154,16 @@ class TaskTable:
     def counts(self) -> dict[TaskState, int]:
         """How many tasks are kept, by state."""
     @property
-    def ended(self) -> dict[TaskState, int]:
-        """How many tasks have ever ended, by state."""
-    @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""
+    @property
+    def accepted(self) -> int:
+        """How many tasks were accepted, without those of a journal."""
+    @property
+    def waited_s(self) -> Histogram:
+        """How long tasks waited for their first assignment: most of them not at all, and those are only subtracted."""
+    def most_running(self) -> dict[str, int]:
+        """Return how many tasks are in progress, for the capabilities with most of them."""
     def __len__(self) -> int: ...
     def mark(self, task: TaskRecord, is_kept: bool = True) -> None:
         """Have a task's row written, or deleted, by this step."""
@@ -1178,6 +1181,7 @@ class TaskTable:
     def list_open(self, task: TaskRecord) -> None: ...
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state; `error` and `ended_at` are set before."""
+    def assign(self, task: TaskRecord, agent: AgentRecord, now: float) -> None: ...
     def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
         """Keep the question of a task's assignee instead of the one before, unless that was sent again."""
     def answer(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:

@@ -284,7 +284,7 @@ def kept_of(hub: Hub) -> dict[str, Any]:
         "deadlines": sorted(deadlines),
         "sequence": hub.tasks.sequence,
         "bytes": (hub.tasks.bytes - sum(task.detail_bytes for task in tasks), hub.tasks.ended_bytes),
-        "counts": (hub.tasks.counts, hub.tasks.totals),
+        "counts": (hub.tasks.counts, hub.tasks.ended, hub.tasks.running),
     }
 
 

@@ -250,9 +250,9 @@ async def test_wait_of_a_task_is_counted_over_a_restart(tmp_path: Path) -> None:
         me = Agent("me", url=hub.url)
         me.agent_id, me.resume = identity
         async with me:
-            await eventually(lambda: hub.hub.tasks.totals[TaskState.COMPLETED] == 1)
-        assert sum(hub.hub.tasks.waited.counts) == 1
-        assert sum(hub.hub.tasks.ran.counts) == 1
+            await eventually(lambda: hub.hub.tasks.ended[TaskState.COMPLETED] == 1)
+        assert sum(hub.hub.tasks.waited_s.counts) == 1
+        assert sum(hub.hub.tasks.ran_s.counts) == 1
 
 
 def test_run_seconds_are_those_of_the_last_attempt_whatever_came_after_its_begin() -> None:
@@ -264,8 +264,8 @@ def test_run_seconds_are_those_of_the_last_attempt_whatever_came_after_its_begin
         worker.ask(agenthub.Status(task_id="t", id=f"q{number}", question=agenthub.Question("?")))
         world.pass_time(1.0)
     worker.succeed("t", "done")
-    assert world.hub.tasks.ran.counts[-1] == 0
-    assert sum(world.hub.tasks.ran.counts) == 1
+    assert world.hub.tasks.ran_s.counts[-1] == 0
+    assert sum(world.hub.tasks.ran_s.counts) == 1
 
 
 @PROMTOOL

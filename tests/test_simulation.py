@@ -277,8 +277,8 @@ class ResurrectsAFinalTask(Hub):
             super()._on_result(connection, message)
             return
         task.state = TaskState.COMPLETED if message.success else TaskState.FAILED
-        self.tasks.totals[TaskState.TIMEOUT] -= 1
-        self.tasks.totals[task.state] += 1
+        self.tasks.ended[TaskState.TIMEOUT] -= 1
+        self.tasks.ended[task.state] += 1
         task.success, task.output, task.error = message.success, message.output, None
         self.tasks.mark(task)
         self._acknowledge(connection, message, task)

@@ -284,7 +284,7 @@ async def test_rest_comes_with_the_output_when_the_requester_was_away(hub: Local
             if piece == "a":
                 wire.cut()
                 go_on.set()
-                await eventually(lambda: hub.hub.tasks.totals[agenthub.TaskState.COMPLETED] == 1)
+                await eventually(lambda: hub.hub.tasks.ended[agenthub.TaskState.COMPLETED] == 1)
                 wire.restore()
     assert (got[0], "".join(got)) == ("a", "abcd")
 
