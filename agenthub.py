@@ -8885,7 +8885,6 @@ class LocalHub:
         if self._is_verbose:
             log_hub.debug("received type=%s bytes=%d", getattr(message, "type", "invalid"), message_bytes)
         commit = self.commit
-        self.messages_in += 1
         if not self.is_running:
             return
         if commit is not None and commit.is_overfull:
@@ -8895,6 +8894,7 @@ class LocalHub:
             cost = EXPECTED_COSTS[message.__class__](self.hub, message)
             if cost and link.waits(cost, functools.partial(self.received, link, message, message_bytes, has_turn=True)):
                 return
+        self.messages_in += 1
         refusal = self._refusal(link, message) if link.grant is not None else None
         try:
             step = self.hub.receive(link, message, self._loop.time(), message_bytes, refusal)

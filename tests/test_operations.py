@@ -24,7 +24,7 @@ import agenthub
 from agenthub import Access, Agent, Grant, HubServer, Journal, Refused, TaskFailed, TaskState
 from tests.harness import HubHarness
 from tests.raw_websocket import WAIT_S, raw_socket
-from tests.support import ROOT, hub_process
+from tests.support import ROOT, hub_process, raw_client
 
 PROMTOOL = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 IMPLEMENTATIONS = ["packages", "builtin"]
@@ -223,6 +223,25 @@ async def test_metrics_need_a_token_that_may_observe() -> None:
         async with Agent("one", url=hub.url, token=token):
             assert (await metrics(hub, f"Authorization: Bearer {token}"))['agenthub_agents{"state": "online"}'] == 1
             assert (await metrics(hub, f"Authorization: Bearer {other}"))['agenthub_agents{"state": "online"}'] == 0
+
+
+async def test_message_that_waits_for_its_turn_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(agenthub.EXPECTED_COSTS, agenthub.Discover, lambda hub, message: 1)
+    waits = agenthub.ServerLink.waits
+    waited: list[float] = []
+
+    def wait(link: agenthub.ServerLink, cost: float, handle: Callable[[], None]) -> bool:
+        waited.append(cost)
+        link.turns.left = 0.0
+        return waits(link, cost, handle)
+
+    monkeypatch.setattr(agenthub.ServerLink, "waits", wait)
+    async with HubServer(port=0) as hub, raw_client(hub.url) as client:
+        await client.register("ann", "work")
+        before = hub.messages_in
+        assert len((await client.request(type="discover"))["agents"]) == 1
+        assert waited == [1]
+        assert hub.messages_in == before + 1
 
 
 async def test_metrics_of_a_journal(tmp_path: Path) -> None:
