@@ -78,31 +78,25 @@ export declare class AgentHubError extends Error {
     /** @param {string} message @param {string} [code] @param {string} [taskId] @param {number} [closeCode] */
     constructor(message: string, code?: string, taskId?: string, closeCode?: number);
 }
-/** The hub rejected a request, which had no effect. */
-export declare class Refused extends AgentHubError {
+/** The hub rejected a request, which had no effect. */ export declare class Refused extends AgentHubError {
 }
-/** The connection to the hub is lost. */
-export declare class Disconnected extends AgentHubError {
+/** The connection to the hub is lost. */ export declare class Disconnected extends AgentHubError {
 }
 /** A task ended without an output. A handler throws it to fail its task with a code of its choice. */
 export declare class TaskFailed extends AgentHubError {
 }
-/** A task did not end within its time to live. */
-export declare class TaskTimeout extends TaskFailed {
+/** A task did not end within its time to live. */ export declare class TaskTimeout extends TaskFailed {
 }
-/** A program on the hub: what it offers, and its way to delegate to others. It connects by `start`, or by its first
- * request, and keeps trying without a hub. */
+/** A program on the hub. It connects by `start`, or by its first request, and keeps trying without a hub. */
 export declare class Agent {
     #private;
     /** The agent's id, which the hub issues. @type {string | undefined} */ agentId: string | undefined;
     /** The secret with which another agent can resume this one's session. @type {string | undefined} */ resume: string | undefined;
     /** Is called with each broadcast of others. @type {(message: Json, sender: string) => any} */ onBroadcast: (message: Json, sender: string) => any;
-    /** The end of the agent: resolves after `close`, rejects with what made another attempt to connect pointless.
-     * @type {Promise<void>} */ closed: Promise<void>;
+    /** Resolves after `close`; rejects if connecting again is pointless. @type {Promise<void>} */ closed: Promise<void>;
     /** @param {string} name For people; several agents may have the same. @param {AgentOptions} [options] */
     constructor(name: string, { url, token, log, WebSocket, maxTasks, ...more }?: AgentOptions);
-    /** Whether the agent is registered and has a connection just now. */
-    get online(): boolean;
+    /** Whether the agent is registered and has a connection just now. */ get online(): boolean;
     /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
      * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
     capability(name: string, schema: Message | Handler, handler?: Handler): this;
@@ -112,23 +106,19 @@ export declare class Agent {
     close({ drain }?: {
         drain?: number | undefined;
     }): Promise<void>;
-    /** Have another agent do a task, and return its output. Throws what `submit` and `Handle.result` throw.
-     * @param {Delegation} delegation @returns {Promise<any>} */
+    /** Delegate a task, and return its output. Throws like `submit` and `result`. @param {Delegation} delegation */
     delegate(...delegation: Delegation): Promise<any>;
-    /** Delegate a task, and return its handle when the hub has accepted it. Throws Refused with the hub's code,
-     * TaskTimeout if it was not accepted within its ttl, TypeError if the input is not JSON, and what ended the agent.
-     * @param {Delegation} delegation @returns {Promise<Handle>} */
+    /** Delegate a task, and return its handle when the hub has accepted it. Throws Refused, TaskTimeout after the ttl,
+     * TypeError if the input is not JSON, and what ended the agent. @param {Delegation} delegation */
     submit(...[capability, input, options]: Delegation): Promise<Handle>;
-    /** Delegate a task, and yield the pieces of its output as they come; at the end the rest of it, if some were lost
-     * with a connection. Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`, if the task was begun
-     * again, and its output does not continue what was yielded.
-     * @param {Delegation} delegation @returns {AsyncGenerator<any>} */
-    stream(...delegation: Delegation): AsyncGenerator<any>;
+    /** Delegate a task, and yield the pieces of its output as they come; what a lost connection cost comes at the end.
+     * Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`, if the task was begun again, and what it
+     * yields now does not continue that. @param {Delegation} delegation */
+    stream(...delegation: Delegation): AsyncGenerator<any, void, unknown>;
     /** Find agents by a keyword, the best match first; the empty one finds all. @returns {Promise<AgentInfo[]>} */
     discover(capability?: string, limit?: number): Promise<AgentInfo[]>;
-    /** Send any JSON to all other online agents (with that capability); return how many there are. Throws Disconnected if
-     * the connection is lost before the hub replies: then it may have been sent or not.
-     * @param {Json} message @param {string} [capability] @returns {Promise<number>} */
+    /** Send any JSON to all other online agents (with that capability), and return their number. Disconnected: perhaps it
+     * was not sent. @param {Json} message @param {string} [capability] @returns {Promise<number>} */
     broadcast(message: Json, capability?: string): Promise<number>;
     /** Return the hub's reply about itself (in `hub`), or about one task. Throws Refused with the code `unknown_task`.
      * @param {string} [taskId] @returns {Promise<Message>} */
@@ -150,13 +140,12 @@ export declare class Task {
     /** Report progress: a number from 0 to 1, and any JSON. Dropped without a connection, or if that is slow.
      * @param {number | null} progress @param {Json} [detail] */
     progress(progress: number | null, detail?: Json): void;
-    /** Ask the requester, and return its answer; one question after the other. Throws TaskFailed with the code
-     * `no_answers` if it did not delegate the task with `answers` or `onQuestion`.
-     * @param {string} text @param {{schema?: Json}} [options] @returns {Promise<any>} */
+    /** Ask the requester, one question after the other, and return its answer. Throws TaskFailed, code `no_answers`, if
+     * it gives none. @param {string} text @param {{schema?: Json}} [options] @returns {Promise<any>} */
     ask(text: string, { schema }?: {
         schema?: Json;
     }): Promise<any>;
-    /** Delegate a subtask, which ends with this task. @param {Delegation} delegation @returns {Promise<any>} */
+    /** Delegate a subtask, which ends with this task. @param {Delegation} delegation */
     delegate(...delegation: Delegation): Promise<any>;
     /** Submit a subtask, as `Agent.submit` does. @param {Delegation} delegation */
     submit(...[capability, input, options]: Delegation): Promise<Handle>;
@@ -173,6 +162,5 @@ export declare class Handle {
     cancel(reason?: string): Promise<void>;
     /** Answer the last question, or that of the number `ask`; return whether it still waited. @param {Json} answer */
     answer(answer: Json, ask?: number): Promise<boolean>;
-    /** @returns {AsyncGenerator<TaskEvent, void>} */
-    [Symbol.asyncIterator](): AsyncGenerator<TaskEvent, void>;
+    [Symbol.asyncIterator](): AsyncGenerator<TaskEvent, void, unknown>;
 }

@@ -36,25 +36,17 @@ export class AgentHubError extends Error {
     this.closeCode = closeCode; // Of the WebSocket, if Disconnected has one.
   }
 }
-/** The hub rejected a request, which had no effect. */
-export class Refused extends AgentHubError {}
-/** The connection to the hub is lost. */
-export class Disconnected extends AgentHubError {}
+/** The hub rejected a request, which had no effect. */ export class Refused extends AgentHubError {}
+/** The connection to the hub is lost. */ export class Disconnected extends AgentHubError {}
 /** A task ended without an output. A handler throws it to fail its task with a code of its choice. */
 export class TaskFailed extends AgentHubError {}
-/** A task did not end within its time to live. */
-export class TaskTimeout extends TaskFailed {}
+/** A task did not end within its time to live. */ export class TaskTimeout extends TaskFailed {}
 
 /** The errors of final states. @type {{[state: string]: any}} */
 const FINAL = { completed: null, failed: TaskFailed, timeout: TaskTimeout };
 const ignore = () => {};
 const now = () => performance.now() / 1000;
 const bytesOf = (/** @type {string} */ text) => new TextEncoder().encode(text).length;
-/** @param {string} why @param {number} [code] */
-const disconnected = (why, code) => new Disconnected(why, "hub_lost", undefined, code);
-const checkRange = (/** @type {string} */ name, /** @type {number} */ value, /** @type {number} */ max) => {
-  if (!(value > 0 && value <= max)) throw new RangeError(`${name} must be more than 0 and at most ${max}`);
-};
 /** Return what a function returns, or something else if it throws. @param {() => any} get @param {any} [otherwise] */
 const safely = (get, otherwise) => { try { return get(); } catch { return otherwise; } };
 /** Return a variable of the environment, which browsers lack and Deno may not allow to be read. */
@@ -65,40 +57,37 @@ const deferred = (more = {}) => {
   promise.catch(ignore);
   return Object.assign(promise, more);
 };
-/** Return what a promise resolves to; undefined after so many seconds. @param {Promise<any>} promise */
-const within = (/** @type {number} */ seconds, promise) => {
-  const late = deferred();
-  const timer = setTimeout(late.resolve, seconds * 1000);
+/** Return what the first of two promises resolves to. After so many seconds, `expire` settles the second one, by
+ * default with undefined. @param {number} seconds @param {any} promise */
+const within = (seconds, promise, late = deferred(), expire = late.resolve) => {
+  const timer = setTimeout(expire, seconds * 1000);
   return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 };
-/** Return a value as JSON; undefined becomes null. Throws TypeError. @returns {string} */
-const toJson = (/** @type {any} */ value) => {
+/** Return a copy of what is JSON, to be sent again though the value changes; undefined is null. Throws TypeError. */
+const copyOf = (/** @type {any} */ value) => {
   const text = JSON.stringify(value ?? null);
   if (!text) throw new TypeError(`a ${typeof value} is not JSON`);
-  return text;
+  return JSON.parse(text);
 };
-/** Return a copy that stays the same when a value changes, because it may have to be sent again. */
-const copyOf = (/** @type {any} */ value) => JSON.parse(toJson(value));
+/** Return a result without an output. @param {string} code @param {string} text @returns {Message} */
+const failure = (code, text) =>
+  ({ type: "result", success: false, error: { code, message: text.replaceAll("\0", "\\0").slice(0, TEXT_MAX) } });
 
-/** A program on the hub: what it offers, and its way to delegate to others. It connects by `start`, or by its first
- * request, and keeps trying without a hub. */
+/** A program on the hub. It connects by `start`, or by its first request, and keeps trying without a hub. */
 export class Agent {
   #joined = deferred(); #closed = deferred(); // It is registered, or cannot be; it has ended.
   #requests = new Map(); #ids = 0; // By id: a promise of the reply.
-  #WebSocket; #about; #offers = /** @type {Message[]} */ ([]);
-  /** @type {string[]} */ #urls;
-  /** @type {any} */ #running;
-  /** @type {any} */ #lose = ignore; // Gives up the socket in use.
+  #WebSocket; #about; #urls = /** @type {string[]} */ ([]);
+  #running = /** @type {any} */ (null); #ended = /** @type {any} */ (null); // Why there will be no other session.
+  #lose = /** @type {any} */ (ignore); // Gives up the socket in use.
   /** The agent's id, which the hub issues. @type {string | undefined} */ agentId;
   /** The secret with which another agent can resume this one's session. @type {string | undefined} */ resume;
   /** Is called with each broadcast of others. @type {(message: Json, sender: string) => any} */ onBroadcast = ignore;
-  /** The end of the agent: resolves after `close`, rejects with what made another attempt to connect pointless.
-   * @type {Promise<void>} */ closed = this.#closed;
+  /** Resolves after `close`; rejects if connecting again is pointless. @type {Promise<void>} */ closed = this.#closed;
   /** @internal @type {any} */ log;
   /** @internal @type {any} */ socket = null; // On which this agent is registered.
-  /** @internal @type {any} */ ended; // Why there will be no other session.
   /** @internal @type {Message} */ hub = { max_bytes: 1 << 20 }; // Its last reply to a registration.
-  /** @internal @type {Map<string, Handler>} */ handlers = new Map();
+  /** @internal @type {Map<any, Message>} */ offers = new Map(); // Capabilities, with their handlers.
   /** @internal @type {Map<string, Task>} */ tasks = new Map();
   /** @internal @type {Map<string, Handle>} */ handles = new Map();
 
@@ -106,24 +95,23 @@ export class Agent {
   constructor(name, { url, token, log = console.warn, WebSocket = globalThis.WebSocket, maxTasks = 16, ...more } = {}) {
     const { agentId, resume, ...about } = more;
     const all = url || environment("AGENTHUB_URL") || "ws://127.0.0.1:8765";
+    const isRight = Number.isInteger(maxTasks) && maxTasks > 0 && maxTasks <= TASKS_MAX;
+    if (!isRight) throw new RangeError(`maxTasks must be a positive integer up to ${TASKS_MAX}`);
+    if (!WebSocket) throw new TypeError("pass a WebSocket");
     this.#urls = all.split(",");
     if (!this.#urls.every((one) => /^\s*wss?:\/\/./.test(one))) throw new TypeError(`not ws:// or wss://: ${all}`);
-    if (!WebSocket) throw new TypeError("pass a WebSocket");
-    checkRange("integer maxTasks", maxTasks % 1 ? NaN : maxTasks, TASKS_MAX);
     token ??= environment("AGENTHUB_TOKEN");
-    this.#WebSocket = WebSocket;
     this.#about = { type: "register", name, max_tasks: maxTasks, token, ...about };
+    this.#WebSocket = WebSocket;
     Object.assign(this, { agentId, resume, log });
   }
-  /** Whether the agent is registered and has a connection just now. */
-  get online() { return !!this.socket; }
+  /** Whether the agent is registered and has a connection just now. */ get online() { return !!this.socket; }
   /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
    * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
   capability(name, schema, handler = /** @type {Handler} */ (schema)) {
-    if (typeof handler !== "function" || this.handlers.has(name)) throw new TypeError(`${name} needs one function`);
+    if (typeof handler !== "function" || this.offers.has(name)) throw new TypeError(`${name} needs one function`);
     const { description } = /** @type {Message} */ (schema);
-    this.#offers.push({ name, description, input_schema: schema }); // As JSON, without a schema that is a function.
-    this.handlers.set(name, handler);
+    this.offers.set(name, { name, description, input_schema: schema, handler }); // JSON omits functions.
     if (this.socket) this.#register().catch((error) => this.log("agenthub: not registered", error));
     return this;
   }
@@ -139,25 +127,22 @@ export class Agent {
     const hasLeft = drain > 0 && (this.socket || this.tasks.size) && (await leave(drain, true));
     if (!hasLeft && this.socket) await leave(LEAVING_S);
     this.#closed.resolve();
-    this.#end(disconnected("closed"));
+    this.#end(new Disconnected("closed", "hub_lost"));
   }
-  /** Have another agent do a task, and return its output. Throws what `submit` and `Handle.result` throw.
-   * @param {Delegation} delegation @returns {Promise<any>} */
+  /** Delegate a task, and return its output. Throws like `submit` and `result`. @param {Delegation} delegation */
   async delegate(...delegation) { return (await this.submit(...delegation)).result(); }
-  /** Delegate a task, and return its handle when the hub has accepted it. Throws Refused with the hub's code,
-   * TaskTimeout if it was not accepted within its ttl, TypeError if the input is not JSON, and what ended the agent.
-   * @param {Delegation} delegation @returns {Promise<Handle>} */
+  /** Delegate a task, and return its handle when the hub has accepted it. Throws Refused, TaskTimeout after the ttl,
+   * TypeError if the input is not JSON, and what ended the agent. @param {Delegation} delegation */
   async submit(...[capability, input, options = {}]) {
     this.start();
-    if (this.ended) throw this.ended;
+    if (this.#ended) throw this.#ended;
     const handle = new Handle(this, capability, input, options);
     await handle.accepted;
     return handle;
   }
-  /** Delegate a task, and yield the pieces of its output as they come; at the end the rest of it, if some were lost
-   * with a connection. Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`, if the task was begun
-   * again, and its output does not continue what was yielded.
-   * @param {Delegation} delegation @returns {AsyncGenerator<any>} */
+  /** Delegate a task, and yield the pieces of its output as they come; what a lost connection cost comes at the end.
+   * Leaving the loop cancels the task. Throws TaskFailed, code `pieces_lost`, if the task was begun again, and what it
+   * yields now does not continue that. @param {Delegation} delegation */
   async *stream(...delegation) {
     const handle = await this.submit(...delegation);
     let [count, got] = [0, handle.pieces];
@@ -165,7 +150,7 @@ export class Agent {
       for await (const _ of handle) while (count < got.length) yield got[count++];
       const output = await handle.result();
       const head = typeof output === "string" ? got.join("") : got;
-      const isHead = toJson(output?.slice?.(0, head.length)) === toJson(head);
+      const isHead = JSON.stringify(output?.slice?.(0, head.length)) === JSON.stringify(head);
       if (!count) yield* [output ?? []].flat();
       else if (isHead) yield* [output.slice(head.length) || []].flat();
       else if (handle.lost) throw new TaskFailed("pieces lost", "pieces_lost", handle.taskId);
@@ -177,9 +162,8 @@ export class Agent {
   async discover(capability = "", limit = 100) {
     return (await this.ask({ type: "discover", capability, limit })).agents;
   }
-  /** Send any JSON to all other online agents (with that capability); return how many there are. Throws Disconnected if
-   * the connection is lost before the hub replies: then it may have been sent or not.
-   * @param {Json} message @param {string} [capability] @returns {Promise<number>} */
+  /** Send any JSON to all other online agents (with that capability), and return their number. Disconnected: perhaps it
+   * was not sent. @param {Json} message @param {string} [capability] @returns {Promise<number>} */
   async broadcast(message, capability) {
     await this.start();
     return (await this.request({ type: "broadcast", message: message ?? null, capability })).recipients;
@@ -187,34 +171,36 @@ export class Agent {
   /** Return the hub's reply about itself (in `hub`), or about one task. Throws Refused with the code `unknown_task`.
    * @param {string} [taskId] @returns {Promise<Message>} */
   status(taskId) { return this.ask({ type: "status", task_id: taskId }); }
-  /** Repeat a message until its reply, which is returned. @internal @param {Message} message @returns {Promise<any>} */
-  async ask(message, copy = copyOf(message)) {
+  /** Return the reply to a message, which is sent on each session until then, but not after a signal is aborted.
+   * @param {Message} message @param {AbortSignal} [signal] @returns {Promise<any>} @internal */
+  async ask(message, signal) {
     await this.start();
-    return this.request(copy).catch((error) => {
-      if (error instanceof Disconnected) return this.ask(message, copy);
+    signal?.throwIfAborted();
+    return this.request(message).catch((error) => {
+      if (error instanceof Disconnected) return this.ask(message, signal);
       throw error;
     });
   }
-  /** Return the reply to a message that is sent now. @internal @param {Message} message @returns {Promise<any>} */
+  /** Return the reply to a message that is sent now. @param {Message} message @returns {Promise<any>} @internal */
   async request(message, socket = this.socket) {
     const [id, { max_bytes }, reply] = [(message.id ??= `${++this.#ids}`), this.hub, deferred()];
-    const text = toJson({ id, ...message }); // The hub finds the id in front of anything that it rejects.
+    const text = JSON.stringify({ id, ...message }); // The hub finds the id in front of anything that it rejects.
     if (bytesOf(text) > max_bytes) throw new Refused(`more than ${max_bytes} bytes`, "too_large");
-    if (!socket) throw disconnected("no hub");
+    if (!socket) throw new Disconnected("no hub", "hub_lost");
     this.#requests.set(id, reply);
     socket.send(text);
     return reply;
   }
-  /** Connect again after each lost session, until another attempt would be pointless. The pause starts over only after
-   * a session that lasted longer than its limit; otherwise agents would storm a hub that drops their connections. */
+  /** Connect again after each lost session, until that is pointless. The pause starts over only after a session that
+   * lasted longer than its limit; otherwise agents would storm a hub that drops their connections. */
   async #run() {
     const [urls, backS] = [this.#urls, this.#urls.length > 1 ? BACKOFF_STANDBY_S : BACKOFF_RETURN_S];
     let [at, limitS, lostAt, lateUntil] = [0, BACKOFF_FIRST_S, -Infinity, 0];
     for (;;) {
       const begunAt = now();
-      const error = await this.#converse(urls[at]).catch((failure) => failure);
-      const { ended, socket } = this;
-      if (ended) return;
+      const error = await this.#converse(urls[at]).catch((reason) => reason);
+      const { socket } = this;
+      if (this.#ended) return;
       if (socket && now() - begunAt > limitS) [limitS, lostAt] = [BACKOFF_FIRST_S, now()];
       if (!socket) [at, lateUntil] = [(at + 1) % urls.length, now() + LATE_REGISTRATION_S]; // It may still be read.
       this.#disconnect(error);
@@ -230,54 +216,51 @@ export class Agent {
   }
   /** Connect, register, and throw why the session was lost, or what makes another attempt pointless. */
   async #converse(/** @type {string} */ url) {
-    const [socket, lost] = [/** @type {any} */ (new this.#WebSocket(url)), deferred()];
+    const [socket, opened, lost] = [/** @type {any} */ (new this.#WebSocket(url)), deferred(), deferred()];
     /** @param {string} [why] @param {number} [code] */
-    const lose = (why = "no answer", code) => lost.reject(disconnected(`${url}: ${why}`, code));
-    let [timer, unheard] = [setTimeout(lose, 1000 * (this.#urls.length > 1 ? NEXT_HUB_S : HANDSHAKE_S)), 0];
+    const lose = (why = "no answer", code) =>
+      lost.reject(new Disconnected(`${url}: ${why}`, "hub_lost", undefined, code));
+    let timer = 0, unheard = 0; // Heartbeats since the last message.
     const beat = () => (unheard++ < 3 ? this.request({ type: "heartbeat" }).catch(ignore) : lose());
     this.#lose = lose;
-    socket.onopen = () => {
-      clearTimeout(timer);
-      timer = setTimeout(lose, 1000 * REPLY_S);
-      this.#register(socket).then(({ heartbeat_s }) => {
-        clearTimeout(timer);
-        timer = setInterval(beat, 1000 * Math.min(heartbeat_s, TTL_MAX_S));
-      }).catch(lost.reject);
-    };
+    socket.onopen = opened.resolve;
     socket.onerror = () => lose("no hub"); // In Node, no close follows if it cannot connect.
     socket.onclose = (/** @type {any} */ { code, reason }) => lose(`closed with ${code} ${reason}`, code);
     socket.onmessage = (/** @type {any} */ { data }) => {
       unheard = 0;
       try { this.#receive(socket, JSON.parse(data)); } catch (error) { lose(`bad message: ${error}`); }
     };
-    return lost.finally(() => {
-      setTimeout(() => clearTimeout(timer)); // It may just be replaced.
+    try {
+      await within(this.#urls.length > 1 ? NEXT_HUB_S : HANDSHAKE_S, opened, lost, lose);
+      const { heartbeat_s } = await within(REPLY_S, this.#register(socket), lost, lose);
+      timer = setInterval(beat, 1000 * Math.min(heartbeat_s, TTL_MAX_S));
+      await lost;
+    } finally {
+      clearInterval(timer);
       socket.onmessage = ignore; // Some may still come.
       socket.terminate?.();
       socket.close();
-    });
+    }
   }
-  /** Return the hub's reply to what this agent offers now, as soon as it has it all. @returns {Promise<Message>} */
+  /** Register what this agent offers; return the hub's reply when it has it all. @returns {Promise<Message>} */
   async #register(socket = this.socket) {
-    const [offers, { length }] = [this.#offers, this.#offers];
-    const message = { ...this.#about, agent_id: this.agentId, resume: this.resume, capabilities: offers };
-    const isLong = bytesOf(toJson(message)) > UNAUTHENTICATED_MAX;
-    if (isLong) socket.send(toJson({ type: "status", token: message.token }));
+    const { agentId: agent_id, resume, offers } = this;
+    const message = { ...this.#about, agent_id, resume, capabilities: [...offers.values()] };
+    const isLong = bytesOf(JSON.stringify(message)) > UNAUTHENTICATED_MAX;
+    if (isLong) socket.send(JSON.stringify({ type: "status", token: message.token }));
     const reply = await this.request(message, socket);
-    return length === offers.length ? reply : this.#register(socket);
+    return message.capabilities.length < offers.size ? this.#register(socket) : reply;
   }
   /** Use a socket from now on, before any message behind the reply to its registration is handled. Keep only those
    * tasks that the hub assigns here. @param {any} socket @param {Message} hub Its reply. */
   #adopt(socket, hub) {
     Object.assign(this, { socket, hub, agentId: hub.agent_id, resume: hub.resume });
-    const left = new Map(this.tasks);
-    for (const { task_id, attempt } of hub.tasks ?? []) {
-      const task = left.get(task_id);
-      left.delete(task_id);
-      if (task && task.attempt === attempt) task.post();
-      else new Task(this, { task_id, attempt, ttl: TTL_MAX_S }).fail("agent_lost", "not here");
+    const assigned = new Map(hub.tasks?.map((/** @type {Message} */ { task_id, attempt }) => [task_id, attempt]));
+    for (const [id, task] of this.tasks) if (assigned.get(id) !== task.attempt) task.end("cancelled");
+    for (const [task_id, attempt] of assigned) {
+      const lost = { ...failure("agent_lost", "not here"), task_id, attempt };
+      if (!this.tasks.has(task_id)) this.request(lost).catch(ignore);
     }
-    for (const task of left.values()) task.stop("cancelled");
     for (const handle of this.handles.values()) handle.sync();
     this.#joined.resolve();
   }
@@ -290,13 +273,12 @@ export class Agent {
   }
   /** Fail whatever waits: there will be no other session. @param {any} error */
   #end(error) {
-    if (this.ended) return;
-    this.ended = this.#running = error;
+    this.#ended = this.#running = error;
     this.#lose();
     this.#disconnect(error);
     this.#joined.reject(error);
     for (const handle of this.handles.values()) handle.finish(error);
-    for (const task of this.tasks.values()) task.stop("cancelled");
+    for (const task of this.tasks.values()) task.end("cancelled");
     this.#closed.reject(error);
   }
   /** @param {any} socket @param {Message} news */
@@ -311,7 +293,7 @@ export class Agent {
     else if (type === "delegate") task?.attempt === news.attempt || new Task(this, news).run();
     else if (type === "result" || seq || question) this.handles.get(task_id)?.onNews(news);
     else if (ask) task?.answerTo(ask).resolve(news.answer ?? null);
-    else if (state in FINAL) task?.stop(state);
+    else if (state in FINAL) task?.end(state);
   }
   async #hear(/** @type {Json} */ message, /** @type {string} */ sender) {
     try { await this.onBroadcast(message, sender); } catch (error) { this.log("agenthub: onBroadcast failed", error); }
@@ -324,15 +306,13 @@ export class Task {
   #agent; #answers; #timer;
   #asking = Promise.resolve(); // The last question.
   #given = new Map(); // By the number of a question: a promise of its answer.
-  #refusals = 0; // Of a result that does not fit, which becomes a failure that may be refused, too.
-  /** @type {any} */ #result; // Until the hub has replied.
 
   /** @param {Agent} agent @param {Message} message @internal */
   constructor(agent, { task_id, sender, capability, input = null, attempt, trace, ttl, answers }) {
     this.#agent = agent;
     this.#answers = answers;
-    this.#timer = setTimeout(() => this.stop("timeout"), ttl * 1000);
-    agent.tasks.get(task_id)?.stop("cancelled"); // An earlier attempt.
+    this.#timer = setTimeout(() => this.end("timeout"), ttl * 1000);
+    agent.tasks.get(task_id)?.end("cancelled"); // An earlier attempt.
     agent.tasks.set(task_id, this);
     this.signal = this.#controller.signal;
     /** @type {string} */ this.taskId = task_id;
@@ -346,87 +326,79 @@ export class Task {
   /** Report progress: a number from 0 to 1, and any JSON. Dropped without a connection, or if that is slow.
    * @param {number | null} progress @param {Json} [detail] */
   progress(progress, detail) { this.#report({ progress, detail }); }
-  /** Ask the requester, and return its answer; one question after the other. Throws TaskFailed with the code
-   * `no_answers` if it did not delegate the task with `answers` or `onQuestion`.
-   * @param {string} text @param {{schema?: Json}} [options] @returns {Promise<any>} */
+  /** Ask the requester, one question after the other, and return its answer. Throws TaskFailed, code `no_answers`, if
+   * it gives none. @param {string} text @param {{schema?: Json}} [options] @returns {Promise<any>} */
   async ask(text, { schema } = {}) {
     if (!this.#answers) throw new TaskFailed("no answers", "no_answers");
+    const question = copyOf({ text, schema });
     const answered = this.#asking.then(async () => {
-      this.signal.throwIfAborted();
-      const { ask } = await this.#agent.ask({ type: "status", task_id: this.taskId, question: { text, schema } });
+      const { ask } = await this.#send({ type: "status", question });
       return this.answerTo(ask); // A repeated question may be answered before its reply.
     });
     this.#asking = answered.catch(ignore);
     return Promise.race([answered, this.#ended]);
   }
-  /** Delegate a subtask, which ends with this task. @param {Delegation} delegation @returns {Promise<any>} */
+  /** Delegate a subtask, which ends with this task. @param {Delegation} delegation */
   async delegate(...delegation) { return (await this.submit(...delegation)).result(); }
   /** Submit a subtask, as `Agent.submit` does. @param {Delegation} delegation */
   submit(...[capability, input, options]) {
     const { signal, trace, taskId: parentId } = this;
     return this.#agent.submit(capability, input, { signal, trace, ...options, parentId });
   }
-  /** Do the task and send its result; none if the task has ended meanwhile. @internal */
+  /** Do the task and send its result, or why the hub refused that; none if the task has ended meanwhile. @internal */
   async run() {
-    const { handlers, log } = this.#agent;
+    const [result, { attempt }] = [await this.#work(), this];
+    const refusal = await this.#send({ ...result, attempt }).catch((error) => error);
+    const code = { too_large: "too_large", invalid_message: "failed" }[/** @type {string} */ (refusal.code)];
+    if (code) await this.#send({ ...failure(code, `refused: ${refusal.message}`), attempt }).catch(ignore);
+    if (!this.signal.aborted) this.end();
+  }
+  /** Return the result of the handler. @returns {Promise<Message>} */
+  async #work() {
+    const { offers, log } = this.#agent;
     try {
-      const [sole, ...others] = handlers.keys();
-      const handler = handlers.get(this.capability ?? (others.length ? "" : sole));
-      if (!handler) throw new TaskFailed("no handler", "no_handler");
-      let output = await handler(this.input, this);
+      const [sole] = offers.size === 1 ? offers.keys() : [];
+      const offer = offers.get(this.capability ?? sole);
+      if (!offer) throw new TaskFailed("no handler", "no_handler");
+      let output = await offer.handler(this.input, this);
       if (output?.[Symbol.asyncIterator]) output = await this.#sendAll(output);
-      this.post({ success: true, output: copyOf(output) });
+      return { type: "result", success: true, output: copyOf(output) };
     } catch (/** @type {any} */ error) {
-      if (error instanceof TaskFailed && !error.taskId) return this.fail(error.code, error.message);
+      if (error instanceof TaskFailed && !error.taskId) return failure(error.code, error.message);
       if (!this.signal.aborted) log(`agenthub: ${this.capability} failed`, error);
-      this.fail("failed", safely(() => String(error), `${typeof error} without a text`));
+      return failure("failed", safely(() => String(error), `${typeof error} without a text`));
     }
   }
+  /** Return the reply to a message, which is sent until the task has ended. @param {Message} message */
+  #send(message) { return this.#agent.ask({ ...message, task_id: this.taskId }, this.signal); }
   /** Send a report, which gets no reply; return whether it could be sent. @param {Message} report @returns {boolean} */
   #report(report, { socket, hub } = this.#agent) {
-    const text = toJson({ type: "status", task_id: this.taskId, ...report });
+    const text = JSON.stringify({ type: "status", task_id: this.taskId, ...report });
     const isSent = !this.signal.aborted && socket?.bufferedAmount <= BUFFERED_MAX && bytesOf(text) <= hub.max_bytes;
     if (isSent) socket.send(text);
     return isSent;
   }
-  /** Send what a generator yields as pieces, and return it all: texts joined, or a list. What was sent is always a
-   * beginning of the output, so no more are sent when one was not, or the connection was lost.
-   * @param {AsyncIterable<Json>} pieces */
+  /** Send what a generator yields, and return it all: texts joined, or a list. What was sent is always its beginning:
+   * nothing more is when a piece was not, or the connection was lost. @param {AsyncIterable<Json>} pieces */
   async #sendAll(pieces) {
     const [all, { socket, hub }] = [/** @type {Json[]} */ ([]), this.#agent];
     let [bytes, isSent] = [256, hub.features?.includes("stream")];
-    for await (const piece of pieces) {
-      const text = toJson(piece);
-      all.push(JSON.parse(text));
-      bytes += bytesOf(text);
+    for await (const yielded of pieces) {
+      const piece = copyOf(yielded);
+      all.push(piece);
+      bytes += bytesOf(JSON.stringify(piece));
       if (bytes > hub.max_bytes) throw new TaskFailed("too large", "too_large");
       this.signal.throwIfAborted();
-      isSent &&= socket === this.#agent.socket && (text === "null" || this.#report({ piece }));
+      isSent &&= socket === this.#agent.socket && (piece === null || this.#report({ piece }));
     }
     return all.every((piece) => typeof piece === "string") ? all.join("") : all;
   }
-  /** @param {string} code @param {string} text @internal */
-  fail(code, text) {
-    const message = text.replaceAll("\0", "\\0").slice(0, TEXT_MAX);
-    this.post({ success: false, error: { code, message } });
-  }
-  /** Send the result, as on each session until the hub has replied. @internal @param {Message} [outcome] */
-  async post(outcome) {
-    if (outcome) this.#result = { type: "result", task_id: this.taskId, attempt: this.attempt, ...outcome };
-    if (!this.#result || this.signal.aborted) return;
-    const refusal = await this.#agent.request(this.#result).then(ignore, (error) => error);
-    if (refusal instanceof Disconnected || this.signal.aborted) return;
-    const code = { too_large: "too_large", invalid_message: "failed" }[/** @type {string} */ (refusal?.code)];
-    code && !this.#refusals++ ? this.fail(code, `refused: ${refusal.message}`) : this.#forget();
-  }
-  #forget() {
+  /** Forget the task, which has ended; abort its handler if that was without it. @param {string} [state] @internal */
+  end(state) {
     clearTimeout(this.#timer);
     this.#agent.tasks.delete(this.taskId);
-  }
-  /** Abort the handler: the task has ended without it. @param {string} state @internal */
-  stop(state) {
+    if (!state) return;
     const reason = new TaskFailed(`it has ended: ${state}`, state, this.taskId);
-    this.#forget();
     this.#ended.reject(reason);
     this.#controller.abort(reason);
   }
@@ -439,11 +411,10 @@ export class Handle {
   #outcome = deferred(); #news = deferred(); // The next event.
   #events = /** @type {TaskEvent[]} */ ([]);
   #attempts = 1; #asked = 0; #seq = 0; // The numbers of the last attempt, question and report, as far as the hub said.
-  /** @type {boolean | null} */ #isAccepted = false; #isCancelled = false; // Null: it is sent again.
+  /** @type {boolean | null} */ #isAccepted = false; #isCancelled = false; // Null: by a hub that has forgotten it.
   #agent; #message; #onQuestion;
-  #deadline = 0; // To be accepted; then that of the task.
+  #deadline = 0; #timer = /** @type {any} */ (0); // To be accepted; then that of the task.
   /** @type {string | undefined} */ #sentAs; // The agent_id with which it was last sent.
-  /** @type {any} */ #timer;
   /** @type {string} */ taskId;
   /** Whether the task has ended. */ done = false;
   /** @internal */ accepted = deferred();
@@ -453,7 +424,7 @@ export class Handle {
   /** @internal @param {Agent} agent @param {any} capability @param {Json} input @param {TaskOptions} options */
   constructor(agent, capability, input, { ttl = 300, taskId = `js-${crypto.randomUUID()}`, signal, ...options }) {
     const { maxRetries: max_retries = 0, agentId: agent_id, parentId: parent_id, onQuestion, ...more } = options;
-    checkRange("ttl", ttl, TTL_MAX_S);
+    if (!(ttl > 0 && ttl <= TTL_MAX_S)) throw new RangeError(`ttl must be positive, up to ${TTL_MAX_S}`);
     if (agent.handles.has(taskId)) throw new TypeError(`${taskId} is open`);
     signal?.throwIfAborted();
     const terms = { ttl, max_retries, agent_id, parent_id, capability, answers: !!onQuestion, ...more };
@@ -478,11 +449,10 @@ export class Handle {
   /** Cancel the task: `result` then throws TaskFailed with the code `cancelled`. Without effect if it has ended. */
   async cancel(reason = "its requester stopped waiting") {
     this.#isCancelled = true;
-    const error = { code: "cancelled", message: reason.slice(0, TEXT_MAX) };
-    if (!this.done) await this.#send({ type: "result", success: false, error });
+    if (!this.done) await this.#send(failure("cancelled", reason));
   }
   /** Answer the last question, or that of the number `ask`; return whether it still waited. @param {Json} answer */
-  async answer(answer, ask = this.#asked) { return this.#send({ type: "status", ask, answer }); }
+  async answer(answer, ask = this.#asked) { return this.#send({ type: "status", ask, answer: copyOf(answer) }); }
   /** Return whether a message did not come too late. Throws Refused for another reason. @param {Message} message */
   #send(message) {
     return this.#agent.ask({ ...message, task_id: this.taskId }).then(() => true, (/** @type {any} */ error) => {
@@ -490,23 +460,21 @@ export class Handle {
       throw error;
     });
   }
-  /** @returns {AsyncGenerator<TaskEvent, void>} */
   async *[Symbol.asyncIterator]() {
-    for (;;) {
-      for (let event; (event = this.#events.shift()); ) yield event;
-      if (this.done) return;
-      await this.#news;
+    while (this.#events.length || !this.done) {
+      if (this.#events.length) yield /** @type {TaskEvent} */ (this.#events.shift());
+      else await this.#news;
     }
   }
   /** Send the task, or ask for its state if the hub has it: on each session, and when an outcome is late. @internal */
   async sync(limitS = BACKOFF_FIRST_S) {
-    const [agent, { agentId, socket }] = [this.#agent, this.#agent];
+    const { agentId, socket } = this.#agent;
     if (this.#sentAs && this.#sentAs !== agentId) this.#retry(); // The hub is another one, or has forgotten this agent.
     if (this.done || !socket) return;
     try {
-      if (this.#isAccepted) return this.onNews(await agent.request({ type: "status", task_id: this.taskId }));
+      if (this.#isAccepted) return this.onNews(await this.#agent.request({ type: "status", task_id: this.taskId }));
       this.#sentAs = agentId;
-      const { attempt } = await agent.request(this.#message);
+      const { attempt } = await this.#agent.request(this.#message);
       if (this.done) return;
       this.#isAccepted = true;
       this.onNews({ attempt });
@@ -516,10 +484,7 @@ export class Handle {
       if (error instanceof Disconnected) return; // The next session continues.
       if (error.code === "unknown_task" && this.#isAccepted) this.#retry();
       else if (error.code === "overloaded") await within(Math.random() * limitS, this.#outcome.catch(ignore));
-      else {
-        this.#isAccepted ?? this.#fail(); // The hub that it was sent to again has it from an agent that is forgotten.
-        return this.finish(error);
-      }
+      else return this.#isAccepted === null ? this.#fail() : this.finish(error);
       this.sync(Math.min(2 * limitS, BACKOFF_MAX_S));
     }
   }

@@ -453,7 +453,7 @@ test("a capability that is added while the agent registers is registered, too", 
   class Eager extends Base {
     send(text) {
       super.send(text);
-      if (text.includes('"register"') && !made.handlers.has("eager")) made.capability("eager", () => 1);
+      if (text.includes('"register"') && !made.offers.has("eager")) made.capability("eager", () => 1);
     }
   }
   made = agent(t, "eager", hub.url, { WebSocket: Eager });
@@ -469,11 +469,14 @@ test("the id of a task is free as soon as its result is there", async (t) => {
   await me.submit("id-echo", 1, { taskId: "used-again" });
 });
 
-test("a task is cancelled for a reason of any length", async (t) => {
+test("a task is cancelled for any reason", async (t) => {
   await worker(t, hub.url, "reason-");
   const handle = await agent(t, "requester", hub.url).submit("reason-wait", null);
   await handle.cancel("x".repeat(70_000));
   await assert.rejects(within(handle.result(), "the outcome"), failsWith(TaskFailed, "cancelled"));
+  const other = await agent(t, "requester", hub.url).submit("reason-wait", null);
+  await other.cancel("a\0b");
+  await assert.rejects(within(other.result(), "the outcome"), { code: "cancelled", message: "a\\0b" });
 });
 
 test("a task whose agent was forgotten, but that the hub has, is lost with or without retries", async (t) => {
