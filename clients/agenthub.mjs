@@ -112,7 +112,7 @@ export class Agent {
     if (typeof handler !== "function" || this.offers.has(name)) throw new TypeError(`${name} needs one function`);
     const { description } = /** @type {Message} */ (schema);
     this.offers.set(name, { name, description, input_schema: schema, handler }); // JSON omits functions.
-    if (this.socket) this.#register().catch((error) => this.log("agenthub: not registered", error));
+    this.#announce();
     return this;
   }
   /** Connect, and register. Throws what makes another attempt pointless. @returns {Promise<void>} */
@@ -242,14 +242,18 @@ export class Agent {
       socket.close();
     }
   }
-  /** Register what this agent offers; return the hub's reply when it has it all. @returns {Promise<Message>} */
+  /** Register what this agent offers, and return the hub's reply. What is added meanwhile can be rejected by itself. */
   async #register(socket = this.socket) {
     const { agentId: agent_id, resume, offers } = this;
     const message = { ...this.#about, agent_id, resume, capabilities: [...offers.values()] };
     const isLong = bytesOf(JSON.stringify(message)) > UNAUTHENTICATED_MAX;
     if (isLong) socket.send(JSON.stringify({ type: "status", token: message.token }));
     const reply = await this.request(message, socket);
-    return message.capabilities.length < offers.size ? this.#register(socket) : reply;
+    if (message.capabilities.length < offers.size) this.#announce();
+    return reply;
+  }
+  #announce() {
+    if (this.socket) this.#register().catch((error) => this.log("agenthub: not registered", error));
   }
   /** Use a socket from now on, before any message behind the reply to its registration is handled. Keep only those
    * tasks that the hub assigns here. @param {any} socket @param {Message} hub Its reply. */

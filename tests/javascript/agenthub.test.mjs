@@ -447,18 +447,37 @@ test("an agent that was closed rejects requests", async (t) => {
   }
 });
 
-test("a capability that is added while the agent registers is registered, too", async (t) => {
+/** Start an agent with two capabilities: the first, and one that is added right after the registration was sent. */
+async function startEager(t, first, second, options = {}) {
   const Base = process.env.AGENTHUB_TEST_WS ? (await import(process.env.AGENTHUB_TEST_WS)).default : WebSocket;
-  let made;
+  let [made, isAdded] = [null, false];
   class Eager extends Base {
     send(text) {
       super.send(text);
-      if (text.includes('"register"') && !made.offers.has("eager")) made.capability("eager", () => 1);
+      if (isAdded || !text.includes('"register"')) return;
+      isAdded = true;
+      made.capability(second, () => 2);
     }
   }
-  made = agent(t, "eager", hub.url, { WebSocket: Eager });
+  made = agent(t, "eager", hub.url, { WebSocket: Eager, ...options });
+  made.capability(first, () => 1);
   await made.start();
-  assert.equal(await agent(t, "requester", hub.url).delegate("eager", null, { wait: true }), 1);
+  return made;
+}
+
+test("a capability that is added while the agent registers is registered, too", async (t) => {
+  await startEager(t, "first", "eager");
+  assert.equal(await agent(t, "requester", hub.url).delegate("eager", null, { wait: true }), 2);
+});
+
+test("a capability that the hub rejects while the agent registers does not end its session", async (t) => {
+  const logged = gate();
+  const made = await startEager(t, "accepted", "bad\nname", { log: (text, error) => logged.open([text, error]) });
+  const [text, error] = await within(logged.opened, "the refusal to be logged");
+  assert.match(text, /not registered/);
+  assert.equal(error.code, "invalid_message");
+  assert.equal(await agent(t, "requester", hub.url).delegate("accepted"), 1);
+  assert.ok(made.online);
 });
 
 test("the id of a task is free as soon as its result is there", async (t) => {
