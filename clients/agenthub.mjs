@@ -544,7 +544,7 @@ export class Handle {
   }
   #giveUp(/** @type {any} */ error) {
     this.cancel().catch(ignore);
-    this.finish(error);
+    error == null ? this.#fail("cancelled", "cancelled") : this.finish(error);
   }
   #fail(message = "lost with its hub", code = "hub_lost", Kind = TaskFailed) {
     this.finish(new Kind(message, code, this.taskId));
@@ -552,7 +552,7 @@ export class Handle {
   /** End with an error, or (null) an output. @param {any} error @param {Json} [output] @internal */
   finish(error, output) {
     this.done = true;
-    error ? this.#outcome.reject(error) : this.#outcome.resolve(output);
+    error === null ? this.#outcome.resolve(output) : this.#outcome.reject(error);
     this.accepted.resolve(this.#outcome);
     this.#news.resolve();
   }

@@ -480,6 +480,20 @@ test("a capability that the hub rejects while the agent registers does not end i
   assert.ok(made.online);
 });
 
+test("a task that is given up has an error, whatever the reason is", async (t) => {
+  await worker(t, hub.url, "reasons-");
+  const me = agent(t, "requester", hub.url);
+  for (const reason of [null, 0, "", false, "enough"]) {
+    const controller = new AbortController();
+    const handle = await me.submit("reasons-wait", null, { signal: controller.signal });
+    controller.abort(reason);
+    const isRight = (error) => (reason === null ? error.code === "cancelled" : error === reason);
+    await assert.rejects(within(handle.result(), "the outcome"), isRight);
+  }
+  const asking = me.delegate("reasons-ask", "which?", { onQuestion: () => { throw undefined; } });
+  await assert.rejects(within(asking, "the outcome"), failsWith(TaskFailed, "cancelled"));
+});
+
 test("the id of a task is free as soon as its result is there", async (t) => {
   await worker(t, hub.url, "id-");
   const me = agent(t, "requester", hub.url);
