@@ -46,6 +46,7 @@ export class TaskFailed extends AgentHubError {}
 const FINAL = { completed: null, failed: TaskFailed, timeout: TaskTimeout };
 const ignore = () => {};
 const now = () => performance.now() / 1000;
+const newTaskId = () => `js-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`; // A UUID only in pages by https.
 const bytesOf = (/** @type {string} */ text) => new TextEncoder().encode(text).length;
 /** Return what a function returns, or something else if it throws. @param {() => any} get @param {any} [otherwise] */
 const safely = (get, otherwise) => { try { return get(); } catch { return otherwise; } };
@@ -426,7 +427,7 @@ export class Handle {
   /** @internal */ lost = false; // Some reports were, so what comes after the pieces is not known.
 
   /** @internal @param {Agent} agent @param {any} capability @param {Json} input @param {TaskOptions} options */
-  constructor(agent, capability, input, { ttl = 300, taskId = `js-${crypto.randomUUID()}`, signal, ...options }) {
+  constructor(agent, capability, input, { ttl = 300, taskId = newTaskId(), signal, ...options }) {
     const { maxRetries: max_retries = 0, agentId: agent_id, parentId: parent_id, onQuestion, ...more } = options;
     if (!(ttl > 0 && ttl <= TTL_MAX_S)) throw new RangeError(`ttl must be positive, up to ${TTL_MAX_S}`);
     if (agent.handles.has(taskId)) throw new TypeError(`${taskId} is open`);

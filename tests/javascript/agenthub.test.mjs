@@ -494,6 +494,13 @@ test("a task that is given up has an error, whatever the reason is", async (t) =
   await assert.rejects(within(asking, "the outcome"), failsWith(TaskFailed, "cancelled"));
 });
 
+test("a page that was not loaded by https can delegate", async (t) => {
+  await worker(t, hub.url, "http-");
+  Object.defineProperty(crypto, "randomUUID", { value: undefined, configurable: true }); // There is none in such a page.
+  atEnd(t, () => delete crypto.randomUUID);
+  assert.equal(await agent(t, "requester", hub.url).delegate("http-echo", 1), 1);
+});
+
 test("the id of a task is free as soon as its result is there", async (t) => {
   await worker(t, hub.url, "id-");
   const me = agent(t, "requester", hub.url);
