@@ -13540,11 +13540,13 @@ def exec_agent(
             "AGENTHUB_CAPABILITY": task.capability or "",
             "AGENTHUB_ATTEMPT": str(task.attempt),
         }
-        process, exited = await _start_command(command, environment)
+        # asyncio would kill the shell alone if the task ended while it starts, and some versions would wait forever.
+        starting = asyncio.ensure_future(_start_command(command, environment))
         try:
+            process, exited = await asyncio.shield(starting)
             text = await _communicate(process, exited, json.dumps(task.input).encode())
         finally:
-            await _kill_process_group(process, exited)
+            await _kill_process_group(*await starting)
         return output_in(text, output)
 
     for capability_name in capabilities:

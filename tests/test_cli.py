@@ -1056,6 +1056,31 @@ async def test_end_of_a_task_ends_its_processes(tmp_path: Path, command: str, en
 
 
 @posix_only
+async def test_end_of_a_task_whose_program_is_starting_ends_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport_class = asyncio.base_subprocess.BaseSubprocessTransport
+    connect, ended, path = transport_class._connect_pipes, asyncio.Event(), tmp_path / "pid"
+
+    async def connect_late(*arguments: Any) -> None:
+        await ended.wait()
+        await connect(*arguments)
+
+    monkeypatch.setattr(transport_class, "_connect_pipes", connect_late)
+    command = f"[ $AGENTHUB_CAPABILITY = walk ] || {{ {GRANDCHILD.format(path=shlex.quote(str(path)))}; }}"
+    async with shell(command, max_tasks=1) as me:
+        handle = await me.submit("run")
+        pid = await pid_in(path)
+        await handle.cancel()
+        await asyncio.sleep(0.1)  # The agent has been told.
+        ended.set()
+        await until_dead(pid)
+        with pytest.raises(TaskFailed):
+            await handle.result()
+        assert await me.delegate("walk", ttl=WAIT_S) == ""  # In the only slot.
+
+
+@posix_only
 async def test_agent_that_stops_while_it_ends_a_program_still_ends_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     async with shell(STUBBORN.format(path=shlex.quote(str(path)))) as me:
