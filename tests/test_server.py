@@ -403,7 +403,10 @@ async def test_clients_that_connect_all_at_once_are_accepted_in_few_turns_of_the
 
 @pytest.mark.parametrize("turns", range(8))
 @pytest.mark.parametrize("name", ["asyncio", "uvloop"])
-def test_hub_that_stops_while_it_accepts_loses_no_socket_and_writes_to_no_closed_one(name: str, turns: int) -> None:
+def test_hub_that_stops_while_it_accepts_loses_no_socket_and_writes_to_no_closed_one(
+    name: str, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agenthub, "CLOSING_S", 0.1)  # The clients do not answer.
     new_event_loop = pytest.importorskip(name).new_event_loop
     errors: list[dict[str, Any]] = []
 
