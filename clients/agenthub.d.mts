@@ -78,14 +78,17 @@ export declare class AgentHubError extends Error {
     /** @param {string} message @param {string} [code] @param {string} [taskId] @param {number} [closeCode] */
     constructor(message: string, code?: string, taskId?: string, closeCode?: number);
 }
-/** The hub rejected a request, which had no effect. */ export declare class Refused extends AgentHubError {
+/** The hub rejected a request, which had no effect. */
+export declare class Refused extends AgentHubError {
 }
-/** The connection to the hub is lost. */ export declare class Disconnected extends AgentHubError {
+/** The connection to the hub is lost. */
+export declare class Disconnected extends AgentHubError {
 }
 /** A task ended without an output. A handler throws it to fail its task with a code of its choice. */
 export declare class TaskFailed extends AgentHubError {
 }
-/** A task did not end within its time to live. */ export declare class TaskTimeout extends TaskFailed {
+/** A task did not end within its time to live. */
+export declare class TaskTimeout extends TaskFailed {
 }
 /** A program on the hub. It connects by `start`, or by its first request, and keeps trying without a hub. */
 export declare class Agent {
@@ -96,7 +99,8 @@ export declare class Agent {
     /** Resolves after `close`; rejects if connecting again is pointless. @type {Promise<void>} */ closed: Promise<void>;
     /** @param {string} name For people; several agents may have the same. @param {AgentOptions} [options] */
     constructor(name: string, { url, token, log, WebSocket, maxTasks, ...more }?: AgentOptions);
-    /** Whether the agent is registered and has a connection just now. */ get online(): boolean;
+    /** Whether the agent is registered and has a connection just now. */
+    get online(): boolean;
     /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
      * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
     capability(name: string, schema: Message | Handler, handler?: Handler): this;

@@ -36,17 +36,20 @@ export class AgentHubError extends Error {
     this.closeCode = closeCode; // Of the WebSocket, if Disconnected has one.
   }
 }
-/** The hub rejected a request, which had no effect. */ export class Refused extends AgentHubError {}
-/** The connection to the hub is lost. */ export class Disconnected extends AgentHubError {}
+/** The hub rejected a request, which had no effect. */
+export class Refused extends AgentHubError {}
+/** The connection to the hub is lost. */
+export class Disconnected extends AgentHubError {}
 /** A task ended without an output. A handler throws it to fail its task with a code of its choice. */
 export class TaskFailed extends AgentHubError {}
-/** A task did not end within its time to live. */ export class TaskTimeout extends TaskFailed {}
+/** A task did not end within its time to live. */
+export class TaskTimeout extends TaskFailed {}
 
 /** The errors of final states. @type {{[state: string]: any}} */
 const FINAL = { completed: null, failed: TaskFailed, timeout: TaskTimeout };
 const ignore = () => {};
 const now = () => performance.now() / 1000;
-const newTaskId = () => `js-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`; // A UUID only in pages by https.
+const newTaskId = () => `js-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`; // Pages by http lack randomUUID.
 const bytesOf = (/** @type {string} */ text) => new TextEncoder().encode(text).length;
 /** Return what a function returns, or something else if it throws. @param {() => any} get @param {any} [otherwise] */
 const safely = (get, otherwise) => { try { return get(); } catch { return otherwise; } };
@@ -106,7 +109,8 @@ export class Agent {
     this.#WebSocket = WebSocket;
     Object.assign(this, { agentId, resume, log });
   }
-  /** Whether the agent is registered and has a connection just now. */ get online() { return !!this.socket; }
+  /** Whether the agent is registered and has a connection just now. */
+  get online() { return !!this.socket; }
   /** Offer a capability. `schema` is the JSON Schema of its input; its `description` is the capability's, too.
    * @param {string} name @param {Message | Handler} schema @param {Handler} [handler] */
   capability(name, schema, handler = /** @type {Handler} */ (schema)) {
