@@ -3085,12 +3085,11 @@ class PendingTasks:
         for (_, capability), queue in itertools.islice(self.queues.items(), QUEUES_SCANNED_MAX):
             if capability is not None:
                 waiting[capability] = waiting.get(capability, 0) + len(queue)
-        return dict(heapq.nlargest(LONGEST_QUEUES, waiting.items(), key=lambda one: one[1]))
+        return largest(waiting, LONGEST_QUEUES)
 
     def most(self) -> dict[str, int]:
         """Return how many tasks wait, by the ids of the requesters that have most of them."""
-        requesters = heapq.nlargest(WAITING_MAX, self.by_requester.items(), key=lambda one: one[1])
-        return {agent.agent_id: waiting for agent, waiting in requesters}
+        return {agent.agent_id: waiting for agent, waiting in largest(self.by_requester, WAITING_MAX).items()}
 
 
 def words_of(text: str) -> list[str]:
@@ -3446,7 +3445,7 @@ class TaskTable:
     `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
     outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
     in the order of their ends, so that the oldest go first. Requesters, parents and the counts are kept in step here;
-    who is to run a task, and who waits for which, is the Hub's affair.
+    the Hub decides which agent runs a task.
     """
 
     def __init__(self, settings: HubSettings, directory: Directory, *, is_journaled: bool) -> None:
@@ -3553,7 +3552,7 @@ class TaskTable:
     @property
     def in_progress(self) -> int:
         """How many tasks are in progress."""
-        return sum(self.running.values())
+        return len(self.open) - self.pending_count
 
     @property
     def accepted(self) -> int:
@@ -3562,7 +3561,7 @@ class TaskTable:
 
     @property
     def waited_s(self) -> Histogram:
-        """How long tasks waited for their first assignment: most of them not at all, and those are only subtracted."""
+        """How long tasks waited for their first assignment; those that were not queued did not wait."""
         waited = Histogram()
         waited.counts = [self.accepted - self.queued + self.queued_s.counts[0], *self.queued_s.counts[1:]]
         waited.sum_s = self.queued_s.sum_s
@@ -3570,8 +3569,8 @@ class TaskTable:
 
     def most_running(self) -> dict[str, int]:
         """Return how many tasks are in progress, for the capabilities with most of them."""
-        running = {name: number for name, number in self.running.items() if name is not None}
-        return dict(heapq.nlargest(LONGEST_QUEUES, running.items(), key=lambda one: one[1]))
+        scanned = itertools.islice(self.running.items(), QUEUES_SCANNED_MAX)
+        return largest({name: number for name, number in scanned if name is not None}, LONGEST_QUEUES)
 
     def __len__(self) -> int:
         return len(self.open) + len(self.undelivered) + len(self.delivered)
@@ -3614,7 +3613,7 @@ class TaskTable:
 
         Even if the machine's clock was set back, nothing is younger than now, or lives longer than its time to live.
         """
-        request = row.request
+        request, accepted_at = row.request, min(row.accepted_at, now)
         self.sequence = self.restored = row.sequence
         task = TaskRecord(
             request.task_id,
@@ -3622,7 +3621,7 @@ class TaskTable:
             agent_of(row.requester),
             self.open.get(request.parent_id or ""),
             row.depth,
-            min(row.accepted_at, now),
+            accepted_at,
             min(row.deadline, now + request.ttl),
             row.sequence,
             row.bytes,
@@ -3633,7 +3632,7 @@ class TaskTable:
             is_journaled=True,
             asked=row.life.asked,
             talk=row.life.talk,
-            begun_at=min(row.accepted_at, now) + last_begun_s(row.life.steps),
+            begun_at=accepted_at + last_begun_s(row.life.steps),
             listed_steps=row.life.steps if row.life.steps or row.assignee is not None else None,
         )
         if task.question is not None:
@@ -3650,7 +3649,7 @@ class TaskTable:
         if task.state is PENDING:
             self.pending_count += 1
         elif task.state is IN_PROGRESS:
-            self.running[task.request.capability] = self.running.get(task.request.capability, 0) + 1
+            count(self.running, task.request.capability)
         else:
             self.ended[task.state] += 1
 
@@ -3662,16 +3661,14 @@ class TaskTable:
 
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state; `error` and `ended_at` are set before."""
-        state, running, capability = next_state(task.state, event), self.running, task.request.capability
+        state = next_state(task.state, event)
         if task.state is PENDING:
             self.pending_count -= 1
-        elif running[capability] > 1:
-            running[capability] -= 1
         else:
-            del running[capability]
+            uncount(self.running, task.request.capability)
         task.state = state
         if state is IN_PROGRESS:
-            running[capability] = running.get(capability, 0) + 1
+            count(self.running, task.request.capability)
         elif state is PENDING:
             self.pending_count += 1
         else:
@@ -3689,6 +3686,7 @@ class TaskTable:
             self.changed[task] = True
 
     def assign(self, task: TaskRecord, agent: AgentRecord, now: float) -> None:
+        """Begin an attempt of a pending task. The caller updates the agent's load."""
         self.transition(task, ASSIGNED)
         task.attempt += 1
         task.assignee = agent
@@ -4751,6 +4749,17 @@ def count(counts: dict[Any, int], what: Any) -> None:
     counts[what] = counts.get(what, 0) + 1
 
 
+def uncount(counts: dict[Any, int], what: Any) -> None:
+    counts[what] -= 1
+    if not counts[what]:
+        del counts[what]
+
+
+def largest(counts: Mapping[Item, int], limit: int) -> dict[Item, int]:
+    """Return the entries with the largest numbers, those first, at most `limit`."""
+    return dict(heapq.nlargest(limit, counts.items(), key=lambda one: one[1]))
+
+
 def error_info(error: str | ErrorInfo | None) -> ErrorInfo:
     """Return the error of a failed result in its full form: a plain string is the text of `failed`."""
     if isinstance(error, ErrorInfo):
@@ -5684,9 +5693,7 @@ class Turns:
         """Count a connection no more."""
         for counts, name in ((self.addresses, link.address), (self.grants, link.grant_name)):
             if name in counts:
-                counts[name] -= 1
-                if not counts[name]:
-                    del counts[name]
+                uncount(counts, name)
 
     def _serve(self) -> None:
         self._is_armed = False

@@ -1111,7 +1111,7 @@ class TaskTable:
     `open` are those not in a final state, in the order of acceptance. A task that ends moves on to `delivered` if its
     outcome was sent (or nobody is left to send it to), or else to `undelivered` until its requester is back; both are
     in the order of their ends, so that the oldest go first. Requesters, parents and the counts are kept in step here;
-    who is to run a task, and who waits for which, is the Hub's affair.
+    the Hub decides which agent runs a task.
     """
 
     settings: Incomplete
@@ -1161,7 +1161,7 @@ class TaskTable:
         """How many tasks were accepted, without those of a journal."""
     @property
     def waited_s(self) -> Histogram:
-        """How long tasks waited for their first assignment: most of them not at all, and those are only subtracted."""
+        """How long tasks waited for their first assignment; those that were not queued did not wait."""
     def most_running(self) -> dict[str, int]:
         """Return how many tasks are in progress, for the capabilities with most of them."""
     def __len__(self) -> int: ...
@@ -1181,7 +1181,8 @@ class TaskTable:
     def list_open(self, task: TaskRecord) -> None: ...
     def transition(self, task: TaskRecord, event: TaskEvent) -> None:
         """Take one step of the table. Nothing else assigns a task's state; `error` and `ended_at` are set before."""
-    def assign(self, task: TaskRecord, agent: AgentRecord, now: float) -> None: ...
+    def assign(self, task: TaskRecord, agent: AgentRecord, now: float) -> None:
+        """Begin an attempt of a pending task. The caller updates the agent's load."""
     def ask(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
         """Keep the question of a task's assignee instead of the one before, unless that was sent again."""
     def answer(self, task: TaskRecord, message: Status, agent: AgentRecord, now: float, message_bytes: int) -> None:
